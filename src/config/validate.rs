@@ -1,0 +1,216 @@
+//! What the values of a config may be. Each problem names the key and says what to do.
+
+use std::collections::BTreeSet;
+use std::ops::Bound::{Excluded, Included, Unbounded};
+use std::ops::{Bound, RangeBounds};
+
+use super::{Config, Device, Dtype, Environment, Reference, SamplerKind};
+use crate::objective::PolicyLoss;
+
+/// One value that cannot work: the key as written in the file, and what is wrong with it.
+#[derive(Debug, thiserror::Error)]
+#[error("{key}: {text}")]
+pub(super) struct Problem {
+    pub key: String,
+    text: String,
+}
+
+fn problem<T>(key: &str, text: impl Into<String>) -> Result<T, Problem> {
+    Err(Problem { key: key.into(), text: text.into() })
+}
+
+/// More of anything than this is a slip of the keyboard; it also keeps products of two counts inside 64 bits.
+const MOST: u64 = 1 << 30;
+
+impl Config {
+    /// The first problem of a config whose keys and types are right.
+    pub(super) fn validate(&self) -> Result<(), Problem> {
+        check_name(&self.name)?;
+        self.check_counts()?;
+        self.check_numbers()?;
+        self.check_environments()?;
+        self.check_lists()?;
+        self.check_objective()?;
+        self.check_offered()
+    }
+
+    fn check_counts(&self) -> Result<(), Problem> {
+        let counts = [
+            ("steps", self.steps, 1),
+            ("lora.rank", self.lora.rank as u64, 1),
+            ("batch.prompts", self.batch.prompts as u64, 1),
+            ("batch.group", self.batch.group as u64, 1),
+            ("batch.micro_tokens", self.batch.micro_tokens as u64, 1),
+            ("sampling.max_tokens", self.sampling.max_tokens as u64, 1),
+            ("learner.warmup_steps", self.learner.warmup_steps, 0),
+            ("evaluation.every", self.evaluation.every, 0),
+            ("evaluation.tasks", self.evaluation.tasks as u64, 0),
+            ("evaluation.max_tokens", self.evaluation.max_tokens as u64, 1),
+            ("checkpoint.every", self.checkpoint.every, 0),
+            ("checkpoint.keep", self.checkpoint.keep as u64, 1),
+        ];
+        match counts.into_iter().find(|(_, value, least)| !(*least..=MOST).contains(value)) {
+            Some((key, value, least)) => problem(key, format!("{value} is not between {least} and {MOST}")),
+            None if self.batch.micro_tokens <= self.sampling.max_tokens => {
+                let (micro, longest) = (self.batch.micro_tokens, self.sampling.max_tokens);
+                problem(
+                    "batch.micro_tokens",
+                    format!("{micro} cannot hold a prompt and sampling.max_tokens = {longest} more; raise it"),
+                )
+            }
+            None => Ok(()),
+        }
+    }
+
+    fn check_numbers(&self) -> Result<(), Problem> {
+        let learner = &self.learner;
+        let positive = (Excluded(0.0), Unbounded);
+        let not_negative = (Included(0.0), Unbounded);
+        let decay = (Included(0.0), Excluded(1.0));
+        let numbers = [
+            ("lora.alpha", self.lora.alpha, positive),
+            ("lora.dropout", self.lora.dropout, decay),
+            ("sampling.temperature", self.sampling.temperature, positive),
+            ("evaluation.temperature", self.evaluation.temperature, not_negative),
+            ("learner.learning_rate", learner.learning_rate, positive),
+            ("learner.weight_decay", learner.weight_decay, not_negative),
+            ("learner.betas", learner.betas[0], decay),
+            ("learner.betas", learner.betas[1], decay),
+            ("learner.epsilon", learner.epsilon, positive),
+            ("learner.max_grad_norm", learner.max_grad_norm, positive),
+            ("learner.clip", learner.clip[0], not_negative),
+            ("learner.clip", learner.clip[1], not_negative),
+            ("learner.importance.max", learner.importance.max, positive),
+            ("learner.kl", learner.kl, not_negative),
+        ];
+        // Below the clip's own upper bound, delta would cut what clipping keeps.
+        let delta = learner.delta.map(|delta| ("learner.delta", delta, (Excluded(1.0 + learner.clip[1]), Unbounded)));
+        numbers.into_iter().chain(delta).try_for_each(|(key, value, range)| check_number(key, value, range))
+    }
+
+    fn check_environments(&self) -> Result<(), Problem> {
+        if self.environments.is_empty() {
+            return problem("environment", "nothing to train on; add an [[environment]] with a name");
+        }
+        for (index, Environment { name, weight, .. }) in self.environments.iter().enumerate() {
+            check_number(&format!("environment.{index}.weight"), *weight, (Excluded(0.0), Unbounded))?;
+            if name.is_empty() {
+                return problem(&format!("environment.{index}.name"), "is empty; name an environment");
+            }
+        }
+        for (index, Environment { name, weight, .. }) in self.evaluation.environments.iter().enumerate() {
+            if name.is_empty() {
+                return problem(&format!("evaluation.environment.{index}.name"), "is empty; name an environment");
+            }
+            if *weight != 1.0 {
+                let key = format!("evaluation.environment.{index}.weight");
+                return problem(
+                    &key,
+                    "has no effect: every environment is evaluated on evaluation.tasks tasks; remove it",
+                );
+            }
+        }
+        Ok(())
+    }
+
+    fn check_lists(&self) -> Result<(), Problem> {
+        if self.model.source.trim().is_empty() {
+            return problem("model.source", "is empty; name a folder, a .gguf file, or a pip: source");
+        }
+        if self.lora.targets.is_empty() {
+            return problem(
+                "lora.targets",
+                "is empty, so there would be nothing to train; name a projection such as \"q_proj\"",
+            );
+        }
+        if self.lora.targets.iter().collect::<BTreeSet<_>>().len() < self.lora.targets.len() {
+            return problem("lora.targets", "names a projection twice; remove one");
+        }
+        if self.sampling.stop.iter().any(String::is_empty) {
+            return problem(
+                "sampling.stop",
+                "holds an empty string, which would end every completion at once; remove it",
+            );
+        }
+        Ok(())
+    }
+
+    /// Keys of the objective that would have no effect, or nothing to work on.
+    fn check_objective(&self) -> Result<(), Problem> {
+        let learner = &self.learner;
+        if learner.delta.is_some() && learner.policy_loss != PolicyLoss::Clip {
+            return problem("learner.delta", "bounds the ratio of policy_loss = \"clip\" only; remove it");
+        }
+        if learner.reference == Some(Reference::Start) && self.lora.start_from.is_none() {
+            return problem(
+                "learner.reference",
+                "\"start\" is the adapter of lora.start_from, which is not set; set it, or use \"base\"",
+            );
+        }
+        Ok(())
+    }
+
+    /// Keys of the contract whose code comes with a later version: refused, because ignoring them would be worse.
+    fn check_offered(&self) -> Result<(), Problem> {
+        let later = [
+            (self.epochs.is_some(), "epochs", "counts passes over tasks that carry their completions; set steps"),
+            (
+                matches!(self.model.device, Device::Cuda(_)),
+                "model.device",
+                "this build computes on the CPU only; use \"auto\" or \"cpu\"",
+            ),
+            (self.model.dtype == Dtype::Bf16, "model.dtype", "this version computes in f32; use \"auto\" or \"f32\""),
+            (self.model.quantization.is_some(), "model.quantization", "weights are unpacked when loaded; remove it"),
+            (
+                self.lora.dropout > 0.0,
+                "lora.dropout",
+                "every environment samples and the sampler has no dropout; use 0.0",
+            ),
+            (
+                self.sampling.kind != SamplerKind::Local,
+                "sampling.kind",
+                "servers as samplers are to come; use \"local\"",
+            ),
+            (!self.sampling.endpoints.is_empty(), "sampling.endpoints", "servers as samplers are to come; remove it"),
+            (
+                self.sampling.async_level > 0,
+                "sampling.async_level",
+                "the sampler waits for every optimizer step; use 0",
+            ),
+        ];
+        match later.into_iter().find(|(asked, ..)| *asked) {
+            Some((_, key, text)) => problem(key, format!("not in this version: {text}")),
+            None => Ok(()),
+        }
+    }
+}
+
+fn check_name(name: &str) -> Result<(), Problem> {
+    let plain = |character: char| character.is_alphanumeric() || "._-".contains(character);
+    if name.starts_with(char::is_alphanumeric) && name.chars().all(plain) && name.len() <= 100 {
+        return Ok(());
+    }
+    problem(
+        "name",
+        format!(
+            "{name:?} must be a plain folder name: letters, digits, '.', '_' and '-', at most 100, a letter or digit first"
+        ),
+    )
+}
+
+fn check_number(key: &str, value: f64, range: (Bound<f64>, Bound<f64>)) -> Result<(), Problem> {
+    if value.is_finite() && range.contains(&value) {
+        return Ok(());
+    }
+    let lower = match range.0 {
+        Included(bound) => format!("at least {bound}"),
+        Excluded(bound) => format!("more than {bound}"),
+        Unbounded => "a number".into(),
+    };
+    let upper = match range.1 {
+        Included(bound) => format!(" and at most {bound}"),
+        Excluded(bound) => format!(" and less than {bound}"),
+        Unbounded => String::new(),
+    };
+    problem(key, format!("{value} must be finite, {lower}{upper}"))
+}

@@ -1,0 +1,229 @@
+//! The learner: trees of completions in, one optimizer step of the adapter out.
+//!
+//! For each micro-batch: a forward pass that keeps only every layer's input, log-probabilities of the completion tokens,
+//! the objective's coefficients ∂L/∂ℓ, and a backward pass that recomputes one layer at a time (DESIGN 4 to 6).
+//!
+//! * [`tree`]: trees, and how they are packed into micro-batches
+//! * [`optimizer`]: AdamW, clipping, schedules
+
+pub mod optimizer;
+pub mod tree;
+
+use std::sync::Arc;
+
+use anyhow::{Context, Result};
+use candle_core::backprop::GradStore;
+use candle_core::{Tensor, Var};
+
+use crate::config::Learner as Settings;
+use crate::model::{Call, Model};
+use crate::objective::{Counts, Metrics, PolicyGradient, Sampled, Sequence, policy_gradient};
+use crate::ops::head::log_probabilities;
+use crate::policy::Adapter;
+use optimizer::AdamW;
+use tree::{MicroBatch, Tree, pack};
+
+/// The adapter being trained, its optimizer, and the frozen policies that it is compared with.
+pub struct Learner {
+    model: Arc<Model>,
+    settings: Settings,
+    /// The trained adapter; its tensors are `variables`.
+    adapter: Adapter,
+    variables: Vec<Var>,
+    /// AdamW's moments and count.
+    pub optimizer: AdamW,
+    /// What `learner.kl` compares with; `None` is the base model.
+    reference: Option<Adapter>,
+}
+
+/// How a step is computed, beside the learner's settings.
+#[derive(Clone, Copy, Debug)]
+pub struct StepShape {
+    /// Rows per forward and backward pass.
+    pub micro_tokens: usize,
+    /// The longest completion allowed, in tokens.
+    pub max_tokens: usize,
+    /// The sampling temperature: log-probabilities are those of the tempered softmax.
+    pub temperature: f64,
+    /// The learning rate of this step.
+    pub learning_rate: f64,
+}
+
+/// What a step did.
+#[derive(Debug)]
+pub struct StepReport {
+    /// The step's loss: about zero for an on-policy step with centered advantages; the gradient is not.
+    pub loss: f64,
+    /// L2 norm of the gradient before clipping.
+    pub grad_norm: f64,
+    /// Rows that went through forward and backward.
+    pub tokens: usize,
+    /// Means and maxima over completion tokens.
+    pub metrics: Metrics,
+}
+
+/// The gradient of one step, in the order of [`Adapter::tensors`].
+pub struct StepGradient {
+    /// One per adapter tensor.
+    pub gradients: Vec<Tensor>,
+    /// What was computed on the way; `grad_norm` is still zero.
+    pub report: StepReport,
+}
+
+impl Learner {
+    /// A learner that starts from `adapter`.
+    ///
+    /// # Errors
+    /// If the device fails.
+    pub fn new(model: Arc<Model>, adapter: &Adapter, reference: Option<Adapter>, settings: &Settings) -> Result<Self> {
+        let (adapter, variables) = adapter.trainable()?;
+        let optimizer = AdamW::new(&variables)?;
+        Ok(Self { model, settings: settings.clone(), adapter, variables, optimizer, reference })
+    }
+
+    /// The adapter as it is now; its tensors change with the next step, so copy what must not.
+    pub fn adapter(&self) -> &Adapter {
+        &self.adapter
+    }
+
+    /// One optimizer step.
+    ///
+    /// # Errors
+    /// If a completion does not fit, a number is not finite, or the device fails. Nothing is updated then.
+    pub fn step(&mut self, trees: &[Tree], shape: &StepShape) -> Result<StepReport> {
+        let StepGradient { mut gradients, mut report } = self.gradient(trees, shape)?;
+        let names = self.adapter.tensors();
+        report.grad_norm = optimizer::clip(&mut gradients, self.settings.max_grad_norm, |index| names[index].0.clone())?;
+        self.optimizer.update(&self.variables, &gradients, shape.learning_rate, &self.settings)?;
+        self.adapter.version += 1;
+        Ok(report)
+    }
+
+    /// The gradient of the loss over all trees; micro-batches only change how it is summed up.
+    ///
+    /// # Errors
+    /// As [`Learner::step`].
+    pub fn gradient(&self, trees: &[Tree], shape: &StepShape) -> Result<StepGradient> {
+        let masks = trees.iter().flat_map(|tree| tree.branches.iter().map(|branch| branch.mask_t.as_slice()));
+        let counts = Counts::of(masks, shape.max_tokens);
+        let zeros = |variable: &Var| Ok(variable.zeros_like()?);
+        let mut gradients = self.variables.iter().map(zeros).collect::<Result<Vec<_>>>()?;
+        let mut report = StepReport { loss: 0.0, grad_norm: 0.0, tokens: 0, metrics: Metrics::default() };
+        for micro in pack(trees, shape.micro_tokens)? {
+            self.accumulate(&micro, shape, &counts, &mut gradients, &mut report)?;
+        }
+        Ok(StepGradient { gradients, report })
+    }
+
+    fn accumulate(
+        &self,
+        micro: &MicroBatch,
+        shape: &StepShape,
+        counts: &Counts,
+        gradients: &mut [Tensor],
+        report: &mut StepReport,
+    ) -> Result<()> {
+        let frozen = self.adapter.frozen()?;
+        let inputs = self.layer_inputs(micro, Some(&frozen))?;
+        let last = Var::from_tensor(inputs.last().context("the model has no layers")?)?;
+        let hidden = self.model.select(&last, &micro.predicting)?;
+        let head = log_probabilities(&hidden, self.model.head(), &micro.targets, self.model.logits(shape.temperature))?;
+        let logprobs_t = floats(&head.logprobs)?;
+        let compared = self.settings.kl > 0.0;
+        let reference = compared.then(|| logprobs(&self.model, self.reference.as_ref(), micro, shape.temperature)).transpose()?;
+        let sampled = micro.branches.iter().map(|(branch, range)| Sampled {
+            sequence: Sequence {
+                logprobs_t: &logprobs_t[range.clone()],
+                reference_t: reference.as_ref().map(|reference| &reference[range.clone()]),
+                mask_t: &branch.mask_t,
+            },
+            behavior_t: &branch.behavior_t,
+            advantage: branch.advantage,
+        });
+        let objective = policy_gradient(&sampled.collect::<Vec<_>>(), &self.policy_gradient(), counts)?;
+        let coefficients = objective.coefficients.concat().into_iter().map(|w| w as f32).collect::<Vec<_>>();
+        let coefficients = Tensor::new(coefficients, &self.model.device)?;
+        let mut grads = (&head.logprobs * coefficients)?.sum_all()?.backward()?;
+        let seed = take(&mut grads, &last)?;
+        self.backward_layers(micro, &inputs, seed, gradients)?;
+        report.loss += objective.loss;
+        report.tokens += micro.ids.len();
+        report.metrics.merge(objective.metrics);
+        report.metrics.mean("entropy", head.entropies.iter().map(|&entropy| f64::from(entropy)).sum(), head.entropies.len() as f64);
+        Ok(())
+    }
+
+    fn policy_gradient(&self) -> PolicyGradient {
+        let Settings { policy_loss, ratio, clip, delta, loss_mean, importance, kl, .. } = self.settings;
+        PolicyGradient { policy_loss, ratio, clip, delta, loss_mean, importance, kl, kl_estimator: crate::objective::KlEstimator::K3 }
+    }
+
+    /// The input of every layer, and the output of the last.
+    fn layer_inputs(&self, micro: &MicroBatch, adapter: Option<&Adapter>) -> Result<Vec<Tensor>> {
+        let adapters = [(0..micro.ids.len(), adapter)];
+        let call = call(micro, &adapters);
+        let context = self.model.begin(&call)?;
+        let mut inputs = vec![self.model.embed(&call)?];
+        for index in 0..self.model.architecture.layers {
+            let output = self.model.layer(index, &inputs[index], &context)?;
+            inputs.push(output);
+        }
+        Ok(inputs)
+    }
+
+    /// From the last layer to the first: run it again, this time with gradients, and seed it with its output's gradient.
+    fn backward_layers(&self, micro: &MicroBatch, inputs: &[Tensor], seed: Tensor, gradients: &mut [Tensor]) -> Result<()> {
+        let adapters = [(0..micro.ids.len(), Some(&self.adapter))];
+        let call = call(micro, &adapters);
+        let context = self.model.begin(&call)?;
+        let mut seed = seed;
+        for index in (0..self.model.architecture.layers).rev() {
+            let x = Var::from_tensor(&inputs[index])?;
+            let y = self.model.layer(index, &x, &context)?;
+            let mut grads = (y * seed)?.sum_all()?.backward()?;
+            seed = take(&mut grads, &x)?;
+            for tensor in self.adapter.layer_tensors(index) {
+                gradients[tensor] = (&gradients[tensor] + take(&mut grads, &self.variables[tensor])?)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The log-probability of every completion token of every branch, in the order of the trees.
+///
+/// # Errors
+/// If a completion does not fit into `micro_tokens`, or the device fails.
+pub fn completion_logprobs(
+    model: &Model,
+    adapter: Option<&Adapter>,
+    trees: &[Tree],
+    micro_tokens: usize,
+    temperature: f64,
+) -> Result<Vec<Vec<f64>>> {
+    let mut all = Vec::new();
+    for micro in pack(trees, micro_tokens)? {
+        let logprobs = logprobs(model, adapter, &micro, temperature)?;
+        all.extend(micro.branches.iter().map(|(_, range)| logprobs[range.clone()].to_vec()));
+    }
+    Ok(all)
+}
+
+/// The log-probability of every target of a micro-batch; nothing is kept for a backward pass.
+fn logprobs(model: &Model, adapter: Option<&Adapter>, micro: &MicroBatch, temperature: f64) -> Result<Vec<f64>> {
+    let adapters = [(0..micro.ids.len(), adapter)];
+    let hidden = model.select(&model.forward(&call(micro, &adapters))?, &micro.predicting)?;
+    floats(&log_probabilities(&hidden, model.head(), &micro.targets, model.logits(temperature))?.logprobs)
+}
+
+fn call<'a>(micro: &'a MicroBatch, adapters: &'a [(std::ops::Range<usize>, Option<&'a Adapter>)]) -> Call<'a> {
+    Call { ids: &micro.ids, positions: &micro.positions, spans: micro.spans.clone(), adapters, store: None }
+}
+
+fn take(grads: &mut GradStore, variable: &Var) -> Result<Tensor> {
+    grads.remove(variable).context("an operation of the model cut the graph: it has no backward")
+}
+
+fn floats(tensor: &Tensor) -> Result<Vec<f64>> {
+    Ok(tensor.to_vec1::<f32>()?.into_iter().map(f64::from).collect())
+}

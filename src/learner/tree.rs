@@ -1,0 +1,116 @@
+//! Trees and their packing: a prompt once, its completions as branches, whole trees per micro-batch (DESIGN 5).
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use anyhow::{Result, ensure};
+
+use crate::ops::attention::Span;
+
+/// One prompt and the completions that continue it.
+#[derive(Clone, Debug)]
+pub struct Tree {
+    /// Tokens of the prompt.
+    pub prompt_ids: Vec<u32>,
+    /// The completions.
+    pub branches: Vec<Branch>,
+}
+
+/// One completion, with one entry per token in every list.
+#[derive(Clone, Debug)]
+pub struct Branch {
+    /// Its tokens.
+    pub ids: Vec<u32>,
+    /// The sampler's log-probability of each token.
+    pub behavior_t: Vec<f64>,
+    /// Which tokens receive gradient.
+    pub mask_t: Vec<bool>,
+    /// The advantage of its tokens.
+    pub advantage: f64,
+}
+
+/// The rows of one forward and backward pass, and what they predict.
+#[derive(Debug)]
+pub struct MicroBatch<'a> {
+    /// Token of every row.
+    pub ids: Vec<u32>,
+    /// Logical position of every row.
+    pub positions: Vec<usize>,
+    /// Which rows attend to which.
+    pub spans: Arc<[Span]>,
+    /// The rows that predict, one per completion token: a prompt's last row predicts the first token of every branch.
+    pub predicting: Vec<u32>,
+    /// The token that each of them predicts.
+    pub targets: Vec<u32>,
+    /// The branches, and where their tokens lie in `targets`.
+    pub branches: Vec<(&'a Branch, Range<usize>)>,
+}
+
+/// Packs whole trees, in order, into micro-batches of at most `budget` rows. A tree that is larger is split by branches,
+/// its prompt repeated.
+///
+/// # Errors
+/// If a prompt or a completion is empty, or a prompt with one branch exceeds the budget; tree and branch are named.
+pub fn pack(trees: &[Tree], budget: usize) -> Result<Vec<MicroBatch<'_>>> {
+    let mut pieces: Vec<(&Tree, Range<usize>, usize)> = Vec::new();
+    for (number, tree) in trees.iter().enumerate() {
+        ensure!(!tree.prompt_ids.is_empty(), "group {number}: the prompt has no tokens");
+        let mut open: Option<(usize, usize)> = None;
+        for (index, branch) in tree.branches.iter().enumerate() {
+            ensure!(!branch.ids.is_empty(), "group {number}, rollout {index}: the completion has no tokens");
+            let (prompt, rows) = (tree.prompt_ids.len(), branch.ids.len() - 1);
+            ensure!(
+                prompt + rows <= budget,
+                "group {number}, rollout {index}: {} tokens do not fit into batch.micro_tokens = {budget}; raise it, or shorten prompts or sampling.max_tokens",
+                prompt + rows
+            );
+            open = match open {
+                Some((first, size)) if size + rows > budget => {
+                    pieces.push((tree, first..index, size));
+                    Some((index, prompt + rows))
+                }
+                Some((first, size)) => Some((first, size + rows)),
+                None => Some((index, prompt + rows)),
+            };
+        }
+        pieces.extend(open.map(|(first, size)| (tree, first..tree.branches.len(), size)));
+    }
+    let mut batches = Vec::new();
+    let mut rest = pieces.as_slice();
+    while !rest.is_empty() {
+        let mut total = 0;
+        let fitting = rest.iter().take_while(|(.., size)| {
+            total += size;
+            total <= budget
+        });
+        let (now, later) = rest.split_at(fitting.count());
+        batches.push(lay_out(now));
+        rest = later;
+    }
+    Ok(batches)
+}
+
+fn lay_out<'a>(pieces: &[(&'a Tree, Range<usize>, usize)]) -> MicroBatch<'a> {
+    let (mut ids, mut positions, mut spans) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut predicting, mut targets, mut branches) = (Vec::new(), Vec::new(), Vec::new());
+    for (tree, range, _) in pieces {
+        let prompt = ids.len()..ids.len() + tree.prompt_ids.len();
+        ids.extend(&tree.prompt_ids);
+        positions.extend(0..prompt.len());
+        spans.push(Span { queries: prompt.clone(), prefix: 0..0, own: prompt.clone() });
+        for branch in &tree.branches[range.clone()] {
+            // The last token predicts nothing, so it needs no row.
+            let inputs = &branch.ids[..branch.ids.len() - 1];
+            let rows = ids.len()..ids.len() + inputs.len();
+            branches.push((branch, targets.len()..targets.len() + branch.ids.len()));
+            predicting.extend(std::iter::once(prompt.end - 1).chain(rows.clone()).map(|row| row as u32));
+            targets.extend(&branch.ids);
+            ids.extend(inputs);
+            positions.extend(prompt.len()..prompt.len() + inputs.len());
+            if !rows.is_empty() {
+                spans.push(Span { queries: rows.clone(), prefix: prompt.clone(), own: rows });
+            }
+        }
+    }
+    MicroBatch { ids, positions, spans: spans.into(), predicting, targets, branches }
+}

@@ -1,0 +1,221 @@
+//! One decoder-only transformer described by data.
+//!
+//! Sampler, learner and reference run this one forward path on the same frozen tensors; the adapter is an argument.
+//! Rows are tokens, without batch dimension or padding: [`Call`] says which sequence each row continues.
+//!
+//! * [`architecture`]: what a decoder looks like, from `config.json` or GGUF metadata
+//! * [`weights`]: tensors by name from safetensors or GGUF
+//! * [`cache`]: keys and values of past tokens, for the sampler
+
+pub mod architecture;
+pub mod cache;
+pub mod weights;
+
+use std::ops::Range;
+use std::path::Path;
+use std::sync::Arc;
+
+use anyhow::{Result, ensure};
+use candle_core::{Device, Tensor};
+
+pub use architecture::{Architecture, Projection};
+pub use cache::{KeyValueStore, Store};
+pub use weights::Weights;
+
+use crate::ops::attention::{Heads, Span, attention};
+use crate::ops::gate::gated;
+use crate::ops::head::Logits;
+use crate::ops::linear::linear;
+use crate::ops::norm::rms_norm;
+use crate::ops::rope::{Rotation, rope};
+use crate::policy::Adapter;
+
+/// A frozen decoder. Its tensors exist once; whoever needs them shares the model in an `Arc`.
+pub struct Model {
+    /// What it looks like.
+    pub architecture: Architecture,
+    /// Where its tensors live.
+    pub device: Device,
+    embedding: Tensor,
+    layers: Vec<Layer>,
+    norm: Tensor,
+    head: Tensor,
+}
+
+struct Layer {
+    attention_norm: Tensor,
+    feed_forward_norm: Tensor,
+    /// By [`Projection`], each [out, in].
+    projections: [Tensor; 7],
+}
+
+/// The rows of one forward call: consecutive rows of one or several sequences.
+pub struct Call<'a> {
+    /// Token of every row.
+    pub ids: &'a [u32],
+    /// Logical position of every row in its sequence.
+    pub positions: &'a [usize],
+    /// Which keys every row attends to: rows of this call, or of the store if there is one.
+    pub spans: Arc<[Span]>,
+    /// Which adapter applies to which rows; the ranges cover all rows in order.
+    pub adapters: &'a [(Range<usize>, Option<&'a Adapter>)],
+    /// Where keys and values go and come from; without it they are the call's own.
+    pub store: Option<(&'a KeyValueStore, &'a [Store])>,
+}
+
+/// What every layer of one call needs beside its input.
+pub struct LayerCall<'a> {
+    rotation: Rotation,
+    call: &'a Call<'a>,
+}
+
+impl Model {
+    /// Loads a model from an opened file or folder.
+    ///
+    /// # Errors
+    /// If a tensor is missing or has the wrong shape.
+    pub fn load(weights: &mut Weights, device: &Device) -> Result<Self> {
+        let architecture = weights.architecture()?;
+        let mut tensor = |name: &str, shape: &[usize]| weights.tensor(name, shape, &architecture, device);
+        let table = [architecture.vocabulary, architecture.hidden];
+        let embedding = tensor("model.embed_tokens.weight", &table)?;
+        let head = if architecture.tied { embedding.clone() } else { tensor("lm_head.weight", &table)? };
+        let mut layers = Vec::new();
+        for index in 0..architecture.layers {
+            let name = |part: &str| format!("model.layers.{index}.{part}.weight");
+            let mut projections = Vec::new();
+            for projection in Projection::ALL {
+                let (wide, narrow) = architecture.dimensions(projection);
+                projections.push(tensor(&name(projection.module()), &[wide, narrow])?);
+            }
+            layers.push(Layer {
+                attention_norm: tensor(&name("input_layernorm"), &[architecture.hidden])?,
+                feed_forward_norm: tensor(&name("post_attention_layernorm"), &[architecture.hidden])?,
+                projections: projections.try_into().expect("one tensor was pushed per projection"),
+            });
+        }
+        let norm = tensor("model.norm.weight", &[architecture.hidden])?;
+        Ok(Self { architecture, device: device.clone(), embedding, layers, norm, head })
+    }
+
+    /// Opens and loads a model: see [`Weights::open`].
+    ///
+    /// # Errors
+    /// As [`Weights::open`] and [`Model::load`].
+    pub fn open(path: &Path, device: &Device) -> Result<Self> {
+        Self::load(&mut Weights::open(path)?, device)
+    }
+
+    /// Bytes of the base weights.
+    pub fn bytes(&self) -> usize {
+        let table = self.architecture.vocabulary * self.architecture.hidden;
+        let tables = if self.architecture.tied { table } else { 2 * table };
+        let layer = |layer: &Layer| layer.projections.iter().map(Tensor::elem_count).sum::<usize>();
+        4 * (tables + self.layers.iter().map(layer).sum::<usize>())
+    }
+
+    /// The head's weight [vocabulary, hidden].
+    pub fn head(&self) -> &Tensor {
+        &self.head
+    }
+
+    /// How logits are made at a temperature.
+    pub fn logits(&self, temperature: f64) -> Logits {
+        Logits { soft_cap: None, temperature: temperature as f32 }
+    }
+
+    /// Prepares what all layers of a call share.
+    ///
+    /// # Errors
+    /// If the parts of the call disagree about its rows, or a token or position is outside what the model knows.
+    pub fn begin<'a>(&self, call: &'a Call<'a>) -> Result<LayerCall<'a>> {
+        let rows = call.ids.len();
+        ensure!(call.positions.len() == rows, "{} positions for {rows} rows", call.positions.len());
+        let covered = call.adapters.iter().try_fold(0, |end, (range, _)| (range.start == end).then_some(range.end));
+        ensure!(covered == Some(rows), "adapters do not cover the {rows} rows of the call in order");
+        let (vocabulary, context) = (self.architecture.vocabulary, self.architecture.context);
+        if let Some(id) = call.ids.iter().find(|&&id| id as usize >= vocabulary) {
+            anyhow::bail!("token {id} is outside the model's vocabulary of {vocabulary}");
+        }
+        if let Some(position) = call.positions.iter().find(|&&position| position >= context) {
+            anyhow::bail!("position {position} is outside the model's context of {context} tokens");
+        }
+        Ok(LayerCall { rotation: Rotation::new(call.positions, &self.architecture.frequencies), call })
+    }
+
+    /// Embeds the call's tokens: [rows, hidden].
+    ///
+    /// # Errors
+    /// If the device fails.
+    pub fn embed(&self, call: &Call) -> Result<Tensor> {
+        Ok(self.embedding.index_select(&Tensor::new(call.ids, &self.device)?, 0)?)
+    }
+
+    /// One layer: [rows, hidden] to [rows, hidden].
+    ///
+    /// # Errors
+    /// If the device fails.
+    pub fn layer(&self, index: usize, x: &Tensor, context: &LayerCall) -> Result<Tensor> {
+        let (layer, epsilon) = (&self.layers[index], self.architecture.norm_epsilon);
+        let project = |x: &Tensor, projection: Projection| self.project(index, projection, x, context.call.adapters);
+        let h = rms_norm(x, &layer.attention_norm, epsilon)?;
+        let q = rope(&project(&h, Projection::QProj)?, &context.rotation)?;
+        let k = rope(&project(&h, Projection::KProj)?, &context.rotation)?;
+        let v = project(&h, Projection::VProj)?;
+        let (k, v) = match context.call.store {
+            Some((store, stores)) => store.write(index, &k, &v, stores)?,
+            None => (k, v),
+        };
+        let attended = attention(&q, &k, &v, self.heads(), &context.call.spans)?;
+        let x = (x + project(&attended, Projection::OProj)?)?;
+        let h = rms_norm(&x, &layer.feed_forward_norm, epsilon)?;
+        let (gate, up) = (project(&h, Projection::GateProj)?, project(&h, Projection::UpProj)?);
+        let gated = gated(&gate, &up, self.architecture.activation)?;
+        Ok((x + project(&gated, Projection::DownProj)?)?)
+    }
+
+    fn heads(&self) -> Heads {
+        let Architecture { heads, key_value_heads, head_dim, .. } = self.architecture;
+        let scale = 1.0 / (head_dim as f32).sqrt();
+        Heads { query: heads, key: key_value_heads, dim: head_dim, scale, soft_cap: None, window: None }
+    }
+
+    fn project(
+        &self,
+        index: usize,
+        projection: Projection,
+        x: &Tensor,
+        adapters: &[(Range<usize>, Option<&Adapter>)],
+    ) -> Result<Tensor> {
+        let weight = &self.layers[index].projections[projection as usize];
+        let mut parts = Vec::with_capacity(adapters.len());
+        for (rows, adapter) in adapters {
+            let low_rank = adapter.and_then(|adapter| adapter.low_rank(index, projection));
+            // With one adapter this is all of x, and no copy is made.
+            parts.push(linear(&x.narrow(0, rows.start, rows.len())?, weight, low_rank)?);
+        }
+        if parts.len() == 1 { Ok(parts.remove(0)) } else { Ok(Tensor::cat(&parts, 0)?) }
+    }
+
+    /// The final norm of selected rows of the last layer's output: [rows.len(), hidden], ready for the head.
+    ///
+    /// # Errors
+    /// If a row does not exist.
+    pub fn select(&self, x: &Tensor, rows: &[u32]) -> Result<Tensor> {
+        let selected = x.index_select(&Tensor::new(rows, &self.device)?, 0)?;
+        Ok(rms_norm(&selected, &self.norm, self.architecture.norm_epsilon)?)
+    }
+
+    /// All layers, without keeping anything for a backward pass: the last layer's output [rows, hidden].
+    ///
+    /// # Errors
+    /// As [`Model::begin`], or if the device fails.
+    pub fn forward(&self, call: &Call) -> Result<Tensor> {
+        let context = self.begin(call)?;
+        let mut x = self.embed(call)?;
+        for index in 0..self.layers.len() {
+            x = self.layer(index, &x, &context)?;
+        }
+        Ok(x)
+    }
+}

@@ -1,0 +1,175 @@
+//! Weights by their Hugging Face names, from a GGUF file or a folder of safetensors, converted to f32 once.
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::io::BufReader;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail, ensure};
+use candle_core::quantized::gguf_file::{Content, Value as Metadata};
+use candle_core::safetensors::MmapedSafetensors;
+use candle_core::{DType, Device, Tensor};
+
+use super::architecture::{Architecture, Projection};
+
+/// An opened model file or folder.
+pub enum Weights {
+    /// A GGUF file; its metadata also describes the model and its tokenizer.
+    Gguf {
+        /// Where it lies, for messages.
+        path: PathBuf,
+        /// Header and metadata.
+        content: Content,
+        /// The file itself.
+        reader: BufReader<File>,
+    },
+    /// A folder with `config.json` and one or several safetensors files.
+    Folder {
+        /// Where it lies, for messages.
+        path: PathBuf,
+        /// The mapped files.
+        tensors: MmapedSafetensors,
+    },
+}
+
+impl Weights {
+    /// Opens a `.gguf` file, a folder that holds exactly one however deep, or a Hugging Face folder.
+    ///
+    /// # Errors
+    /// If there is no model, more than one, or its header cannot be read.
+    pub fn open(path: &Path) -> Result<Self> {
+        if path.join("config.json").exists() {
+            let files = with_extension(path, "safetensors", 1)?;
+            ensure!(!files.is_empty(), "{}: config.json but no .safetensors file beside it", path.display());
+            let tensors = map(&files).with_context(|| format!("{}: cannot map safetensors", path.display()))?;
+            return Ok(Self::Folder { path: path.into(), tensors });
+        }
+        let files = if path.is_dir() { with_extension(path, "gguf", 8)? } else { vec![path.to_path_buf()] };
+        let [file] = files.as_slice() else {
+            bail!("{}: expected config.json with safetensors, or one .gguf file; found {} .gguf files", path.display(), files.len());
+        };
+        let mut reader = BufReader::new(File::open(file).with_context(|| format!("{}: cannot open", file.display()))?);
+        let content = Content::read(&mut reader).with_context(|| format!("{}: not a readable gguf file", file.display()))?;
+        Ok(Self::Gguf { path: file.clone(), content, reader })
+    }
+
+    /// The model's description.
+    ///
+    /// # Errors
+    /// If the description is missing or of an unsupported family.
+    pub fn architecture(&self) -> Result<Architecture> {
+        match self {
+            Self::Gguf { path, content, .. } => {
+                let embedding = content.tensor_infos.get("token_embd.weight").map(|info| info.shape.dims().to_vec());
+                let Some([vocabulary, _]) = embedding.as_deref() else {
+                    bail!("{}: tensor token_embd.weight is missing or not a matrix", path.display());
+                };
+                let tied = !content.tensor_infos.contains_key("output.weight");
+                ensure!(!content.tensor_infos.contains_key("rope_freqs.weight"), "{}: scaled rope is not supported in gguf files yet; use the safetensors folder", path.display());
+                Architecture::from_gguf(&content.metadata, *vocabulary, tied).with_context(|| path.display().to_string())
+            }
+            Self::Folder { path, .. } => {
+                let file = path.join("config.json");
+                let text = std::fs::read_to_string(&file).with_context(|| format!("{}: cannot read", file.display()))?;
+                let config = serde_json::from_str(&text).with_context(|| format!("{}: not json", file.display()))?;
+                Architecture::from_config(&config).with_context(|| path.display().to_string())
+            }
+        }
+    }
+
+    /// The GGUF metadata, or `None` for a folder.
+    pub fn metadata(&self) -> Option<&HashMap<String, Metadata>> {
+        match self {
+            Self::Gguf { content, .. } => Some(&content.metadata),
+            Self::Folder { .. } => None,
+        }
+    }
+
+    /// Where the model lies.
+    pub fn path(&self) -> &Path {
+        match self {
+            Self::Gguf { path, .. } | Self::Folder { path, .. } => path,
+        }
+    }
+
+    /// The tensor of this Hugging Face name, in f32.
+    ///
+    /// # Errors
+    /// If it is missing, or its shape is not the one that the model's description asks for.
+    pub fn tensor(&mut self, name: &str, shape: &[usize], architecture: &Architecture, device: &Device) -> Result<Tensor> {
+        let tensor = match self {
+            Self::Folder { path, tensors } => {
+                let found = tensors.load(name, device).with_context(|| format!("{}: tensor {name}", path.display()))?;
+                found.to_dtype(DType::F32)?
+            }
+            Self::Gguf { path, content, reader } => {
+                let stored = gguf_name(name);
+                let found = content.tensor(reader, &stored, device);
+                let found = found.with_context(|| format!("{}: tensor {stored} ({name})", path.display()))?;
+                unpermute(name, found.dequantize(device)?, architecture)?
+            }
+        };
+        ensure!(
+            tensor.dims() == shape,
+            "{}: tensor {name} has shape {:?}, the model's description asks for {shape:?}",
+            self.path().display(),
+            tensor.dims()
+        );
+        Ok(tensor.contiguous()?)
+    }
+}
+
+/// Maps safetensors files into memory.
+fn map(files: &[PathBuf]) -> candle_core::Result<MmapedSafetensors> {
+    // SAFETY: the files are opened read-only and converted before training starts; that nobody truncates a model file
+    // while it is being loaded is the one thing that mapping asks of the user.
+    unsafe { MmapedSafetensors::multi(files) }
+}
+
+/// Files with an extension under a folder, at most `depth` levels down, in order of their paths.
+fn with_extension(folder: &Path, extension: &str, depth: usize) -> Result<Vec<PathBuf>> {
+    let mut found = Vec::new();
+    let entries = std::fs::read_dir(folder).with_context(|| format!("{}: cannot list", folder.display()))?;
+    for entry in entries {
+        let path = entry.with_context(|| format!("{}: cannot list", folder.display()))?.path();
+        if path.is_dir() && depth > 1 {
+            found.extend(with_extension(&path, extension, depth - 1)?);
+        } else if path.extension().is_some_and(|found| found == extension) {
+            found.push(path);
+        }
+    }
+    found.sort();
+    Ok(found)
+}
+
+/// GGUF's name of a tensor: `model.layers.3.self_attn.q_proj.weight` is `blk.3.attn_q.weight`.
+fn gguf_name(name: &str) -> String {
+    const PARTS: [(&str, &str); 13] = [
+        ("model.embed_tokens.", "token_embd."),
+        ("model.norm.", "output_norm."),
+        ("lm_head.", "output."),
+        ("model.layers.", "blk."),
+        ("input_layernorm.", "attn_norm."),
+        ("post_attention_layernorm.", "ffn_norm."),
+        ("self_attn.q_proj.", "attn_q."),
+        ("self_attn.k_proj.", "attn_k."),
+        ("self_attn.v_proj.", "attn_v."),
+        ("self_attn.o_proj.", "attn_output."),
+        ("mlp.gate_proj.", "ffn_gate."),
+        ("mlp.up_proj.", "ffn_up."),
+        ("mlp.down_proj.", "ffn_down."),
+    ];
+    PARTS.iter().fold(name.to_string(), |name, (from, to)| name.replace(from, to))
+}
+
+/// Llama's GGUF files store queries and keys with the two halves of each head interleaved; checkpoints do not.
+fn unpermute(name: &str, tensor: Tensor, architecture: &Architecture) -> Result<Tensor> {
+    let permuted = [Projection::QProj, Projection::KProj].iter().any(|projection| name.contains(projection.module()));
+    if !permuted {
+        return Ok(tensor);
+    }
+    let (out, width) = tensor.dims2()?;
+    let half = architecture.head_dim / 2;
+    ensure!(out % (2 * half) == 0, "tensor {name} has {out} rows, not whole heads of {}", 2 * half);
+    Ok(tensor.reshape((out / (2 * half), half, 2, width))?.transpose(1, 2)?.reshape((out, width))?)
+}

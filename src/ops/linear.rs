@@ -1,0 +1,115 @@
+//! `y = x Wᵀ + s (x Aᵀ) Bᵀ`: a frozen weight and the low-rank adapter beside it (LoRA, Hu et al. 2021, eq. 3).
+//!
+//! W is never differentiated: candle's own backward would compute a gradient as large as the model and throw it away.
+
+use candle_core::{CpuStorage, CustomOp1, CustomOp3, Layout, Result, Shape, Tensor};
+
+use super::matmul::{Matrix, Threads, matmul, product};
+use super::{output, values, with_values};
+
+/// The adapter of one projection: `a` is [rank, in], `b` is [out, rank], `scale` is alpha / rank.
+#[derive(Clone, Copy)]
+pub struct LowRank<'a> {
+    /// Down projection, [rank, in].
+    pub a: &'a Tensor,
+    /// Up projection, [out, rank].
+    pub b: &'a Tensor,
+    /// What the product is multiplied with.
+    pub scale: f32,
+}
+
+/// `x` [rows, in] times the frozen `weight` [out, in], plus the adapter if there is one: [rows, out].
+///
+/// # Errors
+/// If shapes disagree or a tensor is not f32.
+pub fn linear(x: &Tensor, weight: &Tensor, adapter: Option<LowRank>) -> Result<Tensor> {
+    match adapter {
+        None => x.apply_op1(Frozen { weight: weight.clone() }),
+        Some(LowRank { a, b, scale }) => x.apply_op3(a, b, Adapted { weight: weight.clone(), scale }),
+    }
+}
+
+struct Frozen {
+    weight: Tensor,
+}
+
+impl CustomOp1 for Frozen {
+    fn name(&self) -> &'static str {
+        "frozen-linear"
+    }
+
+    fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        let (rows, _) = layout.shape().dims2()?;
+        let (wide, narrow) = self.weight.dims2()?;
+        let x = values(x, layout)?;
+        let y = with_values([&self.weight], |[w]| product(Matrix::dense(x, narrow), Matrix::dense(w, narrow).t()))?;
+        output(y, (rows, wide))
+    }
+
+    fn bwd(&self, x: &Tensor, _y: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
+        let (wide, narrow) = self.weight.dims2()?;
+        let grad = grad.contiguous()?;
+        let dx = with_values([&grad, &self.weight], |[g, w]| product(Matrix::dense(g, wide), Matrix::dense(w, narrow)))?;
+        Ok(Some(Tensor::from_vec(dx, x.shape(), x.device())?))
+    }
+}
+
+struct Adapted {
+    weight: Tensor,
+    scale: f32,
+}
+
+impl CustomOp3 for Adapted {
+    fn name(&self) -> &'static str {
+        "adapted-linear"
+    }
+
+    fn cpu_fwd(
+        &self,
+        x: &CpuStorage,
+        x_layout: &Layout,
+        a: &CpuStorage,
+        a_layout: &Layout,
+        b: &CpuStorage,
+        b_layout: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let (rows, _) = x_layout.shape().dims2()?;
+        let (rank, narrow) = a_layout.shape().dims2()?;
+        let (wide, _) = self.weight.dims2()?;
+        let x = Matrix::dense(values(x, x_layout)?, narrow);
+        let (a, b) = (values(a, a_layout)?, values(b, b_layout)?);
+        let mut y = with_values([&self.weight], |[w]| product(x, Matrix::dense(w, narrow).t()))?;
+        let down = product(x, Matrix::dense(a, narrow).t());
+        let up = Matrix::dense(b, rank).t();
+        matmul(&mut y, wide, 1.0, self.scale, Matrix::dense(&down, rank), up, Threads::All);
+        output(y, (rows, wide))
+    }
+
+    fn bwd(
+        &self,
+        x: &Tensor,
+        a: &Tensor,
+        b: &Tensor,
+        _y: &Tensor,
+        grad: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        let ((rank, narrow), (wide, _)) = (a.dims2()?, self.weight.dims2()?);
+        let grad = grad.contiguous()?;
+        let (dx, da, db) = with_values([x, a, b, &grad, &self.weight], |[xs, a, b, g, w]| {
+            let (x, g) = (Matrix::dense(xs, narrow), Matrix::dense(g, wide));
+            let (a, b) = (Matrix::dense(a, narrow), Matrix::dense(b, rank));
+            let down = product(x, a.t());
+            let mut d_down = vec![0.0; down.len()];
+            matmul(&mut d_down, rank, 0.0, self.scale, g, b, Threads::All);
+            let d_down = Matrix::dense(&d_down, rank);
+            let mut dx = product(g, Matrix::dense(w, narrow));
+            matmul(&mut dx, narrow, 1.0, 1.0, d_down, a, Threads::All);
+            let da = product(d_down.t(), x);
+            let mut db = vec![0.0; wide * rank];
+            matmul(&mut db, rank, 0.0, self.scale, g.t(), Matrix::dense(&down, rank), Threads::All);
+            (dx, da, db)
+        })?;
+        let tensor = |values, like: &Tensor| Tensor::from_vec(values, like.shape(), like.device());
+        Ok((Some(tensor(dx, x)?), Some(tensor(da, a)?), Some(tensor(db, b)?)))
+    }
+}

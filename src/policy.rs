@@ -1,0 +1,167 @@
+//! The adapter: what is trained, published to the sampler, and saved. The base model never changes.
+
+use anyhow::{Context, Result, ensure};
+use candle_core::{DType, Device, Tensor, Var};
+
+use crate::config::Lora;
+use crate::model::{Architecture, Projection};
+use crate::ops::linear::LowRank;
+use crate::random::{self, Purpose};
+
+/// A low-rank adapter (LoRA, Hu et al. 2021) over some projections of every layer.
+#[derive(Clone)]
+pub struct Adapter {
+    /// Optimizer steps that went into it.
+    pub version: u64,
+    scale: f32,
+    /// Sorted by layer and projection.
+    pairs: Vec<Pair>,
+    /// Index into `pairs` by layer · 7 + projection.
+    index: Vec<Option<usize>>,
+}
+
+#[derive(Clone)]
+struct Pair {
+    layer: usize,
+    projection: Projection,
+    /// [rank, in].
+    a: Tensor,
+    /// [out, rank].
+    b: Tensor,
+}
+
+impl Pair {
+    /// PEFT's names of the two tensors.
+    fn names(&self) -> [String; 2] {
+        ["lora_A", "lora_B"].map(|part| tensor_name(self.layer, self.projection, part))
+    }
+}
+
+fn tensor_name(layer: usize, projection: Projection, part: &str) -> String {
+    format!("base_model.model.model.layers.{layer}.{}.{part}.weight", projection.module())
+}
+
+/// alpha / rank, or alpha / √rank when rank-stabilised (Kalajdzievski 2023).
+fn scale(lora: &Lora) -> f32 {
+    let rank = lora.rank as f64;
+    (lora.alpha / if lora.rslora { rank.sqrt() } else { rank }) as f32
+}
+
+impl Adapter {
+    /// A fresh adapter as PEFT makes one: A uniform in ±1/√in (kaiming with a = √5), B zero; it changes nothing yet.
+    ///
+    /// # Errors
+    /// If the device fails.
+    pub fn initialize(architecture: &Architecture, lora: &Lora, seed: u64, device: &Device) -> Result<Self> {
+        Self::build(architecture, lora, |layer, projection, part, shape| {
+            if part == "lora_B" {
+                return Ok(Tensor::zeros(shape, DType::F32, device)?);
+            }
+            let bound = 1.0 / (shape.1 as f64).sqrt();
+            let value = |index| {
+                let key = random::key(seed, Purpose::AdapterInit, &[layer as u64, projection as u64, index as u64]);
+                ((2.0 * random::uniform(key) - 1.0) * bound) as f32
+            };
+            Ok(Tensor::from_vec((0..shape.0 * shape.1).map(value).collect(), shape, device)?)
+        })
+    }
+
+    /// An adapter from named tensors, as PEFT saves them.
+    ///
+    /// # Errors
+    /// If a tensor is missing, left over, or has another shape than the model and the rank ask for.
+    pub fn from_tensors(
+        architecture: &Architecture,
+        lora: &Lora,
+        mut tensors: std::collections::HashMap<String, Tensor>,
+        device: &Device,
+    ) -> Result<Self> {
+        let adapter = Self::build(architecture, lora, |layer, projection, part, shape| {
+            let name = tensor_name(layer, projection, part);
+            let tensor = tensors.remove(&name).with_context(|| format!("adapter: tensor {name} is missing"))?;
+            let found = tensor.dims();
+            ensure!(found == [shape.0, shape.1], "adapter: tensor {name} has shape {found:?}, expected {shape:?}; was it made for another model?");
+            Ok(tensor.to_dtype(DType::F32)?.to_device(device)?)
+        })?;
+        let mut left: Vec<_> = tensors.into_keys().collect();
+        left.sort();
+        ensure!(left.is_empty(), "adapter: tensors that this model has no place for: {}", left.join(", "));
+        Ok(adapter)
+    }
+
+    fn build(
+        architecture: &Architecture,
+        lora: &Lora,
+        mut tensor: impl FnMut(usize, Projection, &str, (usize, usize)) -> Result<Tensor>,
+    ) -> Result<Self> {
+        let (mut pairs, mut index) = (Vec::new(), vec![None; architecture.layers * Projection::ALL.len()]);
+        for layer in 0..architecture.layers {
+            for projection in Projection::ALL.into_iter().filter(|projection| lora.targets.contains(projection)) {
+                let (wide, narrow) = architecture.dimensions(projection);
+                index[layer * Projection::ALL.len() + projection as usize] = Some(pairs.len());
+                let a = tensor(layer, projection, "lora_A", (lora.rank, narrow))?;
+                let b = tensor(layer, projection, "lora_B", (wide, lora.rank))?;
+                pairs.push(Pair { layer, projection, a, b });
+            }
+        }
+        Ok(Self { version: 0, scale: scale(lora), pairs, index })
+    }
+
+    /// The pair of one projection, if it carries one.
+    pub fn low_rank(&self, layer: usize, projection: Projection) -> Option<LowRank<'_>> {
+        let pair = &self.pairs[self.index[layer * Projection::ALL.len() + projection as usize]?];
+        Some(LowRank { a: &pair.a, b: &pair.b, scale: self.scale })
+    }
+
+    /// Every tensor with PEFT's name for it, always in the same order.
+    pub fn tensors(&self) -> Vec<(String, Tensor)> {
+        let named = |pair: &Pair| pair.names().into_iter().zip([pair.a.clone(), pair.b.clone()]).collect::<Vec<_>>();
+        self.pairs.iter().flat_map(named).collect()
+    }
+
+    /// Indices into [`Adapter::tensors`] of the tensors of one layer.
+    pub fn layer_tensors(&self, layer: usize) -> Vec<usize> {
+        let of_layer = |(index, pair): (usize, &Pair)| (pair.layer == layer).then_some([2 * index, 2 * index + 1]);
+        self.pairs.iter().enumerate().filter_map(of_layer).flatten().collect()
+    }
+
+    /// A deep copy without gradients: what the sampler reads while the learner writes in place.
+    ///
+    /// # Errors
+    /// If the device fails.
+    pub fn publish(&self, version: u64) -> Result<Self> {
+        self.with_tensors(version, |tensor| tensor.detach().copy())
+    }
+
+    /// The adapter whose tensors are variables, with the variables in the order of [`Adapter::tensors`]. Both share storage:
+    /// setting a variable changes the adapter.
+    ///
+    /// # Errors
+    /// If the device fails.
+    pub fn trainable(&self) -> Result<(Self, Vec<Var>)> {
+        let mut variables = Vec::new();
+        let adapter = self.with_tensors(self.version, |tensor| {
+            let variable = Var::from_tensor(&tensor.copy()?)?;
+            variables.push(variable.clone());
+            Ok(variable.as_tensor().clone())
+        })?;
+        Ok((adapter, variables))
+    }
+
+    /// A view of the same storage through which no gradient flows.
+    ///
+    /// # Errors
+    /// If the device fails.
+    pub fn frozen(&self) -> Result<Self> {
+        self.with_tensors(self.version, |tensor| Ok(tensor.detach()))
+    }
+
+    fn with_tensors(&self, version: u64, mut f: impl FnMut(&Tensor) -> candle_core::Result<Tensor>) -> Result<Self> {
+        let mut copy = Self { version, ..self.clone() };
+        for pair in &mut copy.pairs {
+            pair.a = f(&pair.a)?;
+            pair.b = f(&pair.b)?;
+        }
+        Ok(copy)
+    }
+}

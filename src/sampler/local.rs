@@ -1,0 +1,217 @@
+//! Continuous batching: a group's prompt is computed once and shared, finished rows make room at once (DESIGN 8).
+//!
+//! Which rows share a forward call depends only on the requests and on the lengths of the completions, never on time.
+
+use std::collections::VecDeque;
+use std::ops::Range;
+use std::sync::Arc;
+
+use anyhow::{Context, Result, ensure};
+use candor_environments::Finish;
+
+use super::{Generation, Request, Sampler, Settings};
+use crate::model::{Call, KeyValueStore, Model, Store};
+use crate::ops::attention::Span;
+use crate::ops::head::{Choice, Chosen, choose};
+use crate::policy::Adapter;
+use crate::random::{self, Purpose};
+use crate::tokenizer::Tokenizer;
+
+/// Tokens whose keys and values are kept at once, unless one group alone needs more.
+const STORED_TOKENS: usize = 16 * 1024;
+/// Prompt tokens computed in one forward call, unless one prompt alone is longer.
+const PREFILL_TOKENS: usize = 2048;
+
+/// Samples in this process.
+pub struct LocalSampler {
+    model: Arc<Model>,
+    tokenizer: Arc<Tokenizer>,
+    /// Kept between calls: fresh memory costs more than it should.
+    store: Option<KeyValueStore>,
+}
+
+/// A completion being sampled.
+struct Branch {
+    group: usize,
+    rollout: usize,
+    /// Rows of the store that hold the prompt, and those reserved for this completion.
+    prompt: Range<usize>,
+    own: Range<usize>,
+    ids: Vec<u32>,
+    behavior_t: Vec<f32>,
+    untempered_t: Vec<f32>,
+}
+
+/// The rows of the next forward call, and the row that predicts the next token of every branch.
+#[derive(Default)]
+struct Rows {
+    ids: Vec<u32>,
+    positions: Vec<usize>,
+    spans: Vec<Span>,
+    stores: Vec<Store>,
+    predicting: Vec<u32>,
+}
+
+impl Rows {
+    /// Adds consecutive tokens of one sequence: its context is `prefix`, then `own`, whose last rows are these tokens.
+    fn push(&mut self, ids: &[u32], prefix: Range<usize>, own: Range<usize>) {
+        let rows = self.ids.len()..self.ids.len() + ids.len();
+        let end = prefix.len() + own.len();
+        self.positions.extend(end - ids.len()..end);
+        self.stores.push(Store { from: rows.clone(), to: own.end - ids.len() });
+        self.spans.push(Span { queries: rows, prefix, own });
+        self.ids.extend(ids);
+    }
+}
+
+impl LocalSampler {
+    /// A sampler over a loaded model.
+    pub fn new(model: Arc<Model>, tokenizer: Arc<Tokenizer>) -> Self {
+        Self { model, tokenizer, store: None }
+    }
+
+    /// Makes sure that the store holds what the requests need, within the limit.
+    fn prepare_store(&mut self, requests: &[Request], settings: &Settings) -> Result<KeyValueStore> {
+        let sizes = || requests.iter().map(|request| group_rows(request, settings));
+        let largest = sizes().max().unwrap_or(0);
+        let rows = sizes().sum::<usize>().min(STORED_TOKENS).max(largest);
+        match self.store.take().filter(|store| store.rows() >= rows) {
+            Some(store) => Ok(store),
+            None => Ok(KeyValueStore::new(&self.model.architecture, rows, &self.model.device)?),
+        }
+    }
+
+    /// Why a completion ends after its last token, if it does.
+    fn finish(&self, ids: &[u32], settings: &Settings) -> Result<Option<Finish>> {
+        let ended = ids.last().is_some_and(|id| self.tokenizer.end_tokens().contains(id));
+        if ended || (!settings.stop.is_empty() && stopped(&self.tokenizer.decode(ids), &settings.stop)) {
+            return Ok(Some(Finish::Stop));
+        }
+        Ok((ids.len() >= settings.max_tokens).then_some(Finish::Length))
+    }
+
+    /// One forward call: the next token of every branch.
+    fn advance(
+        &self,
+        rows: &Rows,
+        branches: &[Branch],
+        store: &KeyValueStore,
+        adapter: Option<&Adapter>,
+        settings: &Settings,
+    ) -> Result<Vec<Chosen>> {
+        let call = Call {
+            ids: &rows.ids,
+            positions: &rows.positions,
+            spans: rows.spans.as_slice().into(),
+            adapters: &[(0..rows.ids.len(), adapter)],
+            store: Some((store, &rows.stores)),
+        };
+        let hidden = self.model.select(&self.model.forward(&call)?, &rows.predicting)?;
+        let choices: Vec<Choice> = branches.iter().map(|branch| choice(branch, settings)).collect();
+        let temperature = if settings.temperature == 0.0 { 1.0 } else { settings.temperature };
+        Ok(choose(&hidden, self.model.head(), &choices, self.model.logits(temperature))?)
+    }
+}
+
+/// Rows of the store that a whole group needs.
+fn group_rows(request: &Request, settings: &Settings) -> usize {
+    request.prompt_ids.len() + request.rollouts * settings.max_tokens
+}
+
+fn stopped(text: &str, stop: &[String]) -> bool {
+    stop.iter().any(|stop| text.contains(stop.as_str()))
+}
+
+/// Greedy, or the random number that belongs to the branch's next position.
+fn choice(branch: &Branch, settings: &Settings) -> Choice {
+    if settings.temperature == 0.0 {
+        return Choice::Greedy;
+    }
+    let counters = [settings.step, branch.group as u64, branch.rollout as u64, branch.ids.len() as u64];
+    Choice::Sample(random::uniform(random::key(settings.seed, Purpose::Sampling, &counters)))
+}
+
+/// Admits waiting groups while their rows fit: their prompts become rows of the next call, their completions branches.
+fn admit(
+    waiting: &mut VecDeque<usize>,
+    requests: &[Request],
+    settings: &Settings,
+    store: &mut KeyValueStore,
+    rows: &mut Rows,
+    branches: &mut Vec<Branch>,
+) {
+    while let Some(&group) = waiting.front() {
+        let request = &requests[group];
+        if !rows.ids.is_empty() && rows.ids.len() + request.prompt_ids.len() > PREFILL_TOKENS {
+            return;
+        }
+        let Some(taken) = store.take(group_rows(request, settings)) else { return };
+        waiting.pop_front();
+        let prompt = taken.start..taken.start + request.prompt_ids.len();
+        rows.push(&request.prompt_ids, 0..0, prompt.clone());
+        branches.extend((0..request.rollouts).map(|rollout| {
+            let start = prompt.end + rollout * settings.max_tokens;
+            let own = start..start + settings.max_tokens;
+            let (ids, behavior_t, untempered_t) = (Vec::new(), Vec::new(), Vec::new());
+            Branch { group, rollout, prompt: prompt.clone(), own, ids, behavior_t, untempered_t }
+        }));
+    }
+}
+
+impl Sampler for LocalSampler {
+    fn sample(
+        &mut self,
+        requests: &[Request],
+        adapter: Option<&Adapter>,
+        settings: &Settings,
+        finished: &mut dyn FnMut(Generation) -> Result<()>,
+    ) -> Result<()> {
+        for (group, request) in requests.iter().enumerate() {
+            let (tokens, context) = (request.prompt_ids.len() + settings.max_tokens, self.model.architecture.context);
+            ensure!(!request.prompt_ids.is_empty(), "group {group}: the prompt has no tokens");
+            ensure!(tokens <= context, "group {group}: prompt and completion take {tokens} tokens, the model's context is {context}");
+        }
+        let mut store = self.prepare_store(requests, settings)?;
+        let mut waiting: VecDeque<usize> = (0..requests.len()).collect();
+        let mut unfinished: Vec<usize> = requests.iter().map(|request| request.rollouts).collect();
+        let mut branches: Vec<Branch> = Vec::new();
+        while !waiting.is_empty() || !branches.is_empty() {
+            let mut rows = Rows::default();
+            let running = branches.len();
+            admit(&mut waiting, requests, settings, &mut store, &mut rows, &mut branches);
+            // A branch's first token is predicted by its prompt's last row, every later one by the row of the token before.
+            let mut predicting = Vec::with_capacity(branches.len());
+            for branch in &branches[..running] {
+                predicting.push(rows.ids.len() as u32);
+                let last = branch.ids.last().context("a running branch has a token")?;
+                rows.push(&[*last], branch.prompt.clone(), branch.own.start..branch.own.start + branch.ids.len());
+            }
+            let prompt_end = |branch: &Branch| rows.spans.iter().find(|span| span.own == branch.prompt).map(|span| span.queries.end - 1);
+            for branch in &branches[running..] {
+                predicting.push(prompt_end(branch).context("an admitted branch has its prompt in the call")? as u32);
+            }
+            rows.predicting = predicting;
+            let chosen = self.advance(&rows, &branches, &store, adapter, settings)?;
+            let mut still = Vec::with_capacity(branches.len());
+            for (mut branch, chosen) in branches.into_iter().zip(chosen) {
+                branch.ids.push(chosen.token);
+                branch.behavior_t.push(chosen.logprob);
+                branch.untempered_t.push(chosen.untempered);
+                let Some(finish) = self.finish(&branch.ids, settings)? else {
+                    still.push(branch);
+                    continue;
+                };
+                let Branch { group, rollout, prompt, own, ids, behavior_t, untempered_t } = branch;
+                store.give(own);
+                unfinished[group] -= 1;
+                if unfinished[group] == 0 {
+                    store.give(prompt);
+                }
+                finished(Generation { group, rollout, ids, behavior_t, untempered_t, finish })?;
+            }
+            branches = still;
+        }
+        self.store = Some(store);
+        Ok(())
+    }
+}

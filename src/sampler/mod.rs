@@ -1,0 +1,66 @@
+//! The sampler: prompts in, completions out, each handed over as soon as it ends.
+//!
+//! * [`local`]: continuous batching in this process, on the learner's own copy of the base weights
+
+pub mod local;
+
+use anyhow::Result;
+use candor_environments::Finish;
+
+use crate::policy::Adapter;
+
+/// A prompt to continue several times.
+#[derive(Clone, Debug)]
+pub struct Request {
+    /// Tokens of the prompt.
+    pub prompt_ids: Vec<u32>,
+    /// Completions to sample.
+    pub rollouts: usize,
+}
+
+/// How completions are sampled.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// Tokens after which a completion is cut.
+    pub max_tokens: usize,
+    /// The softmax temperature; 0 takes the most likely token.
+    pub temperature: f64,
+    /// Strings that end a completion, beside the model's own end tokens.
+    pub stop: Vec<String>,
+    /// The run's seed; with the step, group, rollout and position it decides every random number.
+    pub seed: u64,
+    /// The step that is being sampled for.
+    pub step: u64,
+}
+
+/// One sampled completion.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Generation {
+    /// Index of its request.
+    pub group: usize,
+    /// Index within the request.
+    pub rollout: usize,
+    /// Its tokens, the end token included if there is one.
+    pub ids: Vec<u32>,
+    /// Log-probability of each under the full softmax at the sampling temperature.
+    pub behavior_t: Vec<f32>,
+    /// Log-probability of each at temperature 1.
+    pub untempered_t: Vec<f32>,
+    /// Why it ended.
+    pub finish: Finish,
+}
+
+/// What continues prompts.
+pub trait Sampler: Send {
+    /// Continues every request with the base model plus `adapter`, and calls `finished` for each completion as it ends.
+    ///
+    /// # Errors
+    /// If a prompt leaves no room for a completion, the device fails, or `finished` fails: that error is passed on.
+    fn sample(
+        &mut self,
+        requests: &[Request],
+        adapter: Option<&Adapter>,
+        settings: &Settings,
+        finished: &mut dyn FnMut(Generation) -> Result<()>,
+    ) -> Result<()>;
+}

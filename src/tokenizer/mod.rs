@@ -1,0 +1,186 @@
+//! Text to token ids and back, chat messages to prompt ids, and the tokens that end a generation.
+//!
+//! Read from a Hugging Face folder or from a GGUF file's metadata. A token stands for bytes, not characters, so text and
+//! the byte range of each token come from one place ([`Tokenizer::token_ranges`]) and cannot disagree.
+
+mod folder;
+mod gguf;
+mod spelling;
+mod template;
+
+use std::collections::{BTreeSet, HashMap};
+use std::ops::Range;
+use std::path::Path;
+
+use anyhow::{Context, Result, ensure};
+use candle_core::quantized::gguf_file::Value as GgufValue;
+use candor_environments::Message;
+
+use spelling::Spelling;
+use template::ChatTemplate;
+
+/// A model's tokenizer and chat template.
+pub struct Tokenizer {
+    inner: tokenizers::Tokenizer,
+    spelling: Spelling,
+    template: Option<ChatTemplate>,
+    bos: Option<u32>,
+    adds_bos: bool,
+    end_tokens: Vec<u32>,
+}
+
+/// What both sources of a tokenizer say; tokens are given as their text.
+struct Parts {
+    tokenizer: tokenizers::Tokenizer,
+    bos_token: Option<String>,
+    eos_token: Option<String>,
+    /// The tokenizer puts the BOS token before every text.
+    adds_bos: bool,
+    /// Ends of generation beside `eos_token`.
+    end_tokens: Vec<String>,
+    chat_template: Option<String>,
+}
+
+impl Tokenizer {
+    /// Reads `tokenizer.json` and `tokenizer_config.json`, and where present `chat_template.jinja` (which wins over the
+    /// template in the configuration), `generation_config.json` and `config.json` (for their end tokens).
+    ///
+    /// # Errors
+    /// A required file is missing, a file is not what it should be (the message names it), the vocabulary is empty, or
+    /// its tokens do not spell bytes in a way we know.
+    pub fn from_folder(folder: &Path) -> Result<Self> {
+        folder::read(folder)
+            .and_then(Self::assemble)
+            .with_context(|| format!("the tokenizer in {} cannot be used", folder.display()))
+    }
+
+    /// Builds the tokenizer that a GGUF file's metadata describes.
+    ///
+    /// # Errors
+    /// A key is missing or has another type, the lists do not fit each other, or the kind of text splitting is unknown.
+    pub fn from_gguf(metadata: &HashMap<String, GgufValue>) -> Result<Self> {
+        gguf::read(metadata).and_then(Self::assemble).context("the tokenizer in the GGUF metadata cannot be used")
+    }
+
+    fn assemble(parts: Parts) -> Result<Self> {
+        let Parts { mut tokenizer, bos_token, eos_token, adds_bos, end_tokens, chat_template } = parts;
+        ensure!(tokenizer.get_vocab_size(true) > 0, "the vocabulary is empty");
+        tokenizer.with_padding(None).with_truncation(None).map_err(anyhow::Error::from_boxed)?;
+        let spelling = Spelling::of(&tokenizer)?;
+        let id = |token: &String| {
+            tokenizer.token_to_id(token).with_context(|| format!("{token:?} is not in the vocabulary"))
+        };
+        let bos = bos_token.as_ref().map(id).transpose().context("the BOS token")?;
+        ensure!(!adds_bos || bos.is_some(), "a BOS token is to be added to every text, but none is named");
+        let ends: BTreeSet<u32> =
+            end_tokens.iter().chain(&eos_token).map(id).collect::<Result<_>>().context("an end token")?;
+        let template = chat_template.map(|source| ChatTemplate::new(source, bos_token, eos_token)).transpose()?;
+        let mut this = Self { inner: tokenizer, spelling, template, bos, adds_bos, end_tokens: Vec::new() };
+        let end_of_turn = this.end_of_turn()?;
+        this.end_tokens = ends.into_iter().chain(end_of_turn).collect::<BTreeSet<_>>().into_iter().collect();
+        Ok(this)
+    }
+
+    /// The special token that the chat template writes after an assistant's answer, if it is one.
+    fn end_of_turn(&self) -> Result<Option<u32>> {
+        let Some(rest) = self.template.as_ref().and_then(ChatTemplate::after_answer) else { return Ok(None) };
+        Ok(self.encode(&rest)?.first().copied().filter(|id| self.is_special(*id)))
+    }
+
+    /// Token ids of `text`. Nothing is added; special tokens written in the text become those tokens.
+    ///
+    /// # Errors
+    /// The tokenizer has no token for a part of the text and none for the unknown.
+    pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
+        let encoding = self.inner.encode_fast(text, false).map_err(anyhow::Error::from_boxed)?;
+        Ok(encoding.get_ids().to_vec())
+    }
+
+    /// The text of `ids` without special tokens. Bytes that are not UTF-8 become U+FFFD; an id without a token (a padding
+    /// row of the embedding) has no text.
+    pub fn decode(&self, ids: &[u32]) -> String {
+        self.spell(ids, false).0
+    }
+
+    /// The text of `ids`, special tokens written out.
+    pub fn decode_with_special(&self, ids: &[u32]) -> String {
+        self.spell(ids, true).0
+    }
+
+    /// The text of [`decode`](Self::decode), and for each id the byte range of that text that it covers.
+    ///
+    /// Range starts never decrease, and together the ranges cover the text. An id that spells part of a character covers the
+    /// whole character, as do the ids of its other parts; an id without text has an empty range.
+    pub fn token_ranges(&self, ids: &[u32]) -> (String, Vec<Range<usize>>) {
+        self.spell(ids, false)
+    }
+
+    fn spell(&self, ids: &[u32], with_special: bool) -> (String, Vec<Range<usize>>) {
+        let mut bytes = Vec::new();
+        let mut spans = Vec::with_capacity(ids.len());
+        for &id in ids {
+            let start = bytes.len();
+            if let Some(token) = self.inner.id_to_token(id)
+                && (with_special || !self.is_special(id))
+            {
+                self.spelling.append(&token, &mut bytes);
+            }
+            spans.push(start..bytes.len());
+        }
+        let (text, characters) = spelling::characters(&bytes);
+        let range = |span: Range<usize>| {
+            let start = characters.get(span.start).map_or(text.len(), |character| character.start);
+            let end = if span.is_empty() { start } else { characters[span.end - 1].end };
+            start..end
+        };
+        let ranges = spans.into_iter().map(range).collect();
+        (text, ranges)
+    }
+
+    fn is_special(&self, id: u32) -> bool {
+        self.inner.get_added_vocabulary().get_added_tokens_decoder().get(&id).is_some_and(|token| token.special)
+    }
+
+    /// `messages` as the chat template writes them; `add_generation_prompt` also opens the assistant's turn.
+    ///
+    /// # Errors
+    /// The model has no chat template, or the template refuses the messages.
+    pub fn render(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String> {
+        let template = self.template.as_ref().context(
+            "the model has no chat template: use an instruction-tuned model, or put a chat_template.jinja beside its tokenizer.json",
+        )?;
+        template.render(messages, add_generation_prompt)
+    }
+
+    /// Token ids of the prompt that asks the model to answer `messages`.
+    ///
+    /// A BOS token stands first exactly once if the template writes it or the tokenizer adds it to every text.
+    ///
+    /// # Errors
+    /// As [`render`](Self::render) and [`encode`](Self::encode).
+    pub fn prompt_ids(&self, messages: &[Message]) -> Result<Vec<u32>> {
+        let mut ids = self.encode(&self.render(messages, true)?)?;
+        if let Some(bos) = self.bos {
+            let written = ids.iter().take_while(|id| **id == bos).count();
+            let wanted = usize::from(written > 0 || self.adds_bos);
+            ids.splice(..written, std::iter::repeat_n(bos, wanted));
+        }
+        Ok(ids)
+    }
+
+    /// Every token that ends a generation, in increasing order: those that the model's files name and the one that the chat
+    /// template writes after an assistant's answer. Empty if there are none.
+    pub fn end_tokens(&self) -> &[u32] {
+        &self.end_tokens
+    }
+
+    /// Number of tokens, special ones included. The model's embedding may have more rows.
+    pub fn vocab_size(&self) -> usize {
+        self.inner.get_vocab_size(true)
+    }
+
+    /// The id of a token given as the vocabulary spells it.
+    pub fn token_id(&self, token: &str) -> Option<u32> {
+        self.inner.token_to_id(token)
+    }
+}

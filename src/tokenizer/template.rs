@@ -1,0 +1,67 @@
+//! Chat templates: the Jinja text that comes with a model turns messages into its prompt.
+//!
+//! Rendering follows transformers' `apply_chat_template`: blocks trimmed on both sides, one final newline of the template
+//! dropped, Python's string methods, `raise_exception`, `strftime_now`, `bos_token` and `eos_token`. No tools are passed.
+
+use anyhow::{Context, Result};
+use candor_environments::Message;
+use jiff::{Timestamp, fmt::strtime, tz::TimeZone};
+use minijinja::syntax::SyntaxConfig;
+use minijinja::{Environment, Error, ErrorKind, Value, context};
+use minijinja_contrib::pycompat::unknown_method_callback;
+
+/// The name under which errors speak of the template, with its line.
+const NAME: &str = "chat_template";
+
+/// A compiled chat template, knowing the tokens that it may write.
+pub(super) struct ChatTemplate {
+    environment: Environment<'static>,
+}
+
+impl ChatTemplate {
+    /// Compiles `source`; an error names the line that is not Jinja.
+    pub(super) fn new(source: String, bos_token: Option<String>, eos_token: Option<String>) -> Result<Self> {
+        let mut environment = Environment::new();
+        environment.set_syntax(SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build()?);
+        environment.set_unknown_method_callback(unknown_method_callback);
+        environment.add_function("raise_exception", |message: String| -> Result<Value, Error> {
+            Err(Error::new(ErrorKind::InvalidOperation, message))
+        });
+        // One instant for the life of the tokenizer: a date in the prompt must not change in the middle of a run.
+        let now = Timestamp::now().to_zoned(TimeZone::UTC);
+        environment.add_function("strftime_now", move |format: String| -> Result<String, Error> {
+            strtime::format(&format, &now).map_err(|error| Error::new(ErrorKind::InvalidOperation, error.to_string()))
+        });
+        // A token that the model lacks stays undefined, which templates ask for and which renders as nothing.
+        for (name, token) in [("bos_token", bos_token), ("eos_token", eos_token)] {
+            if let Some(token) = token {
+                environment.add_global(name, token);
+            }
+        }
+        environment.add_template_owned(NAME, source).context("the chat template does not compile")?;
+        Ok(Self { environment })
+    }
+
+    /// The prompt of `messages`; `add_generation_prompt` also opens the assistant's turn.
+    ///
+    /// # Errors
+    /// The template raises (on roles it does not accept, for example) or uses what this Jinja does not have.
+    pub(super) fn render(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String> {
+        let message = |message: &Message| context! { role => &message.role, content => &message.content };
+        let messages: Vec<Value> = messages.iter().map(message).collect();
+        let template = self.environment.get_template(NAME)?;
+        template
+            .render(context! { messages, add_generation_prompt })
+            .context("the chat template does not render these messages")
+    }
+
+    /// What the template writes after an assistant's answer, leading blanks removed; `None` if it does not render a
+    /// plain question and answer (the reason then appears when real messages are rendered).
+    pub(super) fn after_answer(&self) -> Option<String> {
+        const ANSWER: &str = "an answer that no template contains";
+        let message = |role: &str, content: &str| Message { role: role.into(), content: content.into() };
+        let rendered = self.render(&[message("user", "a question"), message("assistant", ANSWER)], false).ok()?;
+        let (_, rest) = rendered.rsplit_once(ANSWER)?;
+        Some(rest.trim_start().to_owned())
+    }
+}

@@ -1,0 +1,64 @@
+//! What the tests share: where golden numbers, vectors and data are found, and one comparison that says what differed.
+
+use std::path::{Path, PathBuf};
+
+use serde_json::Value;
+
+/// A file or folder of golden numbers, or `None` after saying loudly that the test is skipped.
+pub fn golden(relative: &str) -> Option<PathBuf> {
+    find("CANDOR_GOLDEN", "golden", relative)
+}
+
+/// A file of test vectors, or `None` after saying loudly that the test is skipped.
+pub fn vectors(relative: &str) -> Option<PathBuf> {
+    find("CANDOR_VECTORS", "vectors", relative)
+}
+
+/// A file of real data, or `None` after saying loudly that the test is skipped.
+pub fn data(relative: &str) -> Option<PathBuf> {
+    find("CANDOR_DATA", "data", relative)
+}
+
+fn find(variable: &str, kind: &str, relative: &str) -> Option<PathBuf> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let folders = match std::env::var_os(variable) {
+        Some(folder) => vec![PathBuf::from(folder)],
+        None => vec![root.join("../shared").join(kind), root.join("tests/data").join(kind)],
+    };
+    let found = folders.iter().map(|folder| folder.join(relative)).find(|path| path.exists());
+    if found.is_none() {
+        eprintln!("SKIPPED: {kind}/{relative} is in none of {folders:?}; set {variable} to run this test");
+    }
+    found
+}
+
+/// Reads a JSON file of the tests.
+pub fn json(path: &Path) -> Value {
+    let text = std::fs::read_to_string(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+    serde_json::from_str(&text).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
+}
+
+/// A JSON array of numbers.
+pub fn floats(value: &Value) -> Vec<f64> {
+    let list = value.as_array().unwrap_or_else(|| panic!("not a list: {value}"));
+    list.iter().map(|item| item.as_f64().unwrap_or_else(|| panic!("not a number: {item}"))).collect()
+}
+
+/// Fails unless |got − want| ≤ tolerance · (1 + |want|).
+#[track_caller]
+pub fn close(name: &str, got: f64, want: f64, tolerance: f64) {
+    assert!(
+        (got - want).abs() <= tolerance * (1.0 + want.abs()),
+        "{name}: got {got}, want {want}, difference {:.3e} over tolerance {tolerance:.1e}",
+        (got - want).abs()
+    );
+}
+
+/// [`close`] over two lists of the same length.
+#[track_caller]
+pub fn all_close(name: &str, got: &[f64], want: &[f64], tolerance: f64) {
+    assert_eq!(got.len(), want.len(), "{name}: lengths differ");
+    for (index, (got, want)) in got.iter().zip(want).enumerate() {
+        close(&format!("{name}[{index}]"), *got, *want, tolerance);
+    }
+}

@@ -1,0 +1,257 @@
+//! The learner against PEFT and TRL: gradients, whole optimizer trajectories, and the identities of packing.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use candle_core::{Device, Tensor};
+use candor::config::{Learner as Settings, Lora, Schedule};
+use candor::learner::tree::{Branch, Tree};
+use candor::learner::{Learner, StepShape, completion_logprobs};
+use candor::model::Model;
+use candor::objective::LossMean;
+use candor::policy::Adapter;
+
+use crate::check;
+use crate::model::{adapter, ids, tensors, tiny_models, values};
+
+/// PyTorch's optimizer settings in the golden runs.
+fn settings() -> Settings {
+    Settings { learning_rate: 1e-2, schedule: Schedule::Constant, warmup_steps: 0, clip: [0.2, 0.2], ..Settings::default() }
+}
+
+fn shape() -> StepShape {
+    StepShape { micro_tokens: 4096, max_tokens: 64, temperature: 1.0, learning_rate: 1e-2 }
+}
+
+fn branch(ids: &[u32], advantage: f64) -> Branch {
+    Branch { ids: ids.to_vec(), behavior_t: vec![0.0; ids.len()], mask_t: vec![true; ids.len()], advantage }
+}
+
+/// A sequence whose every token but the first is to be imitated: supervised fine-tuning is advantage 1 on policy.
+fn imitation(ids: &[u32]) -> Tree {
+    Tree { prompt_ids: vec![ids[0]], branches: vec![branch(&ids[1..], 1.0)] }
+}
+
+/// Sets the behavior log-probabilities to the adapter's own, so that every ratio is 1.
+fn on_policy(model: &Model, adapter: &Adapter, trees: &mut [Tree]) {
+    let logprobs = completion_logprobs(model, Some(adapter), trees, 4096, 1.0).unwrap();
+    let branches = trees.iter_mut().flat_map(|tree| &mut tree.branches);
+    branches.zip(logprobs).for_each(|(branch, logprobs)| branch.behavior_t = logprobs);
+}
+
+fn open(folder: &Path) -> Arc<Model> {
+    Arc::new(Model::open(folder, &Device::Cpu).unwrap())
+}
+
+/// Every golden adapter of every tiny model: model folder, adapter name.
+fn golden_adapters() -> Vec<(std::path::PathBuf, &'static str)> {
+    let pairs = tiny_models().into_iter().flat_map(|folder| ["lora", "lora_all_rs"].map(|name| (folder.clone(), name)));
+    pairs.filter(|(folder, name)| folder.join(format!("adapter_{name}")).exists()).collect()
+}
+
+fn gradient(learner: &Learner, trees: &[Tree], shape: &StepShape) -> Vec<Vec<f64>> {
+    learner.gradient(trees, shape).unwrap().gradients.iter().map(values).collect()
+}
+
+#[test]
+fn golden_gradients_equal_peft() {
+    for (folder, name) in golden_adapters() {
+        let model = open(&folder);
+        let golden = tensors(&folder.join(format!("golden_{name}.safetensors")));
+        let a = ids(&tensors(&folder.join("golden_logits.safetensors"))["ids_a"]);
+        let (adapter, _) = adapter(&model, &folder.join(format!("adapter_{name}")));
+        let mut trees = [imitation(&a)];
+        on_policy(&model, &adapter, &mut trees);
+        let place = format!("{} {name}", folder.display());
+        check::all_close(&place, &trees[0].branches[0].behavior_t, &values(&golden["logps_a"]), 1e-4);
+        let learner = Learner::new(model.clone(), &adapter, None, &settings()).unwrap();
+        let got = gradient(&learner, &trees, &shape());
+        for ((tensor, _), got) in adapter.tensors().iter().zip(&got) {
+            check::all_close(&format!("{place} {tensor}"), got, &values(&golden[&format!("grad_a.{tensor}")]), 1e-4);
+        }
+    }
+}
+
+#[test]
+fn golden_trajectory_of_ten_adamw_steps() {
+    for (folder, name) in golden_adapters() {
+        let model = open(&folder);
+        let logits = tensors(&folder.join("golden_logits.safetensors"));
+        let (adapter, _) = adapter(&model, &folder.join(format!("adapter_{name}")));
+        let settings = Settings { weight_decay: 0.01, ..settings() };
+        let mut learner = Learner::new(model.clone(), &adapter, None, &settings).unwrap();
+        let steps = &check::json(&folder.join("golden.json"))[name]["sft_trajectory"]["steps"];
+        for (step, want) in steps.as_array().unwrap().iter().enumerate() {
+            let mut trees = [imitation(&ids(&logits["ids_a"])), imitation(&ids(&logits["ids_b"]))];
+            on_policy(&model, learner.adapter(), &mut trees);
+            let all: Vec<f64> = trees.iter().flat_map(|tree| tree.branches[0].behavior_t.clone()).collect();
+            let report = learner.step(&trees, &shape()).unwrap();
+            let place = format!("{} {name} step {step}", folder.display());
+            check::close(&place, -all.iter().sum::<f64>() / all.len() as f64, want["loss"].as_f64().unwrap(), 1e-4);
+            check::close(&place, report.grad_norm, want["grad_norm_before_clip"].as_f64().unwrap(), 1e-3);
+        }
+    }
+}
+
+/// A row of token ids under a mask.
+fn masked(ids: &serde_json::Value, mask: &serde_json::Value) -> Vec<u32> {
+    let pairs = check::floats(ids).into_iter().zip(check::floats(mask));
+    pairs.filter(|(_, mask)| *mask > 0.0).map(|(id, _)| id as u32).collect()
+}
+
+/// TRL keeps one row per completion; consecutive rows with the same prompt are one tree here.
+fn trl_trees(step: &serde_json::Value) -> Vec<Tree> {
+    let mut trees: Vec<Tree> = Vec::new();
+    let advantages = check::floats(&step["advantages"]);
+    for (row, advantage) in advantages.into_iter().enumerate() {
+        let prompt_ids = masked(&step["prompt_ids"][row], &step["prompt_mask"][row]);
+        let branch = branch(&masked(&step["completion_ids"][row], &step["completion_mask"][row]), advantage);
+        match trees.last_mut() {
+            Some(tree) if tree.prompt_ids == prompt_ids => tree.branches.push(branch),
+            _ => trees.push(Tree { prompt_ids, branches: vec![branch] }),
+        }
+    }
+    trees
+}
+
+#[test]
+fn golden_grpo_runs_of_trl() {
+    let (Some(path), Some(folder)) = (check::golden("trl/grpo_trace.json"), check::golden("tiny/llama")) else { return };
+    for (name, trace) in check::json(&path)["traces"].as_object().unwrap() {
+        let model = open(&folder);
+        let (adapter, _) = adapter(&model, &folder.join("adapter_lora"));
+        let config = &trace["config"];
+        let settings = Settings {
+            kl: config["beta"].as_f64().unwrap(),
+            loss_mean: match config["loss_type"].as_str().unwrap() {
+                "grpo" => LossMean::Sequence,
+                "dapo" => LossMean::Token,
+                "dr_grpo" => LossMean::Constant,
+                other => panic!("a loss that the trace did not have before: {other}"),
+            },
+            ..settings()
+        };
+        let reference = Some(adapter.publish(0).unwrap());
+        let mut learner = Learner::new(model.clone(), &adapter, reference, &settings).unwrap();
+        let max_tokens = config["max_completion_length"].as_u64().unwrap() as usize;
+        for (step, want) in trace["steps"].as_array().unwrap().iter().enumerate() {
+            let mut trees = trl_trees(want);
+            on_policy(&model, learner.adapter(), &mut trees);
+            let report = learner.step(&trees, &StepShape { max_tokens, ..shape() }).unwrap();
+            let place = format!("{name} step {step}");
+            check::close(&place, report.loss, want["loss"].as_f64().unwrap(), 1e-5);
+            check::close(&place, report.grad_norm, trace["logs"][step]["grad_norm"].as_f64().unwrap(), 1e-3);
+        }
+        for (tensor, value) in learner.adapter().tensors() {
+            let norm = values(&value).iter().map(|x| x * x).sum::<f64>().sqrt();
+            check::close(&format!("{name} {tensor}"), norm, trace["lora_param_l2_after"][&tensor].as_f64().unwrap(), 1e-3);
+        }
+    }
+}
+
+/// The tiny Llama of the golden numbers with an adapter that does something.
+fn tiny() -> Option<(Arc<Model>, Adapter)> {
+    let folder = check::golden("tiny/llama")?;
+    let model = open(&folder);
+    let (adapter, _) = adapter(&model, &folder.join("adapter_lora_all_rs"));
+    Some((model, adapter))
+}
+
+/// Three groups of unequal shape with unequal advantages and ratios near 1.
+fn forest(model: &Model, adapter: &Adapter) -> Vec<Tree> {
+    let token = |seed: usize, i: usize| ((seed * 37 + i * 101 + 11) % 320) as u32;
+    let tree = |seed: usize, prompt: usize, branches: &[usize]| Tree {
+        prompt_ids: (0..prompt).map(|i| token(seed, i)).collect(),
+        branches: branches
+            .iter()
+            .enumerate()
+            .map(|(b, &length)| {
+                let ids: Vec<u32> = (0..length).map(|i| token(seed * 10 + b + 1, i)).collect();
+                branch(&ids, (b as f64 - 0.7) * (seed as f64 + 0.5))
+            })
+            .collect(),
+    };
+    let mut trees = vec![tree(0, 9, &[4, 1, 7]), tree(1, 33, &[5, 40]), tree(2, 1, &[3, 2, 2, 6])];
+    on_policy(model, adapter, &mut trees);
+    for (index, branch) in trees.iter_mut().flat_map(|tree| &mut tree.branches).enumerate() {
+        branch.behavior_t.iter_mut().for_each(|logprob| *logprob += 0.05 * (index as f64 % 3.0 - 1.0));
+    }
+    trees
+}
+
+fn assert_same_gradient(name: &str, learner: &Learner, got: &[Vec<f64>], want: &[Vec<f64>]) {
+    for ((tensor, _), (got, want)) in learner.adapter().tensors().iter().zip(got.iter().zip(want)) {
+        let norm = want.iter().map(|x| x * x).sum::<f64>().sqrt();
+        let difference = got.iter().zip(want).map(|(a, b)| (a - b).powi(2)).sum::<f64>().sqrt();
+        assert!(difference <= 1e-5 * (norm + 1e-3), "{name}: {tensor} differs by {difference:.3e} of {norm:.3e}");
+    }
+}
+
+/// Catches denominators taken per micro-batch, a prompt counted once per branch, and branches that see each other.
+#[test]
+fn the_gradient_does_not_depend_on_trees_or_micro_batches() {
+    let Some((model, adapter)) = tiny() else { return };
+    let trees = forest(&model, &adapter);
+    let learner = Learner::new(model, &adapter, None, &settings()).unwrap();
+    let want = gradient(&learner, &trees, &shape());
+    for micro_tokens in [72, 73, 80, 100] {
+        let got = gradient(&learner, &trees, &StepShape { micro_tokens, ..shape() });
+        assert_same_gradient(&format!("micro_tokens {micro_tokens}"), &learner, &got, &want);
+    }
+    let alone = |tree: &Tree| {
+        let single = |branch: &Branch| Tree { prompt_ids: tree.prompt_ids.clone(), branches: vec![branch.clone()] };
+        tree.branches.iter().map(single).collect::<Vec<_>>()
+    };
+    let rows: Vec<Tree> = trees.iter().flat_map(alone).collect();
+    assert_same_gradient("one row per branch", &learner, &gradient(&learner, &rows, &shape()), &want);
+}
+
+#[test]
+fn a_completion_that_does_not_fit_is_named() {
+    let Some((model, adapter)) = tiny() else { return };
+    let trees = forest(&model, &adapter);
+    let learner = Learner::new(model, &adapter, None, &settings()).unwrap();
+    let error = learner.gradient(&trees, &StepShape { micro_tokens: 71, ..shape() }).err().unwrap();
+    assert!(error.to_string().contains("group 1, rollout 1"), "{error}");
+}
+
+/// The whole model's backward against central differences of its loss, in directions that touch every tensor.
+#[test]
+fn the_gradient_equals_finite_differences() {
+    let Some((model, adapter)) = tiny() else { return };
+    let trees = forest(&model, &adapter);
+    let learner = Learner::new(model.clone(), &adapter, None, &settings()).unwrap();
+    let gradients = learner.gradient(&trees, &shape()).unwrap().gradients;
+    let loss = |scale: f64| {
+        let moved = adapter.tensors().into_iter().zip(&gradients).map(|((name, tensor), gradient)| {
+            (name, (tensor + (gradient * scale).unwrap()).unwrap())
+        });
+        let lora = Lora { rank: 4, alpha: 8.0, rslora: true, targets: candor::config::Projection::ALL.to_vec(), ..Lora::default() };
+        let moved = Adapter::from_tensors(&model.architecture, &lora, moved.collect(), &Device::Cpu).unwrap();
+        let learner = Learner::new(model.clone(), &moved, None, &settings()).unwrap();
+        learner.gradient(&trees, &shape()).unwrap().report.loss
+    };
+    let square: f64 = gradients.iter().map(|g| values(g).iter().map(|x| x * x).sum::<f64>()).sum();
+    let step = 2e-3 / square.sqrt();
+    check::close("directional derivative", (loss(step) - loss(-step)) / (2.0 * step), square, 5e-3);
+}
+
+/// A gradient that is not finite must stop the step and leave the adapter as it was.
+#[test]
+fn a_gradient_that_is_not_finite_is_an_error() {
+    let Some((model, adapter)) = tiny() else { return };
+    let tensors = adapter.tensors().into_iter().map(|(name, tensor)| {
+        let broken = name.contains("layers.2.mlp.up_proj.lora_B");
+        let tensor = if broken { (tensor * f64::INFINITY).unwrap() } else { tensor };
+        (name, tensor)
+    });
+    let lora = Lora { rank: 4, alpha: 8.0, rslora: true, targets: candor::config::Projection::ALL.to_vec(), ..Lora::default() };
+    let broken = Adapter::from_tensors(&model.architecture, &lora, tensors.collect(), &Device::Cpu).unwrap();
+    let trees = forest(&model, &adapter);
+    let mut learner = Learner::new(model, &broken, None, &settings()).unwrap();
+    let before: Vec<Tensor> = learner.adapter().tensors().into_iter().map(|(_, t)| t.copy().unwrap()).collect();
+    assert!(learner.step(&trees, &shape()).is_err());
+    for ((name, after), before) in learner.adapter().tensors().iter().zip(before) {
+        assert!(values(after).iter().zip(values(&before)).all(|(a, b)| a.to_bits() == b.to_bits()), "{name} was updated");
+    }
+}

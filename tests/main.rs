@@ -1,0 +1,5 @@
+//! All integration tests, in one binary.
+
+mod check;
+mod model;
+mod learner;

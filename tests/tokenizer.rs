@@ -1,0 +1,489 @@
+//! Tokenizers and chat templates against transformers, GGUF against `tokenizer.json`, and what bad files are answered.
+
+use std::collections::HashMap;
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+
+use candle_core::quantized::gguf_file::{Content, Value as Gguf};
+use candor::tokenizer::Tokenizer;
+use candor_environments::Message;
+use proptest::prelude::*;
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+use crate::check;
+
+const TEXTS: [&str; 8] = [
+    "",
+    "Hello, world!",
+    " leading and trailing ",
+    "line\r\n\n\n  indented\tby tabs\t",
+    "In 2024, 1234567 of them (12.5%) didn't; they'LL.",
+    "naïve café, ｆｕｌｌ, Ⅻ ½ ٣, 東京, שלום, 🦀👩‍👩‍👧",
+    "a\u{0} \u{7f} \u{ad} \u{a0}z \u{85} \u{2028}",
+    "p = 0.85 -> <answer>yes</answer> ~|^$+=",
+];
+
+fn message(role: &str, content: &str) -> Message {
+    Message { role: role.into(), content: content.into() }
+}
+
+fn messages(case: &Value) -> Vec<Message> {
+    let text = |value: &Value| value.as_str().unwrap().to_owned();
+    let list = case["messages"].as_array().unwrap();
+    list.iter().map(|one| message(&text(&one["role"]), &text(&one["content"]))).collect()
+}
+
+fn ids(value: &Value) -> Vec<u32> {
+    value.as_array().unwrap().iter().map(|id| u32::try_from(id.as_u64().unwrap()).unwrap()).collect()
+}
+
+fn smollm2() -> Option<Tokenizer> {
+    let mut file = File::open(check::smollm2()?).unwrap();
+    Some(Tokenizer::from_gguf(&Content::read(&mut file).unwrap().metadata).unwrap())
+}
+
+/// Every tiny model's folder.
+fn tiny_folders() -> Vec<PathBuf> {
+    let Some(tiny) = check::golden("tiny") else { return Vec::new() };
+    let entries = fs::read_dir(tiny).unwrap().map(|entry| entry.unwrap().path());
+    entries.filter(|folder| folder.join("tokenizer.json").exists()).collect()
+}
+
+fn tiny() -> Tokenizer {
+    Tokenizer::from_folder(&tiny_folders()[0]).unwrap()
+}
+
+/// A folder with a tiny model's `tokenizer.json`, a plain `tokenizer_config.json`, and `files` over them.
+fn folder_with(files: &[(&str, &str)]) -> TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    fs::copy(tiny_folders()[0].join("tokenizer.json"), folder.path().join("tokenizer.json")).unwrap();
+    fs::set_permissions(folder.path().join("tokenizer.json"), std::os::unix::fs::PermissionsExt::from_mode(0o644))
+        .unwrap();
+    fs::write(folder.path().join("tokenizer_config.json"), r#"{"eos_token": "<|im_end|>"}"#).unwrap();
+    for (name, text) in files {
+        fs::write(folder.path().join(name), text).unwrap();
+    }
+    folder
+}
+
+fn load(files: &[(&str, &str)]) -> anyhow::Result<Tokenizer> {
+    Tokenizer::from_folder(folder_with(files).path())
+}
+
+#[track_caller]
+fn assert_error<T>(result: anyhow::Result<T>, parts: &[&str]) {
+    let Err(error) = result else { panic!("no error; expected {parts:?}") };
+    let text = format!("{error:#}");
+    for part in parts {
+        assert!(text.contains(part), "{text:?} does not say {part:?}");
+    }
+}
+
+#[track_caller]
+fn assert_round_trip(tokenizer: &Tokenizer, text: &str) {
+    let ids = tokenizer.encode(text).unwrap();
+    assert_eq!(tokenizer.decode_with_special(&ids), text, "{ids:?}");
+    assert_covers(tokenizer, &ids);
+}
+
+/// The ranges cover the text in order and do not cut a character.
+#[track_caller]
+fn assert_covers(tokenizer: &Tokenizer, ids: &[u32]) {
+    let (text, ranges) = tokenizer.token_ranges(ids);
+    assert_eq!(text, tokenizer.decode(ids));
+    assert_eq!(ranges.len(), ids.len());
+    let (mut start, mut covered) = (0, 0);
+    for range in ranges {
+        assert!(start <= range.start, "{range:?} begins before {start}");
+        assert!(range.start <= covered, "{covered}..{} of {text:?} is covered by no token", range.start);
+        assert!(text.get(range.clone()).is_some(), "{range:?} cuts a character of {text:?}");
+        start = range.start;
+        covered = covered.max(range.end);
+    }
+    assert_eq!(covered, text.len());
+}
+
+#[test]
+fn golden_smollm2_tokenization() {
+    let (Some(tokenizer), Some(path)) = (smollm2(), check::golden("smollm2/tokenization.json")) else { return };
+    for row in check::json(&path)["rows"].as_array().unwrap() {
+        let expected = ids(&row["ids"]);
+        assert_eq!(tokenizer.encode(row["text"].as_str().unwrap()).unwrap(), expected, "{row}");
+        assert_eq!(tokenizer.decode_with_special(&expected), row["decoded"].as_str().unwrap());
+        assert_eq!(tokenizer.decode(&expected), row["decoded_skip_special"].as_str().unwrap());
+        assert_covers(&tokenizer, &expected);
+    }
+}
+
+#[test]
+fn golden_smollm2_chat_template() {
+    let (Some(tokenizer), Some(path)) = (smollm2(), check::golden("smollm2/chat_template.json")) else { return };
+    for case in check::json(&path)["cases"].as_array().unwrap() {
+        let (expected, messages) = (case["text"].as_str().unwrap(), messages(case));
+        let add_generation_prompt = case["add_generation_prompt"].as_bool().unwrap();
+        assert_eq!(tokenizer.render(&messages, add_generation_prompt).unwrap(), expected);
+        if add_generation_prompt {
+            assert_eq!(tokenizer.prompt_ids(&messages).unwrap(), tokenizer.encode(expected).unwrap());
+        }
+    }
+    assert_eq!(tokenizer.end_tokens(), [2]);
+    assert_eq!((tokenizer.vocab_size(), tokenizer.token_id("<|im_end|>")), (49152, Some(2)));
+}
+
+#[test]
+fn golden_smollm2_greedy_texts() {
+    let (Some(tokenizer), Some(path)) = (smollm2(), check::golden("smollm2/greedy.json")) else { return };
+    for row in check::json(&path)["rows"].as_array().unwrap() {
+        assert_eq!(tokenizer.encode(row["prompt"].as_str().unwrap()).unwrap(), ids(&row["prompt_ids"]));
+        assert_eq!(tokenizer.decode_with_special(&ids(&row["ids"])), row["text"].as_str().unwrap());
+    }
+}
+
+#[test]
+fn golden_tiny_tokenizers() {
+    for folder in tiny_folders() {
+        let tokenizer = Tokenizer::from_folder(&folder).unwrap();
+        assert_eq!((tokenizer.end_tokens(), tokenizer.vocab_size()), ([2].as_slice(), 320), "{folder:?}");
+        TEXTS.iter().for_each(|text| assert_round_trip(&tokenizer, text));
+        assert_eq!(tokenizer.encode("<|im_start|>a<|im_end|>").unwrap(), [1, 68, 2]);
+        let prompt = tokenizer.prompt_ids(&[message("user", "1+1?")]).unwrap();
+        assert_eq!(tokenizer.decode_with_special(&prompt), "<|im_start|>user\n1+1?<|im_end|>\n<|im_start|>assistant\n");
+    }
+}
+
+#[test]
+fn published_tokenizers() {
+    let hello = [
+        ("qwen2_5", [9707, 1879], vec![151645]),
+        ("llama3_2", [9906, 1917], vec![128009]),
+        ("gemma2", [4521, 2134], vec![1]),
+    ];
+    for (name, expected, end_tokens) in hello {
+        let Some(folder) = check::data(&format!("tokenizers/{name}")) else { continue };
+        let tokenizer = Tokenizer::from_folder(&folder).unwrap();
+        assert_eq!(tokenizer.encode("Hello world").unwrap(), expected, "{name}");
+        assert_eq!(tokenizer.end_tokens(), end_tokens, "{name}");
+        TEXTS.iter().for_each(|text| assert_round_trip(&tokenizer, text));
+        // A character in no vocabulary is spelled by bytes, each of which covers the whole character.
+        let (text, ranges) = tokenizer.token_ranges(&tokenizer.encode("a𒐫z").unwrap());
+        assert_eq!((text.as_str(), &ranges[ranges.len() - 2..]), ("a𒐫z", [1..5, 5..6].as_slice()), "{name}");
+    }
+}
+
+#[test]
+fn published_chat_templates() {
+    let conversation = [message("system", " Be brief. "), message("user", "Hi")];
+    if let Some(folder) = check::data("tokenizers/qwen2_5") {
+        let tokenizer = Tokenizer::from_folder(&folder).unwrap();
+        assert_eq!(
+            tokenizer.render(&conversation, true).unwrap(),
+            "<|im_start|>system\n Be brief. <|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+        );
+    }
+    if let Some(folder) = check::data("tokenizers/llama3_2") {
+        let tokenizer = Tokenizer::from_folder(&folder).unwrap();
+        let text = tokenizer.render(&conversation, true).unwrap();
+        let (before, after) = text.split_once("Today Date: ").unwrap();
+        assert_eq!(
+            before,
+            "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December 2023\n"
+        );
+        let words: Vec<&str> = after.split('\n').next().unwrap().split(' ').collect();
+        assert_eq!(words.iter().map(|word| word.len()).collect::<Vec<_>>(), [2, 3, 4], "{words:?}");
+        assert!(after.ends_with(
+            "\n\nBe brief.<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
+        ));
+        let prompt = tokenizer.prompt_ids(&conversation).unwrap();
+        assert_eq!(prompt.iter().filter(|id| **id == 128000).count(), 1);
+        assert_eq!(prompt[0], 128000);
+    }
+}
+
+#[test]
+fn tokens_inside_one_character_cover_it_together() {
+    let tokenizer = tiny();
+    let bytes = tokenizer.encode("🦀").unwrap();
+    assert_eq!(bytes.len(), 4, "the tiny vocabulary has no token for a crab");
+    assert_eq!(tokenizer.token_ranges(&bytes), ("🦀".into(), vec![0..4; 4]));
+    let end = tokenizer.token_id("<|im_end|>").unwrap();
+    let a = tokenizer.token_id("a").unwrap();
+    // One byte of a crab is not text; a special token and an id beyond the vocabulary have no text.
+    let (text, ranges) = tokenizer.token_ranges(&[bytes[0], end, a, 100_000, a]);
+    assert_eq!((text.as_str(), ranges), ("\u{fffd}aa", vec![0..3, 3..3, 3..4, 4..4, 4..5]));
+    assert_eq!(tokenizer.decode_with_special(&[a, end]), "a<|im_end|>");
+}
+
+proptest! {
+    #[test]
+    fn text_survives_encoding(text in any::<String>()) {
+        assert_round_trip(&tiny(), &text);
+    }
+
+    #[test]
+    fn any_ids_decode_as_in_the_tokenizers_crate(ids in prop::collection::vec(0u32..330, 0..40)) {
+        let reference = tokenizers::Tokenizer::from_file(tiny_folders()[0].join("tokenizer.json")).unwrap();
+        let tokenizer = tiny();
+        prop_assert_eq!(tokenizer.decode(&ids), reference.decode(&ids, true).unwrap());
+        prop_assert_eq!(tokenizer.decode_with_special(&ids), reference.decode(&ids, false).unwrap());
+        assert_covers(&tokenizer, &ids);
+    }
+
+    #[test]
+    fn gguf_metadata_makes_the_same_tokenizer(text in any::<String>(), words in "[ a-e0-9'.\n]{0,40}") {
+        let (from_folder, from_gguf) = (tiny(), Tokenizer::from_gguf(&metadata(&tiny_folders()[0], "smollm")).unwrap());
+        for text in [text, words] {
+            prop_assert_eq!(from_gguf.encode(&text).unwrap(), from_folder.encode(&text).unwrap());
+        }
+    }
+}
+
+/// The GGUF metadata that a converter would write for the tokenizer in `folder`.
+fn metadata(folder: &Path, pre: &str) -> HashMap<String, Gguf> {
+    let tokenizer = check::json(&folder.join("tokenizer.json"));
+    let (model, added) = (&tokenizer["model"], tokenizer["added_tokens"].as_array().unwrap());
+    let mut vocabulary: Vec<(u64, &str)> =
+        model["vocab"].as_object().unwrap().iter().map(|(token, id)| (id.as_u64().unwrap(), token.as_str())).collect();
+    vocabulary.extend(added.iter().map(|one| (one["id"].as_u64().unwrap(), one["content"].as_str().unwrap())));
+    vocabulary.sort_unstable();
+    vocabulary.dedup();
+    let special = |token: &str| added.iter().any(|one| one["content"] == token);
+    let merge = |merge: &Value| match merge.as_array() {
+        Some(pair) => format!("{} {}", pair[0].as_str().unwrap(), pair[1].as_str().unwrap()),
+        None => merge.as_str().unwrap().to_owned(),
+    };
+    let strings = |texts: Vec<String>| Gguf::Array(texts.into_iter().map(Gguf::String).collect());
+    let entries = [
+        ("model", Gguf::String("gpt2".into())),
+        ("pre", Gguf::String(pre.into())),
+        ("tokens", strings(vocabulary.iter().map(|(_, token)| (*token).to_owned()).collect())),
+        (
+            "token_type",
+            Gguf::Array(vocabulary.iter().map(|(_, token)| Gguf::I32(if special(token) { 3 } else { 1 })).collect()),
+        ),
+        ("merges", strings(model["merges"].as_array().unwrap().iter().map(merge).collect())),
+        ("bos_token_id", Gguf::U32(0)),
+        ("eos_token_id", Gguf::U32(2)),
+    ];
+    entries.into_iter().map(|(key, value)| (format!("tokenizer.ggml.{key}"), value)).collect()
+}
+
+#[test]
+fn gguf_of_llama_3_is_its_tokenizer_json() {
+    let Some(folder) = check::data("tokenizers/llama3_2") else { return };
+    let (from_folder, mut metadata) = (Tokenizer::from_folder(&folder).unwrap(), metadata(&folder, "llama-bpe"));
+    metadata.insert("tokenizer.chat_template".into(), Gguf::String("{{ messages[0].content }}".into()));
+    let from_gguf = Tokenizer::from_gguf(&metadata).unwrap();
+    for text in TEXTS {
+        assert_eq!(from_gguf.encode(text).unwrap(), from_folder.encode(text).unwrap(), "{text:?}");
+        assert_eq!(from_gguf.prompt_ids(&[message("user", text)]).unwrap()[0], 0, "files of this kind add a BOS token");
+    }
+}
+
+#[test]
+fn gguf_kinds_cut_text_differently() {
+    let tokens = ["<0>", "Ġ", "!", "=", "1", "2", "3", "4", "a", "12", "123", "1234", "Ġ!", "a!", "!=", "Ġa"];
+    let merges = ["1 2", "12 3", "123 4", "Ġ !", "a !", "! =", "Ġ a"];
+    let cases = [
+        ("smollm", "1234", vec!["1", "2", "3", "4"]),
+        ("llama-bpe", "1234", vec!["123", "4"]),
+        ("default", "1234", vec!["123", "4"]),
+        ("smollm", "a !=", vec!["a", "Ġ!", "="]),
+        ("llama-bpe", "a !=", vec!["a", "Ġ!", "="]),
+        ("default", "a !=", vec!["a", "Ġ", "!="]),
+        ("default", "a a", vec!["a", "Ġa"]),
+    ];
+    let strings = |texts: &[&str]| Gguf::Array(texts.iter().map(|text| Gguf::String((*text).into())).collect());
+    for (pre, text, expected) in cases {
+        let mut metadata = metadata(&tiny_folders()[0], pre);
+        metadata.insert("tokenizer.ggml.tokens".into(), strings(&tokens));
+        metadata.insert("tokenizer.ggml.merges".into(), strings(&merges));
+        metadata.insert("tokenizer.ggml.token_type".into(), Gguf::Array(vec![Gguf::I32(1); tokens.len()]));
+        let tokenizer = Tokenizer::from_gguf(&metadata).unwrap();
+        let expected: Vec<u32> = expected.iter().map(|token| tokenizer.token_id(token).unwrap()).collect();
+        assert_eq!(tokenizer.encode(text).unwrap(), expected, "{pre} {text:?}");
+    }
+}
+
+#[test]
+fn prompts_begin_with_one_bos() {
+    let bos = "<|endoftext|>";
+    let plain = "{{ messages[0].content }}";
+    for (adds_bos, template, expected) in [
+        (true, plain, 1),
+        (false, plain, 0),
+        (true, "{{ bos_token }}{{ messages[0].content }}", 1),
+        (false, "{{ bos_token }}{{ messages[0].content }}", 1),
+        (false, "{{ bos_token }}<|endoftext|>{{ messages[0].content }}", 1),
+    ] {
+        let config = json!({"bos_token": {"content": bos}, "add_bos_token": adds_bos, "chat_template": template});
+        let tokenizer = load(&[("tokenizer_config.json", &config.to_string())]).unwrap();
+        let prompt = tokenizer.prompt_ids(&[message("user", "hi")]).unwrap();
+        let text = tokenizer.decode_with_special(&prompt);
+        assert_eq!(text, format!("{}hi", bos.repeat(expected)), "adds_bos {adds_bos}, {template}");
+        assert_eq!(tokenizer.encode("hi").unwrap(), prompt[expected..], "encode adds nothing");
+    }
+}
+
+#[test]
+fn a_bos_that_only_the_post_processor_knows_is_added() {
+    let path = tiny_folders()[0].join("tokenizer.json");
+    let mut tokenizer_json = check::json(&path);
+    tokenizer_json["post_processor"]["single"] =
+        json!([{"SpecialToken": {"id": "<pad>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]);
+    tokenizer_json["post_processor"]["special_tokens"] =
+        json!({"<pad>": {"id": "<pad>", "ids": [3], "tokens": ["<pad>"]}});
+    let tokenizer = load(&[
+        ("tokenizer.json", &tokenizer_json.to_string()),
+        ("tokenizer_config.json", r#"{"bos_token": "<pad>"}"#),
+        ("chat_template.jinja", "{{ messages[0].content }}"),
+    ])
+    .unwrap();
+    assert_eq!(tokenizer.prompt_ids(&[message("user", "a")]).unwrap(), [3, 68]);
+}
+
+#[test]
+fn end_tokens_come_from_every_place() {
+    let answer = "{% for m in messages %}{{ m.content }}";
+    let chat = |end: &str| format!("{answer}{end}\n{{% endfor %}}");
+    let ends = |files: &[(&str, &str)]| load(files).unwrap().end_tokens().to_vec();
+    let no_eos = ("tokenizer_config.json", "{}");
+    assert_eq!(ends(&[no_eos]), [0; 0]);
+    assert_eq!(ends(&[]), [2]);
+    assert_eq!(ends(&[("config.json", r#"{"eos_token_id": 3}"#)]), [2, 3]);
+    assert_eq!(ends(&[("generation_config.json", r#"{"eos_token_id": [3, 0, 99999]}"#)]), [0, 2, 3]);
+    assert_eq!(ends(&[no_eos, ("chat_template.jinja", &chat("<|im_end|>"))]), [2]);
+    assert_eq!(ends(&[("chat_template.jinja", &chat(" <pad>"))]), [2, 3]);
+    assert_eq!(ends(&[no_eos, ("chat_template.jinja", &chat("### next"))]), [0; 0]);
+    assert_eq!(ends(&[("chat_template.jinja", "{{ raise_exception('no answers') }}")]), [2]);
+
+    let mut metadata = metadata(&tiny_folders()[0], "smollm");
+    metadata.insert("tokenizer.ggml.eot_token_id".into(), Gguf::U32(3));
+    metadata.insert("tokenizer.chat_template".into(), Gguf::String(chat("<|im_start|>")));
+    assert_eq!(Tokenizer::from_gguf(&metadata).unwrap().end_tokens(), [1, 2, 3]);
+}
+
+#[test]
+fn templates_render_as_in_transformers() {
+    let conversation = [message("system", " S "), message("user", "Ünï")];
+    for (template, expected) in [
+        // A block takes the blanks before it and the newline after it; the template's last newline goes.
+        (
+            "{% for m in messages %}\n  {% if true %}\n{{ m.role }}\n  {% endif %}\n{% endfor %}\nend\n",
+            "system\nuser\nend",
+        ),
+        ("{{ messages[0]['content'].strip() + messages[1].content.upper() }}", "SÜNÏ"),
+        ("{%- set tail = messages[1:] -%} {{ tail | length }}{{ messages[0].content | trim }}", "1S"),
+        (
+            "{% if messages[0].role.startswith('sys') and not tools %}{{ eos_token }}{{ bos_token }}{% endif %}",
+            "<|im_end|>",
+        ),
+        ("{% if bos_token is defined %}bos{% endif %}{% if add_generation_prompt %}go{% endif %}", "go"),
+        ("{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}", "2"),
+        ("{% for m in messages %}{% if loop.last %}{% break %}{% endif %}{{ m.role }}{% endfor %}", "system"),
+        ("{{ '<' + messages[1].content + '>' }}{{ strftime_now('%Y') | length }}", "<Ünï>4"),
+    ] {
+        let tokenizer = load(&[("chat_template.jinja", template)]).unwrap();
+        assert_eq!(tokenizer.render(&conversation, true).unwrap(), expected, "{template}");
+    }
+    let named = json!({"chat_template": [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}]});
+    let config = ("tokenizer_config.json", named.to_string());
+    assert_eq!(load(&[(config.0, &config.1)]).unwrap().render(&[], true).unwrap(), "d");
+    let both = load(&[(config.0, &config.1), ("chat_template.jinja", "file")]).unwrap();
+    assert_eq!(both.render(&[], true).unwrap(), "file");
+}
+
+#[test]
+fn bad_templates_are_explained() {
+    let hi = [message("user", "hi")];
+    assert_error(load(&[]).unwrap().render(&hi, true), &["no chat template", "chat_template.jinja"]);
+    let unfinished = "line one\n{% if messages %}";
+    assert_error(
+        load(&[("chat_template.jinja", unfinished)]),
+        &["does not compile", "syntax error", "chat_template:2"],
+    );
+    for (template, reason) in [
+        ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
+        ("{{ strftime_now('%!') }}", "strftime"),
+        ("{{ messages[0].content.frobnicate() }}", "frobnicate"),
+    ] {
+        let tokenizer = load(&[("chat_template.jinja", template)]).unwrap();
+        assert_error(tokenizer.prompt_ids(&hi), &["does not render these messages", reason]);
+    }
+}
+
+#[test]
+fn bad_folders_are_explained() {
+    assert_error(Tokenizer::from_folder(Path::new("/nonexistent")), &["/nonexistent", "tokenizer.json is missing"]);
+    let folder = folder_with(&[]);
+    fs::remove_file(folder.path().join("tokenizer_config.json")).unwrap();
+    assert_error(Tokenizer::from_folder(folder.path()), &["tokenizer_config.json is missing"]);
+
+    let tokenizer_json = check::json(&tiny_folders()[0].join("tokenizer.json"));
+    let changed = |pointer: &str, value: Value| {
+        let mut changed = tokenizer_json.clone();
+        *changed.pointer_mut(pointer).unwrap() = value;
+        changed.to_string()
+    };
+    let mut empty = tokenizer_json.clone();
+    empty["model"]["vocab"] = json!({});
+    empty["model"]["merges"] = json!([]);
+    empty["added_tokens"] = json!([]);
+    for (file, text, parts) in [
+        ("tokenizer.json", "{not json", ["tokenizer.json is not a tokenizer", "line 1"]),
+        ("tokenizer.json", "{}", ["tokenizer.json is not a tokenizer", "model"]),
+        ("tokenizer.json", &empty.to_string(), ["the vocabulary is empty", ""]),
+        ("tokenizer.json", &changed("/model/merges", json!([["zz", "a"]])), ["zz", "not a tokenizer"]),
+        ("tokenizer.json", &changed("/decoder", json!(null)), ["decoder is null", "ByteLevel"]),
+        ("tokenizer.json", &changed("/decoder", json!({"type": "Fuse"})), ["Fuse", "ByteLevel"]),
+        ("tokenizer_config.json", "[", ["tokenizer_config.json is not JSON", "line 1"]),
+        ("tokenizer_config.json", r#"{"eos_token": 7}"#, ["tokenizer_config.json", "expected form"]),
+        ("tokenizer_config.json", r#"{"eos_token": "</s>"}"#, ["an end token", "\"</s>\" is not in the vocabulary"]),
+        ("tokenizer_config.json", r#"{"add_bos_token": true}"#, ["BOS token is to be added", "none is named"]),
+        ("generation_config.json", r#"{"eos_token_id": "2"}"#, ["generation_config.json", "expected form"]),
+        ("config.json", "", ["config.json is not JSON", "EOF"]),
+    ] {
+        assert_error(load(&[(file, text)]), &parts);
+    }
+}
+
+#[test]
+fn bad_gguf_metadata_is_explained() {
+    let good = metadata(&tiny_folders()[0], "smollm");
+    assert!(Tokenizer::from_gguf(&good).is_ok());
+    let strings = |texts: &[&str]| Gguf::Array(texts.iter().map(|text| Gguf::String((*text).into())).collect());
+    let key = |name: &str| format!("tokenizer.ggml.{name}");
+    for name in ["model", "pre", "tokens", "token_type", "merges"] {
+        let mut metadata = good.clone();
+        metadata.remove(&key(name));
+        assert_error(Tokenizer::from_gguf(&metadata), &[&key(name), "is missing"]);
+        metadata.insert(key(name), Gguf::F32(1.0));
+        assert_error(Tokenizer::from_gguf(&metadata), &[&key(name), "type F32"]);
+    }
+    for (name, value, parts) in [
+        ("model", Gguf::String("llama".into()), ["\"llama\"", "gpt2"]),
+        ("pre", Gguf::String("tekken".into()), ["\"tekken\"", "smollm, llama-bpe, default"]),
+        ("tokens", strings(&[]), ["tokens` is empty", ""]),
+        ("tokens", strings(&["a", "b"]), ["2 tokens", "320 types"]),
+        ("tokens", strings(&["a"; 320]), ["twice", "tokens"]),
+        ("tokens", Gguf::Array(vec![Gguf::U32(1)]), ["row 0", "type U32"]),
+        ("token_type", Gguf::Array(vec![Gguf::I32(-1)]), ["token_type` row 0", "type I32"]),
+        ("merges", strings(&["a b", "ab"]), ["merges` row 0", "\"ab\""]),
+        ("merges", strings(&["ab"]), ["row 0", "not two tokens"]),
+        ("merges", strings(&["zz a"]), ["row 0", "\"zz\", which is not among the tokens"]),
+        // The tokenizers crate panics on a merge longer than every token.
+        ("merges", strings(&["<|endoftext|> <|endoftext|>"]), ["row 0", "not among the tokens"]),
+        ("eos_token_id", Gguf::U32(5000), ["eos_token_id` is 5000", "320 tokens"]),
+        ("add_bos_token", Gguf::U32(1), ["add_bos_token", "type U32"]),
+    ] {
+        let mut metadata = good.clone();
+        metadata.insert(key(name), value);
+        assert_error(Tokenizer::from_gguf(&metadata), &parts);
+    }
+}
+
+#[test]
+fn tokenizers_are_shared_between_threads() {
+    fn shared<T: Send + Sync>() {}
+    shared::<Tokenizer>();
+}
