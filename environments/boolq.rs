@@ -37,7 +37,7 @@ pub struct Options {
     /// What the prompt asks for before the answer line.
     #[serde(default)]
     pub reasoning: Reasoning,
-    /// Whether the prompt shows worked examples.
+    /// Which worked examples the prompt shows, and where.
     #[serde(default)]
     pub examples: Examples,
     /// How the stated probability is scored.
@@ -65,15 +65,17 @@ pub enum Reasoning {
     Brief,
 }
 
-/// How many worked examples the prompt shows.
+/// Which worked examples the prompt shows, and where.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Examples {
     /// None: less to read, and nothing to copy; small models then miss the format.
     None,
-    /// Two, with different answers and different probabilities.
+    /// Two in the message itself, with different answers and different probabilities.
     #[default]
     Two,
+    /// The same two as earlier turns of the chat: what a small model imitates best.
+    Turns,
 }
 
 /// Strictly below what being certain and wrong earns, so that any format is better than none (SCIENCE 3.2).
@@ -147,7 +149,7 @@ impl Environment for Boolq {
     fn task(&self, index: usize) -> Task {
         let row = &self.rows[index];
         let prompt = prompt(row, self.options.reasoning, self.options.examples);
-        Task { id: self.id(row), prompt: vec![Message::user(prompt)], target: Target::Reward }
+        Task { id: self.id(row), prompt, target: Target::Reward }
     }
 
     fn score(&self, index: usize, completion: &Completion) -> Result<Score, ScoreError> {
@@ -162,7 +164,8 @@ impl Environment for Boolq {
         let mut metrics = vec![("correct", f64::from(correct))];
         let mut parts = Vec::new();
         if let (ParseOutcome::Ok(p_yes), Some(label)) = (answer.p_yes, answer.label) {
-            metrics.extend([("confidence", if label { p_yes } else { 1.0 - p_yes }), ("p_yes", p_yes)]);
+            let confidence = if label { p_yes } else { 1.0 - p_yes };
+            metrics.extend([("confidence", confidence), ("p_yes", p_yes), ("y", f64::from(row.answer))]);
             let score = self.options.reward.score(p_yes, row.answer);
             let score = score.map_err(|error| ScoreError::Environment(format!("{}: {error}", self.id(row))))?;
             parts.push((self.options.reward.name(), score));
@@ -205,28 +208,36 @@ const EXAMPLES: [[&str; 4]; 2] = [
     ],
 ];
 
-/// The prompt: what to do, examples of it in the form of the task, and the task.
-fn prompt(row: &Row, reasoning: Reasoning, examples: Examples) -> String {
+/// The prompt: what to do, examples of it in the form of the task, and the task. No system role: Gemma 2 has none.
+fn prompt(row: &Row, reasoning: Reasoning, examples: Examples) -> Vec<Message> {
     let task = match reasoning {
         Reasoning::None => "Read the passage and answer the question in one line:",
         Reasoning::Brief => "Read the passage and think about the question in a few sentences. End with the line",
     };
-    let mut text = format!(
+    let instructions = format!(
         "{task} ANSWER: YES with NN% probability or ANSWER: NO with NN% probability. \
-         NN (0 to 100): how likely you are right.\n\n"
+         NN (0 to 100): how likely you are right."
     );
-    if examples == Examples::Two {
-        for [passage, question, thought, answer] in EXAMPLES {
-            text += &format!("Passage: {passage}\nQuestion: {question}?\n");
-            if reasoning == Reasoning::Brief {
-                text += &format!("{thought}\n");
-            }
-            text += &format!("{answer}\n\n");
-        }
-    }
     let (passage, ellipsis) = match row.passage.char_indices().nth(PASSAGE_CHARACTERS) {
         Some((end, _)) => (&row.passage[..end], "..."),
         None => (row.passage.as_str(), ""),
     };
-    text + &format!("Passage: {passage}{ellipsis}\nQuestion: {}?", row.question.trim_end_matches('?'))
+    let asked = format!("Passage: {passage}{ellipsis}\nQuestion: {}?", row.question.trim_end_matches('?'));
+    let worked = EXAMPLES.map(|[passage, question, thought, answer]| {
+        let thought = if reasoning == Reasoning::Brief { format!("{thought}\n") } else { String::new() };
+        (format!("Passage: {passage}\nQuestion: {question}?"), format!("{thought}{answer}"))
+    });
+    match examples {
+        Examples::None => vec![Message::user(format!("{instructions}\n\n{asked}"))],
+        Examples::Two => {
+            let worked = worked.map(|(asked, answered)| format!("{asked}\n{answered}"));
+            vec![Message::user(format!("{instructions}\n\n{}\n\n{asked}", worked.join("\n\n")))]
+        }
+        Examples::Turns => {
+            let turn = |(asked, answered)| [Message::user(asked), Message::assistant(answered)];
+            let mut messages: Vec<Message> = worked.into_iter().flat_map(turn).chain([Message::user(asked)]).collect();
+            messages[0].content.insert_str(0, &format!("{instructions}\n\n"));
+            messages
+        }
+    }
 }

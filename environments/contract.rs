@@ -61,6 +61,12 @@ pub trait Environment: Send + Sync {
         )))
     }
 
+    /// Whether completions are compared with each other. If so, the engine waits for a whole group and calls
+    /// [`score_group`](Environment::score_group); if not, it calls [`score`](Environment::score) as each one ends.
+    fn compares(&self) -> bool {
+        false
+    }
+
     /// Scores all completions of one task, in order; for environments that compare them. The default scores each alone.
     fn score_group(&self, index: usize, completions: &[Completion]) -> Vec<Result<Score, ScoreError>> {
         completions.iter().map(|completion| self.score(index, completion)).collect()
@@ -91,6 +97,11 @@ impl Message {
     /// A message from the user.
     pub fn user(content: impl Into<String>) -> Message {
         Message { role: Role::User, content: content.into() }
+    }
+
+    /// A message from the model.
+    pub fn assistant(content: impl Into<String>) -> Message {
+        Message { role: Role::Assistant, content: content.into() }
     }
 }
 

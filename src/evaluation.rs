@@ -61,7 +61,7 @@ pub fn accuracy(predictions: &Predictions) -> f64 {
 
 /// The Brier score: the mean of (c − y)².
 pub fn brier(predictions: &Predictions) -> f64 {
-    let squares = predictions.pairs().map(|(confidence, correct)| (confidence - f64::from(u8::from(correct))).powi(2));
+    let squares = predictions.pairs().map(|(confidence, correct)| (confidence - f64::from(correct)).powi(2));
     squares.sum::<f64>() / predictions.len() as f64
 }
 

@@ -1,12 +1,40 @@
-//! stub
+//! Candor trains small language models to know what they know: GRPO with LoRA, from one TOML file, on one machine.
+//!
+//! In reading order:
+//!
+//! * [`cli`]: the command line; what `main` calls
+//! * [`train`]: the loop
+//! * [`setup`]: everything that is loaded before its first step
+//! * [`rollout`]: tasks are chosen, sampled and scored, and become groups
+//! * [`advantage`]: the rewards of a group become advantages
+//! * [`objective`]: log-probabilities become a loss and its derivative, in plain floats
+//! * [`learner`]: trees of completions become one optimizer step
+//! * [`sampler`]: prompts become completions
+//! * [`policy`]: the adapter
+//! * [`model`]: the frozen decoder, described by data
+//! * [`ops`]: fused operations with exact backward
+//! * [`tokenizer`]: text, tokens and the chat template
+//! * [`config`], [`source`], [`run`], [`checkpoint`]: what is read, fetched and written
+//! * [`evaluation`], [`report`]: what came of it
+//! * [`random`], [`event`]: random numbers by counter, and what a run tells whoever watches
+
 pub mod advantage;
+pub mod checkpoint;
+pub mod cli;
 pub mod config;
 pub mod evaluation;
+pub mod event;
 pub mod learner;
 pub mod model;
 pub mod objective;
 pub mod ops;
 pub mod policy;
 pub mod random;
-//pub mod sampler;
-//pub mod tokenizer;
+pub mod report;
+pub mod rollout;
+pub mod run;
+pub mod sampler;
+pub mod setup;
+pub mod source;
+pub mod tokenizer;
+pub mod train;

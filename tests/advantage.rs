@@ -80,6 +80,14 @@ fn equal_rewards_give_exact_zeros() {
 }
 
 #[test]
+fn maxrl_needs_a_positive_mean() {
+    assert_eq!(of(&[0.0, 1.0], AdvantageKind::Maxrl), [-1.0, 1.0]);
+    for rewards in [[-1.0, 1.0], [-1.0, 0.5]] {
+        assert!(of(&rewards, AdvantageKind::Maxrl).iter().all(|advantage| *advantage == 0.0), "{rewards:?}");
+    }
+}
+
+#[test]
 fn a_rollout_without_a_reward_leaves_the_mean() {
     let got = advantages(&[Some(1.0), None, Some(0.0), Some(0.5)], AdvantageKind::Centered);
     assert_eq!(got, Some(vec![Some(0.5), None, Some(-0.5), Some(0.0)]));

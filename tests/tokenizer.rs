@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use candle_core::quantized::gguf_file::{Content, Value as Gguf};
 use candor::tokenizer::Tokenizer;
-use candor_environments::Message;
+use candor_environments::{Message, Role};
 use proptest::prelude::*;
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -24,16 +24,6 @@ const TEXTS: [&str; 8] = [
     "p = 0.85 -> <answer>yes</answer> ~|^$+=",
 ];
 
-fn message(role: &str, content: &str) -> Message {
-    Message { role: role.into(), content: content.into() }
-}
-
-fn messages(case: &Value) -> Vec<Message> {
-    let text = |value: &Value| value.as_str().unwrap().to_owned();
-    let list = case["messages"].as_array().unwrap();
-    list.iter().map(|one| message(&text(&one["role"]), &text(&one["content"]))).collect()
-}
-
 fn ids(value: &Value) -> Vec<u32> {
     value.as_array().unwrap().iter().map(|id| u32::try_from(id.as_u64().unwrap()).unwrap()).collect()
 }
@@ -43,25 +33,22 @@ fn smollm2() -> Option<Tokenizer> {
     Some(Tokenizer::from_gguf(&Content::read(&mut file).unwrap().metadata).unwrap())
 }
 
-/// Every tiny model's folder.
-fn tiny_folders() -> Vec<PathBuf> {
-    let Some(tiny) = check::golden("tiny") else { return Vec::new() };
-    let entries = fs::read_dir(tiny).unwrap().map(|entry| entry.unwrap().path());
-    entries.filter(|folder| folder.join("tokenizer.json").exists()).collect()
+/// The tiny model that the repository keeps: a byte-level tokenizer of 320 tokens.
+fn tiny_folder() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/golden/tiny/llama")
 }
 
 fn tiny() -> Tokenizer {
-    Tokenizer::from_folder(&tiny_folders()[0]).unwrap()
+    Tokenizer::from_folder(&tiny_folder()).unwrap()
 }
 
-/// A folder with a tiny model's `tokenizer.json`, a plain `tokenizer_config.json`, and `files` over them.
+/// A folder with the tiny `tokenizer.json`, a plain `tokenizer_config.json`, and `files` over them.
 fn folder_with(files: &[(&str, &str)]) -> TempDir {
     let folder = tempfile::tempdir().unwrap();
-    fs::copy(tiny_folders()[0].join("tokenizer.json"), folder.path().join("tokenizer.json")).unwrap();
-    fs::set_permissions(folder.path().join("tokenizer.json"), std::os::unix::fs::PermissionsExt::from_mode(0o644))
-        .unwrap();
-    fs::write(folder.path().join("tokenizer_config.json"), r#"{"eos_token": "<|im_end|>"}"#).unwrap();
-    for (name, text) in files {
+    let tokenizer_json = fs::read_to_string(tiny_folder().join("tokenizer.json")).unwrap();
+    let plain =
+        [("tokenizer.json", tokenizer_json.as_str()), ("tokenizer_config.json", r#"{"eos_token": "<|im_end|>"}"#)];
+    for (name, text) in plain.iter().chain(files) {
         fs::write(folder.path().join(name), text).unwrap();
     }
     folder
@@ -114,13 +101,16 @@ fn golden_smollm2_tokenization() {
         assert_eq!(tokenizer.decode(&expected), row["decoded_skip_special"].as_str().unwrap());
         assert_covers(&tokenizer, &expected);
     }
+    // Its vocabulary lacks this control character, which transformers leaves out too.
+    assert_eq!(tokenizer.decode(&tokenizer.encode("a\u{13}b").unwrap()), "ab");
 }
 
 #[test]
 fn golden_smollm2_chat_template() {
     let (Some(tokenizer), Some(path)) = (smollm2(), check::golden("smollm2/chat_template.json")) else { return };
     for case in check::json(&path)["cases"].as_array().unwrap() {
-        let (expected, messages) = (case["text"].as_str().unwrap(), messages(case));
+        let expected = case["text"].as_str().unwrap();
+        let messages: Vec<Message> = serde_json::from_value(case["messages"].clone()).unwrap();
         let add_generation_prompt = case["add_generation_prompt"].as_bool().unwrap();
         assert_eq!(tokenizer.render(&messages, add_generation_prompt).unwrap(), expected);
         if add_generation_prompt {
@@ -142,12 +132,14 @@ fn golden_smollm2_greedy_texts() {
 
 #[test]
 fn golden_tiny_tokenizers() {
-    for folder in tiny_folders() {
+    let Some(tiny) = check::golden("tiny") else { return };
+    let folders = fs::read_dir(tiny).unwrap().map(|entry| entry.unwrap().path());
+    for folder in folders.filter(|folder| folder.join("tokenizer.json").exists()) {
         let tokenizer = Tokenizer::from_folder(&folder).unwrap();
         assert_eq!((tokenizer.end_tokens(), tokenizer.vocab_size()), ([2].as_slice(), 320), "{folder:?}");
         TEXTS.iter().for_each(|text| assert_round_trip(&tokenizer, text));
         assert_eq!(tokenizer.encode("<|im_start|>a<|im_end|>").unwrap(), [1, 68, 2]);
-        let prompt = tokenizer.prompt_ids(&[message("user", "1+1?")]).unwrap();
+        let prompt = tokenizer.prompt_ids(&[Message::user("1+1?")]).unwrap();
         assert_eq!(tokenizer.decode_with_special(&prompt), "<|im_start|>user\n1+1?<|im_end|>\n<|im_start|>assistant\n");
     }
 }
@@ -173,7 +165,7 @@ fn published_tokenizers() {
 
 #[test]
 fn published_chat_templates() {
-    let conversation = [message("system", " Be brief. "), message("user", "Hi")];
+    let conversation = [Message { role: Role::System, content: " Be brief. ".into() }, Message::user("Hi")];
     if let Some(folder) = check::data("tokenizers/qwen2_5") {
         let tokenizer = Tokenizer::from_folder(&folder).unwrap();
         assert_eq!(
@@ -222,7 +214,7 @@ proptest! {
 
     #[test]
     fn any_ids_decode_as_in_the_tokenizers_crate(ids in prop::collection::vec(0u32..330, 0..40)) {
-        let reference = tokenizers::Tokenizer::from_file(tiny_folders()[0].join("tokenizer.json")).unwrap();
+        let reference = tokenizers::Tokenizer::from_file(tiny_folder().join("tokenizer.json")).unwrap();
         let tokenizer = tiny();
         prop_assert_eq!(tokenizer.decode(&ids), reference.decode(&ids, true).unwrap());
         prop_assert_eq!(tokenizer.decode_with_special(&ids), reference.decode(&ids, false).unwrap());
@@ -231,7 +223,7 @@ proptest! {
 
     #[test]
     fn gguf_metadata_makes_the_same_tokenizer(text in any::<String>(), words in "[ a-e0-9'.\n]{0,40}") {
-        let (from_folder, from_gguf) = (tiny(), Tokenizer::from_gguf(&metadata(&tiny_folders()[0], "smollm")).unwrap());
+        let (from_folder, from_gguf) = (tiny(), Tokenizer::from_gguf(&metadata(&tiny_folder(), "smollm")).unwrap());
         for text in [text, words] {
             prop_assert_eq!(from_gguf.encode(&text).unwrap(), from_folder.encode(&text).unwrap());
         }
@@ -276,7 +268,7 @@ fn gguf_of_llama_3_is_its_tokenizer_json() {
     let from_gguf = Tokenizer::from_gguf(&metadata).unwrap();
     for text in TEXTS {
         assert_eq!(from_gguf.encode(text).unwrap(), from_folder.encode(text).unwrap(), "{text:?}");
-        assert_eq!(from_gguf.prompt_ids(&[message("user", text)]).unwrap()[0], 0, "files of this kind add a BOS token");
+        assert_eq!(from_gguf.prompt_ids(&[Message::user(text)]).unwrap()[0], 0, "files of this kind add a BOS token");
     }
 }
 
@@ -295,7 +287,7 @@ fn gguf_kinds_cut_text_differently() {
     ];
     let strings = |texts: &[&str]| Gguf::Array(texts.iter().map(|text| Gguf::String((*text).into())).collect());
     for (pre, text, expected) in cases {
-        let mut metadata = metadata(&tiny_folders()[0], pre);
+        let mut metadata = metadata(&tiny_folder(), pre);
         metadata.insert("tokenizer.ggml.tokens".into(), strings(&tokens));
         metadata.insert("tokenizer.ggml.merges".into(), strings(&merges));
         metadata.insert("tokenizer.ggml.token_type".into(), Gguf::Array(vec![Gguf::I32(1); tokens.len()]));
@@ -303,6 +295,18 @@ fn gguf_kinds_cut_text_differently() {
         let expected: Vec<u32> = expected.iter().map(|token| tokenizer.token_id(token).unwrap()).collect();
         assert_eq!(tokenizer.encode(text).unwrap(), expected, "{pre} {text:?}");
     }
+}
+
+#[test]
+fn gguf_token_types_say_what_is_special() {
+    let mut metadata = metadata(&tiny_folder(), "smollm");
+    let mut types = vec![Gguf::I32(1); 320];
+    (types[2], types[3]) = (Gguf::I32(3), Gguf::I32(4));
+    metadata.insert("tokenizer.ggml.token_type".into(), Gguf::Array(types));
+    let tokenizer = Tokenizer::from_gguf(&metadata).unwrap();
+    let ids = tokenizer.encode("<|im_start|><|im_end|><pad>").unwrap();
+    assert!(ids.len() > 3 && ids.ends_with(&[2, 3]), "{ids:?}: only control and user-defined tokens are seen in text");
+    assert_eq!(tokenizer.decode(&ids), "<|im_start|><pad>", "only control tokens are left out");
 }
 
 #[test]
@@ -318,7 +322,7 @@ fn prompts_begin_with_one_bos() {
     ] {
         let config = json!({"bos_token": {"content": bos}, "add_bos_token": adds_bos, "chat_template": template});
         let tokenizer = load(&[("tokenizer_config.json", &config.to_string())]).unwrap();
-        let prompt = tokenizer.prompt_ids(&[message("user", "hi")]).unwrap();
+        let prompt = tokenizer.prompt_ids(&[Message::user("hi")]).unwrap();
         let text = tokenizer.decode_with_special(&prompt);
         assert_eq!(text, format!("{}hi", bos.repeat(expected)), "adds_bos {adds_bos}, {template}");
         assert_eq!(tokenizer.encode("hi").unwrap(), prompt[expected..], "encode adds nothing");
@@ -327,7 +331,7 @@ fn prompts_begin_with_one_bos() {
 
 #[test]
 fn a_bos_that_only_the_post_processor_knows_is_added() {
-    let path = tiny_folders()[0].join("tokenizer.json");
+    let path = tiny_folder().join("tokenizer.json");
     let mut tokenizer_json = check::json(&path);
     tokenizer_json["post_processor"]["single"] =
         json!([{"SpecialToken": {"id": "<pad>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]);
@@ -339,7 +343,7 @@ fn a_bos_that_only_the_post_processor_knows_is_added() {
         ("chat_template.jinja", "{{ messages[0].content }}"),
     ])
     .unwrap();
-    assert_eq!(tokenizer.prompt_ids(&[message("user", "a")]).unwrap(), [3, 68]);
+    assert_eq!(tokenizer.prompt_ids(&[Message::user("a")]).unwrap(), [3, 68]);
 }
 
 #[test]
@@ -357,7 +361,7 @@ fn end_tokens_come_from_every_place() {
     assert_eq!(ends(&[no_eos, ("chat_template.jinja", &chat("### next"))]), [0; 0]);
     assert_eq!(ends(&[("chat_template.jinja", "{{ raise_exception('no answers') }}")]), [2]);
 
-    let mut metadata = metadata(&tiny_folders()[0], "smollm");
+    let mut metadata = metadata(&tiny_folder(), "smollm");
     metadata.insert("tokenizer.ggml.eot_token_id".into(), Gguf::U32(3));
     metadata.insert("tokenizer.chat_template".into(), Gguf::String(chat("<|im_start|>")));
     assert_eq!(Tokenizer::from_gguf(&metadata).unwrap().end_tokens(), [1, 2, 3]);
@@ -365,7 +369,7 @@ fn end_tokens_come_from_every_place() {
 
 #[test]
 fn templates_render_as_in_transformers() {
-    let conversation = [message("system", " S "), message("user", "Ünï")];
+    let conversation = [Message { role: Role::System, content: " S ".into() }, Message::user("Ünï")];
     for (template, expected) in [
         // A block takes the blanks before it and the newline after it; the template's last newline goes.
         (
@@ -395,7 +399,7 @@ fn templates_render_as_in_transformers() {
 
 #[test]
 fn bad_templates_are_explained() {
-    let hi = [message("user", "hi")];
+    let hi = [Message::user("hi")];
     assert_error(load(&[]).unwrap().render(&hi, true), &["no chat template", "chat_template.jinja"]);
     let unfinished = "line one\n{% if messages %}";
     assert_error(
@@ -419,7 +423,7 @@ fn bad_folders_are_explained() {
     fs::remove_file(folder.path().join("tokenizer_config.json")).unwrap();
     assert_error(Tokenizer::from_folder(folder.path()), &["tokenizer_config.json is missing"]);
 
-    let tokenizer_json = check::json(&tiny_folders()[0].join("tokenizer.json"));
+    let tokenizer_json = check::json(&tiny_folder().join("tokenizer.json"));
     let changed = |pointer: &str, value: Value| {
         let mut changed = tokenizer_json.clone();
         *changed.pointer_mut(pointer).unwrap() = value;
@@ -431,7 +435,7 @@ fn bad_folders_are_explained() {
     empty["added_tokens"] = json!([]);
     for (file, text, parts) in [
         ("tokenizer.json", "{not json", ["tokenizer.json is not a tokenizer", "line 1"]),
-        ("tokenizer.json", "{}", ["tokenizer.json is not a tokenizer", "model"]),
+        ("tokenizer.json", "{}", ["tokenizer.json is not a tokenizer", "Model missing"]),
         ("tokenizer.json", &empty.to_string(), ["the vocabulary is empty", ""]),
         ("tokenizer.json", &changed("/model/merges", json!([["zz", "a"]])), ["zz", "not a tokenizer"]),
         ("tokenizer.json", &changed("/decoder", json!(null)), ["decoder is null", "ByteLevel"]),
@@ -449,7 +453,7 @@ fn bad_folders_are_explained() {
 
 #[test]
 fn bad_gguf_metadata_is_explained() {
-    let good = metadata(&tiny_folders()[0], "smollm");
+    let good = metadata(&tiny_folder(), "smollm");
     assert!(Tokenizer::from_gguf(&good).is_ok());
     let strings = |texts: &[&str]| Gguf::Array(texts.iter().map(|text| Gguf::String((*text).into())).collect());
     let key = |name: &str| format!("tokenizer.ggml.{name}");

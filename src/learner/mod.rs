@@ -13,7 +13,7 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result};
 use candle_core::backprop::GradStore;
-use candle_core::{Tensor, Var};
+use candle_core::{Device, Tensor, Var};
 
 use crate::config::Learner as Settings;
 use crate::model::{Call, Model};
@@ -84,6 +84,11 @@ impl Learner {
     /// The adapter as it is now; its tensors change with the next step, so copy what must not.
     pub fn adapter(&self) -> &Adapter {
         &self.adapter
+    }
+
+    /// Where the adapter lives.
+    pub fn device(&self) -> &Device {
+        &self.model.device
     }
 
     /// One optimizer step.

@@ -96,7 +96,7 @@ fn calibration(settings: &Implicit, x: f64, correct: bool) -> (f64, f64) {
     let p = x.exp();
     match (loss, correct) {
         (JudgedLoss::Mse, _) => {
-            let miss = p - f64::from(u8::from(correct));
+            let miss = p - f64::from(correct);
             (lambda * miss * miss, 2.0 * lambda * miss * p)
         }
         (JudgedLoss::Log, true) => (-lambda * x, -lambda),

@@ -303,7 +303,7 @@ impl Term {
 }
 
 fn record(metrics: &mut Metrics, term: &Term, behavior_ratio: f64, gap: f64) {
-    let share = |fate| f64::from(u8::from(term.fate == fate));
+    let share = |fate| f64::from(term.fate == fate);
     metrics.mean("clipped_low", share(Fate::ClippedLow), 1.0);
     metrics.mean("clipped_high", share(Fate::ClippedHigh), 1.0);
     metrics.mean("masked", share(Fate::Masked), 1.0);

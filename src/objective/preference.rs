@@ -73,7 +73,7 @@ pub fn preference(batch: &[Pair], settings: &Preference, counts: &Counts) -> Res
         metrics.mean("reward_chosen", better, 1.0);
         metrics.mean("reward_rejected", worse, 1.0);
         metrics.mean("reward_margin", better - worse, 1.0);
-        metrics.mean("reward_accuracy", f64::from(u8::from(better > worse)), 1.0);
+        metrics.mean("reward_accuracy", f64::from(better > worse), 1.0);
         metrics.mean("logprob_chosen", chosen.logprob, 1.0);
         metrics.mean("logprob_rejected", rejected.logprob, 1.0);
     }

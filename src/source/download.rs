@@ -25,7 +25,7 @@ const HINTS: &[(&str, &str)] = &[
 ];
 
 /// Downloads the wheels of `packages` (`name==version`), and nothing that they depend on, into `folder`.
-/// `progress` is given the number of bytes there, at the start and when it has grown.
+/// `progress` is given the number of bytes that have arrived, at the start and as it grows.
 pub(super) fn download(
     cache: &Cache,
     packages: &[String],
@@ -45,7 +45,7 @@ pub(super) fn download(
 
     progress(0);
     let tried = format!("`{} -m pip download`", program.to_string_lossy());
-    let status = watch(command, folder, cache.patience, progress).with_context(|| tried.clone())?;
+    let status = watch(command, &scratch, cache.patience, progress).with_context(|| tried.clone())?;
     if !status.success() {
         let said = String::from_utf8_lossy(&std::fs::read(&log).unwrap_or_default()).into_owned();
         let hint = HINTS.iter().find(|(words, _)| said.contains(words)).map_or("", |(_, hint)| hint);

@@ -72,12 +72,12 @@ impl Tokenizer {
         };
         let bos = bos_token.as_ref().map(id).transpose().context("the BOS token")?;
         ensure!(!adds_bos || bos.is_some(), "a BOS token is to be added to every text, but none is named");
-        let ends: BTreeSet<u32> =
+        let mut ends: BTreeSet<u32> =
             end_tokens.iter().chain(&eos_token).map(id).collect::<Result<_>>().context("an end token")?;
         let template = chat_template.map(|source| ChatTemplate::new(source, bos_token, eos_token)).transpose()?;
         let mut this = Self { inner: tokenizer, spelling, template, bos, adds_bos, end_tokens: Vec::new() };
-        let end_of_turn = this.end_of_turn()?;
-        this.end_tokens = ends.into_iter().chain(end_of_turn).collect::<BTreeSet<_>>().into_iter().collect();
+        ends.extend(this.end_of_turn()?);
+        this.end_tokens = ends.into_iter().collect();
         Ok(this)
     }
 
@@ -89,8 +89,10 @@ impl Tokenizer {
 
     /// Token ids of `text`. Nothing is added; special tokens written in the text become those tokens.
     ///
+    /// As in transformers, bytes that a byte-level vocabulary lacks are left out (SmolLM2 lacks six control characters).
+    ///
     /// # Errors
-    /// The tokenizer has no token for a part of the text and none for the unknown.
+    /// The tokenizer's own, such as an unknown token that it names but does not have.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
         let encoding = self.inner.encode_fast(text, false).map_err(anyhow::Error::from_boxed)?;
         Ok(encoding.get_ids().to_vec())
@@ -147,7 +149,7 @@ impl Tokenizer {
     /// The model has no chat template, or the template refuses the messages.
     pub fn render(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String> {
         let template = self.template.as_ref().context(
-            "the model has no chat template: use an instruction-tuned model, or put a chat_template.jinja beside its tokenizer.json",
+            "the model has no chat template: use an instruction-tuned model, or put a chat_template.jinja into its folder",
         )?;
         template.render(messages, add_generation_prompt)
     }

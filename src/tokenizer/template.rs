@@ -4,9 +4,10 @@
 //! dropped, Python's string methods, `raise_exception`, `strftime_now`, `bos_token` and `eos_token`. No tools are passed.
 
 use anyhow::{Context, Result};
-use candor_environments::Message;
+use candor_environments::{Message, Role};
 use jiff::{Timestamp, fmt::strtime, tz::TimeZone};
 use minijinja::syntax::SyntaxConfig;
+use minijinja::value::Serde;
 use minijinja::{Environment, Error, ErrorKind, Value, context};
 use minijinja_contrib::pycompat::unknown_method_callback;
 
@@ -47,11 +48,9 @@ impl ChatTemplate {
     /// # Errors
     /// The template raises (on roles it does not accept, for example) or uses what this Jinja does not have.
     pub(super) fn render(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String> {
-        let message = |message: &Message| context! { role => &message.role, content => &message.content };
-        let messages: Vec<Value> = messages.iter().map(message).collect();
         let template = self.environment.get_template(NAME)?;
         template
-            .render(context! { messages, add_generation_prompt })
+            .render(context! { messages => Serde(messages), add_generation_prompt })
             .context("the chat template does not render these messages")
     }
 
@@ -59,8 +58,8 @@ impl ChatTemplate {
     /// plain question and answer (the reason then appears when real messages are rendered).
     pub(super) fn after_answer(&self) -> Option<String> {
         const ANSWER: &str = "an answer that no template contains";
-        let message = |role: &str, content: &str| Message { role: role.into(), content: content.into() };
-        let rendered = self.render(&[message("user", "a question"), message("assistant", ANSWER)], false).ok()?;
+        let answer = Message { role: Role::Assistant, content: ANSWER.into() };
+        let rendered = self.render(&[Message::user("a question"), answer], false).ok()?;
         let (_, rest) = rendered.rsplit_once(ANSWER)?;
         Some(rest.trim_start().to_owned())
     }

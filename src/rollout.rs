@@ -1,0 +1,392 @@
+//! Rollouts: tasks are chosen, sampled and scored, and become the groups of a batch.
+//!
+//! The sampler runs on the calling thread, scores are computed beside it by a few threads as completions end. Ownership
+//! is the shutdown protocol: when one side fails it drops its end of the channel, and the other side stops.
+
+use std::collections::VecDeque;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::thread;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail, ensure};
+use candor_environments::{Completion, Environment, Finish, Score, ScoreError, Target, Task};
+use crossbeam::channel::{Receiver, RecvTimeoutError, Sender, unbounded};
+
+use crate::event::{Event, Observer};
+use crate::learner::tree::{Branch, Tree};
+use crate::policy::Adapter;
+use crate::random::{self, Purpose, SplitMix64};
+use crate::sampler::{Generation, Request, Sampler, Settings};
+use crate::tokenizer::Tokenizer;
+
+/// Threads that score completions. Scoring is cheap or waits for somebody else, so it needs no core of its own.
+const SCORERS: usize = 8;
+/// How long the batch waits for a score after the last completion has been sampled.
+const SCORE_TIMEOUT: Duration = Duration::from_secs(600);
+
+/// A loaded environment and its share of every batch.
+pub struct Source {
+    /// The environment's name in the registry.
+    pub name: String,
+    /// Its share of the prompts, relative to the others'.
+    pub weight: f64,
+    /// The environment itself.
+    pub environment: Box<dyn Environment>,
+}
+
+/// One completion with what became of it.
+#[derive(Clone, Debug)]
+pub struct Rollout {
+    /// What the sampler recorded.
+    pub generation: Generation,
+    /// Its text, without end token and stop string.
+    pub text: String,
+    /// Its score, or why there is none.
+    pub score: Result<Score, ScoreError>,
+    /// Its advantage; `None` where there is no score or the group was dropped.
+    pub advantage: Option<f64>,
+}
+
+impl Rollout {
+    /// The reward, if there is a score.
+    pub fn reward(&self) -> Option<f64> {
+        self.score.as_ref().ok().map(|score| score.reward)
+    }
+}
+
+/// One prompt and its rollouts.
+#[derive(Clone, Debug)]
+pub struct Group {
+    /// Name of the environment.
+    pub environment: String,
+    /// The task.
+    pub task: Task,
+    /// Tokens of the rendered prompt.
+    pub prompt_ids: Vec<u32>,
+    /// Optimizer steps in the adapter that sampled it.
+    pub version: u64,
+    /// The rollouts in order.
+    pub rollouts: Vec<Rollout>,
+}
+
+impl Group {
+    /// The rewards in order.
+    pub fn rewards(&self) -> Vec<Option<f64>> {
+        self.rollouts.iter().map(Rollout::reward).collect()
+    }
+}
+
+/// Which task of which source: (source, task).
+pub type Choice = (usize, usize);
+
+/// The tasks of a training step: every source's share of the prompts by largest remainder, each in an order of its own that
+/// is shuffled again after every pass. A function of (seed, step) alone.
+pub fn choose_tasks(sources: &[Source], prompts: usize, seed: u64, step: u64) -> Vec<Choice> {
+    let weights: Vec<f64> = sources.iter().map(|source| source.weight).collect();
+    let mut chosen = Vec::with_capacity(prompts);
+    for (index, share) in shares(&weights, prompts).into_iter().enumerate() {
+        let tasks = sources[index].environment.num_tasks();
+        let first = step as usize * share;
+        let mut order: Option<(usize, Vec<usize>)> = None;
+        for place in first..first + share {
+            let pass = place / tasks;
+            let (_, tasks_in_order) = match order.take() {
+                Some(known) if known.0 == pass => order.insert(known),
+                _ => order.insert((pass, shuffled(tasks, random::key(seed, Purpose::Selection, &[index as u64, pass as u64])))),
+            };
+            chosen.push((index, tasks_in_order[place % tasks]));
+        }
+    }
+    chosen
+}
+
+/// The held-out tasks of an evaluation: at most `tasks` of every source, always the same ones for a seed.
+pub fn choose_heldout(sources: &[Source], tasks: usize, seed: u64) -> Vec<Choice> {
+    let of = |(index, source): (usize, &Source)| {
+        let order = shuffled(source.environment.num_tasks(), random::key(seed, Purpose::Selection, &[index as u64]));
+        order.into_iter().take(tasks).map(move |task| (index, task)).collect::<Vec<_>>()
+    };
+    sources.iter().enumerate().flat_map(of).collect()
+}
+
+/// Whole shares of `total` in proportion to the weights; what is left goes to the largest remainders, the first among equals.
+pub fn shares(weights: &[f64], total: usize) -> Vec<usize> {
+    let sum: f64 = weights.iter().sum();
+    let exact: Vec<f64> = weights.iter().map(|weight| weight / sum * total as f64).collect();
+    let mut shares: Vec<usize> = exact.iter().map(|share| share.floor() as usize).collect();
+    let mut order: Vec<usize> = (0..weights.len()).collect();
+    order.sort_by(|&a, &b| exact[b].fract().total_cmp(&exact[a].fract()).then(a.cmp(&b)));
+    let left = total - shares.iter().sum::<usize>();
+    order.into_iter().take(left).for_each(|index| shares[index] += 1);
+    shares
+}
+
+/// 0..count in the order of a key (Fisher-Yates).
+fn shuffled(count: usize, key: u64) -> Vec<usize> {
+    let mut order: Vec<usize> = (0..count).collect();
+    let mut random = SplitMix64::new(key);
+    for last in (1..count).rev() {
+        order.swap(last, random.below(last + 1));
+    }
+    order
+}
+
+/// What rollouts are made with.
+pub struct Collector<'a> {
+    /// Where the tasks come from.
+    pub sources: &'a [Source],
+    /// Turns prompts into tokens and tokens into text.
+    pub tokenizer: &'a Tokenizer,
+    /// Who hears how far it is.
+    pub observer: Observer<'a>,
+}
+
+/// What the scorers are given: one completion, or all of a group in order.
+enum ToScore {
+    One(Ended),
+    Group(Vec<Ended>),
+}
+
+/// A completion that has ended, with its text.
+struct Ended {
+    generation: Generation,
+    completion: Completion,
+}
+
+impl Collector<'_> {
+    /// Samples `rollouts` completions of every chosen task and scores them: one group per choice, in order.
+    ///
+    /// # Errors
+    /// If a prompt cannot be rendered or sampled, an environment panics, or scores do not come. A score that an environment
+    /// could not give is not an error here: it stays with its rollout.
+    pub fn collect(
+        &self,
+        choices: &[Choice],
+        rollouts: usize,
+        sampler: &mut dyn Sampler,
+        adapter: Option<&Adapter>,
+        settings: &Settings,
+    ) -> Result<Vec<Group>> {
+        let mut groups = choices.iter().map(|&choice| self.group(choice, adapter)).collect::<Result<Vec<_>>>()?;
+        let request = |group: &Group| Request { prompt_ids: group.prompt_ids.clone(), rollouts };
+        let requests: Vec<Request> = groups.iter().map(request).collect();
+        let (ended_sender, ended) = unbounded::<ToScore>();
+        let (scored_sender, scored) = unbounded::<(Ended, Result<Score, ScoreError>)>();
+        let mut all = thread::scope(|scope| {
+            let scorers: Vec<_> = (0..SCORERS)
+                .map(|_| {
+                    let (ended, scored_sender) = (ended.clone(), scored_sender.clone());
+                    scope.spawn(move || self.score_all(choices, &ended, &scored_sender))
+                })
+                .collect();
+            drop((ended, scored_sender));
+            let sampled = self.sample(&requests, choices, sampler, adapter, settings, &ended_sender);
+            drop(ended_sender);
+            let rollouts = sampled.and_then(|()| receive(&scored, choices.len() * rollouts));
+            // Whoever still scores finds the channel closed; an environment that panicked says so here.
+            drop(scored);
+            for scorer in scorers {
+                scorer.join().unwrap_or_else(|_| bail!("a scoring thread panicked"))?;
+            }
+            rollouts
+        })?;
+        ensure!(all.len() == choices.len() * rollouts, "only {} of {} completions were scored", all.len(), choices.len() * rollouts);
+        all.sort_by_key(|(ended, _)| (ended.generation.group, ended.generation.rollout));
+        for (Ended { generation, completion }, score) in all {
+            let group = &mut groups[generation.group];
+            group.rollouts.push(Rollout { generation, text: completion.text, score, advantage: None });
+        }
+        Ok(groups)
+    }
+
+    fn group(&self, (source, index): Choice, adapter: Option<&Adapter>) -> Result<Group> {
+        let Source { name, environment, .. } = &self.sources[source];
+        let task = environment.task(index);
+        ensure!(
+            task.target == Target::Reward,
+            "task {} of {name} carries its completion; this version trains on sampled ones only",
+            task.id
+        );
+        let prompt_ids = self.tokenizer.prompt_ids(&task.prompt).with_context(|| format!("task {}", task.id))?;
+        let version = adapter.map_or(0, |adapter| adapter.version);
+        Ok(Group { environment: name.clone(), task, prompt_ids, version, rollouts: Vec::new() })
+    }
+
+    /// Runs the sampler and hands every completion to the scorers as it ends.
+    fn sample(
+        &self,
+        requests: &[Request],
+        choices: &[Choice],
+        sampler: &mut dyn Sampler,
+        adapter: Option<&Adapter>,
+        settings: &Settings,
+        ended: &Sender<ToScore>,
+    ) -> Result<()> {
+        let total = requests.iter().map(|request| request.rollouts).sum();
+        let mut done = 0;
+        let mut waiting: Vec<Vec<Ended>> = requests.iter().map(|_| Vec::new()).collect();
+        sampler.sample(requests, adapter, settings, &mut |generation| {
+            let group = generation.group;
+            let one = self.ended(generation, settings);
+            done += 1;
+            (self.observer)(Event::Progress { what: "rollouts", done, total });
+            let to_score = if self.sources[choices[group].0].environment.compares() {
+                waiting[group].push(one);
+                if waiting[group].len() < requests[group].rollouts {
+                    return Ok(());
+                }
+                let mut group = std::mem::take(&mut waiting[group]);
+                group.sort_by_key(|ended| ended.generation.rollout);
+                ToScore::Group(group)
+            } else {
+                ToScore::One(one)
+            };
+            ended.send(to_score).ok().context("scoring stopped")
+        })
+    }
+
+    fn ended(&self, generation: Generation, settings: &Settings) -> Ended {
+        let text = self.tokenizer.decode(&generation.ids);
+        let cut = settings.stop.iter().filter_map(|stop| text.find(stop.as_str())).min();
+        let completion = Completion {
+            text: cut.map_or(text.clone(), |end| text[..end].to_string()),
+            finish: generation.finish,
+            num_tokens: generation.ids.len(),
+            max_tokens: settings.max_tokens,
+        };
+        Ended { generation, completion }
+    }
+
+    /// One scorer: until there is nothing more to score, or nobody wants to know.
+    fn score_all(
+        &self,
+        choices: &[Choice],
+        ended: &Receiver<ToScore>,
+        scored: &Sender<(Ended, Result<Score, ScoreError>)>,
+    ) -> Result<()> {
+        for to_score in ended {
+            let all = match to_score {
+                ToScore::One(one) => vec![one],
+                ToScore::Group(group) => group,
+            };
+            let Some(first) = all.first() else { continue };
+            let (source, index) = choices[first.generation.group];
+            let Source { name, environment, .. } = &self.sources[source];
+            let completions: Vec<Completion> = all.iter().map(|ended| ended.completion.clone()).collect();
+            // A panic is the environment author's bug: it ends the run with the task's name instead of a hang.
+            let scores = catch_unwind(AssertUnwindSafe(|| match completions.as_slice() {
+                [one] if !environment.compares() => vec![environment.score(index, one)],
+                group => environment.score_group(index, group),
+            }));
+            let Ok(scores) = scores else { bail!("environment {name:?} panicked on task {index}") };
+            ensure!(
+                scores.len() == all.len(),
+                "environment {name:?} gave {} scores for the {} completions of task {index}",
+                scores.len(),
+                all.len()
+            );
+            for (ended, score) in all.into_iter().zip(scores) {
+                if scored.send((ended, score.and_then(checked))).is_err() {
+                    return Ok(());
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A reward that is not a number would poison its whole group.
+fn checked(score: Score) -> Result<Score, ScoreError> {
+    let bad = score.metrics.iter().chain(&score.parts).find(|(_, value)| !value.is_finite());
+    match bad {
+        _ if !score.reward.is_finite() => Err(ScoreError::Environment(format!("the reward is {}", score.reward))),
+        Some((name, value)) => Err(ScoreError::Environment(format!("{name} is {value}"))),
+        None => Ok(score),
+    }
+}
+
+/// Waits for `count` scores.
+fn receive<T>(scored: &Receiver<T>, count: usize) -> Result<Vec<T>> {
+    let mut all = Vec::with_capacity(count);
+    while all.len() < count {
+        match scored.recv_timeout(SCORE_TIMEOUT) {
+            Ok(one) => all.push(one),
+            // The scorers stopped early; joining them tells why.
+            Err(RecvTimeoutError::Disconnected) => break,
+            Err(RecvTimeoutError::Timeout) => {
+                bail!("waited {} s for the scores of {} completions", SCORE_TIMEOUT.as_secs(), count - all.len())
+            }
+        }
+    }
+    Ok(all)
+}
+
+/// The trees of a batch: every rollout that has an advantage. Groups without one are left out.
+///
+/// # Errors
+/// If a score restricts training to a range that no token overlaps.
+pub fn trees(groups: &[Group], tokenizer: &Tokenizer) -> Result<Vec<Tree>> {
+    let mut trees = Vec::new();
+    for group in groups {
+        let mut branches = Vec::new();
+        for rollout in &group.rollouts {
+            let (Some(advantage), Ok(score)) = (rollout.advantage, &rollout.score) else { continue };
+            let ids = rollout.generation.ids.clone();
+            let mask_t = match &score.train_on {
+                None => vec![true; ids.len()],
+                Some(range) => {
+                    let (_, ranges) = tokenizer.token_ranges(&ids);
+                    ranges.iter().map(|token| token.start < range.end && range.start < token.end).collect()
+                }
+            };
+            ensure!(mask_t.contains(&true), "task {}: the score trains on bytes that no token covers", group.task.id);
+            let behavior_t = rollout.generation.behavior_t.iter().map(|&logprob| f64::from(logprob)).collect();
+            branches.push(Branch { ids, behavior_t, mask_t, advantage });
+        }
+        if !branches.is_empty() {
+            trees.push(Tree { prompt_ids: group.prompt_ids.clone(), branches });
+        }
+    }
+    Ok(trees)
+}
+
+/// Whether a completion was cut at the token limit.
+pub fn is_cut(rollout: &Rollout) -> bool {
+    rollout.generation.finish == Finish::Length
+}
+
+/// Watches for sustained scoring errors: a few are counted and left out, many mean that something is broken.
+#[derive(Default)]
+pub struct ScoreErrors {
+    /// Whether each of the last rollouts had an error, the newest last.
+    recent: VecDeque<bool>,
+}
+
+impl ScoreErrors {
+    /// Rollouts looked back on, and the share of them that may fail.
+    const WINDOW: usize = 500;
+    const SHARE: f64 = 0.02;
+
+    /// Counts the errors of a batch.
+    ///
+    /// # Errors
+    /// If more than 2% of the last 500 rollouts could not be scored (of 500 even when there were fewer so far): the last
+    /// reason is in the message.
+    pub fn observe(&mut self, groups: &[Group]) -> Result<()> {
+        let mut last = None;
+        for rollout in groups.iter().flat_map(|group| &group.rollouts) {
+            self.recent.push_back(rollout.score.is_err());
+            if self.recent.len() > Self::WINDOW {
+                self.recent.pop_front();
+            }
+            last = rollout.score.as_ref().err().or(last);
+        }
+        let failed = self.recent.iter().filter(|&&failed| failed).count();
+        match last {
+            Some(reason) if failed as f64 > Self::SHARE * Self::WINDOW as f64 => {
+                bail!("{failed} of the last {} rollouts could not be scored; the last one: {reason}", self.recent.len())
+            }
+            _ => Ok(()),
+        }
+    }
+}

@@ -1,0 +1,270 @@
+//! The run folder: `config.toml`, `generations.jsonl`, `metrics.jsonl`, written as things happen (DESIGN 9).
+//!
+//! Lines are appended whole and folders appear by renaming, so a kill at any instant leaves at worst a torn last line.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{BufWriter, Write};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail, ensure};
+use candor_environments::{Finish, Message, ParseStatus};
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+
+use crate::config::Config;
+use crate::rollout::{Group, Rollout};
+
+/// Version of the rows of `generations.jsonl`.
+const SCHEMA: u64 = 1;
+
+/// Which tasks a row belongs to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum RowSplit {
+    /// Trained on.
+    Train,
+    /// Held out.
+    Eval,
+}
+
+/// One line of `generations.jsonl`: one rollout.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Row {
+    /// Version of this format.
+    pub schema: u64,
+    /// Train or eval.
+    pub split: RowSplit,
+    /// The training step, from 0; an evaluation carries the number of steps done before it.
+    pub step: u64,
+    /// Optimizer steps in the adapter that sampled it.
+    pub policy_version: u64,
+    /// The environment's name.
+    pub environment: String,
+    /// The task's id.
+    pub task: String,
+    /// Index of the group within the step.
+    pub group: usize,
+    /// Index of the rollout within the group.
+    pub rollout: usize,
+    /// The messages of the prompt.
+    pub prompt: Vec<Message>,
+    /// What the model wrote.
+    pub completion: String,
+    /// Why it ended.
+    pub finish: Finish,
+    /// How many tokens it has.
+    pub tokens: usize,
+    /// The reward; null on error.
+    pub reward: Option<f64>,
+    /// The reward's parts, the outcome first.
+    pub parts: Map<String, Value>,
+    /// The advantage; null on error, in a dropped group, and in evaluations.
+    pub advantage: Option<f64>,
+    /// What the environment measured.
+    pub metrics: Map<String, Value>,
+    /// How the completion was read; null on error.
+    pub parse: Option<ParseStatus>,
+    /// What was odd about it.
+    pub flags: Vec<String>,
+    /// What the judge said; null without one.
+    pub judge: Option<Value>,
+    /// Mean log-probability of its tokens at temperature 1.
+    pub mean_logprob: f64,
+    /// Why there is no score.
+    pub error: Option<String>,
+}
+
+impl Row {
+    fn new(split: RowSplit, step: u64, group_index: usize, group: &Group, rollout: &Rollout) -> Self {
+        let score = rollout.score.as_ref().ok();
+        let numbers = |pairs: &[(&'static str, f64)]| pairs.iter().map(|(name, value)| (name.to_string(), Value::from(*value))).collect();
+        let untempered_t = &rollout.generation.untempered_t;
+        Self {
+            schema: SCHEMA,
+            split,
+            step,
+            policy_version: group.version,
+            environment: group.environment.clone(),
+            task: group.task.id.clone(),
+            group: group_index,
+            rollout: rollout.generation.rollout,
+            prompt: group.task.prompt.clone(),
+            completion: rollout.text.clone(),
+            finish: rollout.generation.finish,
+            tokens: rollout.generation.ids.len(),
+            reward: rollout.reward(),
+            parts: score.map(|score| numbers(&score.parts)).unwrap_or_default(),
+            advantage: rollout.advantage,
+            metrics: score.map(|score| numbers(&score.metrics)).unwrap_or_default(),
+            parse: score.map(|score| score.parse),
+            flags: score.map(|score| score.flags.iter().map(|flag| flag.to_string()).collect()).unwrap_or_default(),
+            judge: None,
+            mean_logprob: untempered_t.iter().map(|&logprob| f64::from(logprob)).sum::<f64>() / untempered_t.len() as f64,
+            error: rollout.score.as_ref().err().map(ToString::to_string),
+        }
+    }
+}
+
+/// An open run folder.
+pub struct RunFolder {
+    /// Where it lies.
+    pub path: PathBuf,
+    generations: Lines,
+    metrics: Lines,
+}
+
+impl RunFolder {
+    /// Makes `results/<name>/` with the resolved config.
+    ///
+    /// # Errors
+    /// If it exists already, or the disk fails.
+    pub fn create(results: &Path, config: &Config) -> Result<Self> {
+        let path = results.join(&config.name);
+        ensure!(
+            !path.exists(),
+            "{} exists already: continue that run with --resume, or give this one another `name`",
+            path.display()
+        );
+        let unfinished = results.join(format!(".{}.new", config.name));
+        if unfinished.exists() {
+            fs::remove_dir_all(&unfinished).with_context(|| format!("{}: cannot remove", unfinished.display()))?;
+        }
+        let made = fs::create_dir_all(unfinished.join("checkpoints"));
+        made.with_context(|| format!("{}: cannot create", unfinished.display()))?;
+        write_whole(&unfinished.join("config.toml"), config.to_toml()?.as_bytes())?;
+        fs::rename(&unfinished, &path).with_context(|| format!("{}: cannot create", path.display()))?;
+        Self::open(path)
+    }
+
+    /// Opens a run again: rows of steps from `next_step` on, which the checkpoint does not contain, move to
+    /// `interrupted-<n>.jsonl`. Returns what was moved or dropped, in words.
+    ///
+    /// # Errors
+    /// If there is no such run, its config is another one, a row cannot be read, or the disk fails.
+    pub fn resume(results: &Path, config: &Config, next_step: u64) -> Result<(Self, Vec<String>)> {
+        let path = results.join(&config.name);
+        let saved = path.join("config.toml");
+        ensure!(saved.exists(), "{}: there is no run to resume; start it without --resume", path.display());
+        ensure!(
+            Config::load(&saved)? == *config,
+            "{}: the run was started with another config; resume it with that file, or give this run another `name`",
+            saved.display()
+        );
+        let aside = (1..).map(|n| path.join(format!("interrupted-{n}.jsonl"))).find(|path| !path.exists());
+        let aside = aside.context("no free name for interrupted rows")?;
+        let mut notes = Vec::new();
+        for name in [GENERATIONS, METRICS] {
+            notes.extend(cut_back(&path.join(name), next_step, &aside)?);
+        }
+        Ok((Self::open(path)?, notes))
+    }
+
+    fn open(path: PathBuf) -> Result<Self> {
+        let (generations, metrics) = (Lines::append(path.join(GENERATIONS))?, Lines::append(path.join(METRICS))?);
+        Ok(Self { path, generations, metrics })
+    }
+
+    /// Appends one row per rollout.
+    ///
+    /// # Errors
+    /// If the disk fails.
+    pub fn record_generations(&mut self, split: RowSplit, step: u64, groups: &[Group]) -> Result<()> {
+        for (index, group) in groups.iter().enumerate() {
+            for rollout in &group.rollouts {
+                self.generations.write(&Row::new(split, step, index, group, rollout))?;
+            }
+        }
+        self.generations.flush()
+    }
+
+    /// Appends one object to `metrics.jsonl`.
+    ///
+    /// # Errors
+    /// If the disk fails.
+    pub fn record_metrics(&mut self, row: &Value) -> Result<()> {
+        self.metrics.write(row)?;
+        self.metrics.flush()
+    }
+
+    /// Makes sure that everything written so far is on the disk: a checkpoint must not be newer than its rows.
+    ///
+    /// # Errors
+    /// If the disk fails.
+    pub fn sync(&mut self) -> Result<()> {
+        self.generations.sync()?;
+        self.metrics.sync()
+    }
+}
+
+/// File names within the run folder.
+pub const GENERATIONS: &str = "generations.jsonl";
+/// See [`GENERATIONS`].
+pub const METRICS: &str = "metrics.jsonl";
+
+/// A file of JSON lines that only grows.
+struct Lines {
+    path: PathBuf,
+    file: BufWriter<File>,
+}
+
+impl Lines {
+    fn append(path: PathBuf) -> Result<Self> {
+        let file = OpenOptions::new().create(true).append(true).open(&path);
+        let file = file.with_context(|| format!("{}: cannot open", path.display()))?;
+        Ok(Self { path, file: BufWriter::new(file) })
+    }
+
+    fn write(&mut self, row: &impl Serialize) -> Result<()> {
+        let mut line = serde_json::to_vec(row)?;
+        line.push(b'\n');
+        self.file.write_all(&line).with_context(|| format!("{}: cannot write", self.path.display()))
+    }
+
+    fn flush(&mut self) -> Result<()> {
+        self.file.flush().with_context(|| format!("{}: cannot write", self.path.display()))
+    }
+
+    fn sync(&mut self) -> Result<()> {
+        self.flush()?;
+        self.file.get_ref().sync_data().with_context(|| format!("{}: cannot write", self.path.display()))
+    }
+}
+
+/// Writes a file through a temporary one, so that it is there whole or not at all.
+///
+/// # Errors
+/// If the disk fails.
+pub fn write_whole(path: &Path, bytes: &[u8]) -> Result<()> {
+    let temporary = path.with_extension("tmp");
+    let written = fs::write(&temporary, bytes).and_then(|()| File::open(&temporary)?.sync_all());
+    written.and_then(|()| fs::rename(&temporary, path)).with_context(|| format!("{}: cannot write", path.display()))
+}
+
+/// Moves complete lines with step ≥ `next_step` from a file of JSON lines to the end of `aside`, and drops a torn last line.
+fn cut_back(path: &Path, next_step: u64, aside: &Path) -> Result<Vec<String>> {
+    if !path.exists() {
+        return Ok(Vec::new());
+    }
+    let text = fs::read(path).with_context(|| format!("{}: cannot read", path.display()))?;
+    let (mut kept, mut moved, mut notes) = (Vec::new(), Vec::new(), Vec::new());
+    for (number, line) in text.split_inclusive(|&byte| byte == b'\n').enumerate() {
+        let step = serde_json::from_slice::<Value>(line).ok().and_then(|row| row["step"].as_u64());
+        match step {
+            _ if line.last() != Some(&b'\n') => notes.push(format!("{}: dropped a torn last line", path.display())),
+            Some(step) if step < next_step => kept.extend(line),
+            Some(_) => moved.extend(line),
+            None => bail!("{}: line {}: not a row with a step; remove the line to resume", path.display(), number + 1),
+        }
+    }
+    if kept.len() == text.len() {
+        return Ok(notes);
+    }
+    if !moved.is_empty() {
+        let rows = moved.iter().filter(|&&byte| byte == b'\n').count();
+        let mut file = OpenOptions::new().create(true).append(true).open(aside)?;
+        file.write_all(&moved).and_then(|()| file.sync_all()).with_context(|| format!("{}: cannot write", aside.display()))?;
+        notes.push(format!("{}: moved {rows} rows that the checkpoint does not contain to {}", path.display(), aside.display()));
+    }
+    write_whole(path, &kept)?;
+    Ok(notes)
+}

@@ -1,0 +1,287 @@
+//! The local sampler on the tiny models: transformers' greedy continuations, log-probabilities that are the learner's, and
+//! completions that do not depend on what else is being sampled.
+
+use std::collections::BTreeSet;
+use std::path::Path;
+use std::sync::Arc;
+
+use anyhow::{Result, bail};
+use candle_core::Device;
+use candor::learner::completion_logprobs;
+use candor::learner::tree::{Branch, Tree};
+use candor::model::Model;
+use candor::policy::Adapter;
+use candor::sampler::local::LocalSampler;
+use candor::sampler::{Generation, Request, Sampler, Settings};
+use candor::tokenizer::Tokenizer;
+use candor_environments::Finish;
+use proptest::prelude::*;
+
+use crate::check;
+use crate::model::{adapter, tiny_models};
+
+/// A tiny model with its tokenizer, a sampler over both, and an adapter that does something.
+struct Tiny {
+    model: Arc<Model>,
+    tokenizer: Arc<Tokenizer>,
+    sampler: LocalSampler,
+    adapter: Adapter,
+}
+
+fn open(folder: &Path) -> Tiny {
+    let model = Arc::new(Model::open(folder, &Device::Cpu).unwrap());
+    let tokenizer = Arc::new(Tokenizer::from_folder(folder).unwrap());
+    let sampler = LocalSampler::new(model.clone(), tokenizer.clone());
+    let (adapter, _) = adapter(&model, &folder.join("adapter_lora"));
+    Tiny { model, tokenizer, sampler, adapter }
+}
+
+fn tiny() -> Option<Tiny> {
+    Some(open(&check::golden("tiny/llama")?))
+}
+
+fn settings(max_tokens: usize, temperature: f64) -> Settings {
+    Settings { max_tokens, temperature, stop: Vec::new(), seed: 7, step: 3 }
+}
+
+/// A prompt of its own for every `number`.
+fn request(number: usize, length: usize, rollouts: usize) -> Request {
+    Request { prompt_ids: (0..length).map(|i| ((number * 53 + i * 37) % 300 + 4) as u32).collect(), rollouts }
+}
+
+/// Samples, and sorts what was handed over by group and rollout.
+fn sample(
+    sampler: &mut LocalSampler,
+    requests: &[Request],
+    adapter: Option<&Adapter>,
+    settings: &Settings,
+) -> Vec<Generation> {
+    let mut all = Vec::new();
+    let mut keep = |generation| {
+        all.push(generation);
+        Ok(())
+    };
+    sampler.sample(requests, adapter, settings, &mut keep).unwrap();
+    all.sort_by_key(|generation| (generation.group, generation.rollout));
+    all
+}
+
+/// Every rollout of every request was handed over exactly once.
+#[track_caller]
+fn assert_complete(generations: &[Generation], requests: &[Request]) {
+    let got: Vec<(usize, usize)> =
+        generations.iter().map(|generation| (generation.group, generation.rollout)).collect();
+    let rollouts = |(group, request): (usize, &Request)| (0..request.rollouts).map(move |rollout| (group, rollout));
+    assert_eq!(got, requests.iter().enumerate().flat_map(rollouts).collect::<Vec<_>>());
+}
+
+/// Equal tokens and ends, and log-probabilities up to rounding (which changes with the number of rows of a call).
+#[track_caller]
+fn assert_same(name: &str, got: &Generation, want: &Generation) {
+    assert_eq!((&got.ids, got.finish), (&want.ids, want.finish), "{name}");
+    for (got, want) in [(&got.behavior_t, &want.behavior_t), (&got.untempered_t, &want.untempered_t)] {
+        check::all_close(name, &floats(got), &floats(want), 1e-5);
+    }
+}
+
+fn floats(logprobs_t: &[f32]) -> Vec<f64> {
+    logprobs_t.iter().copied().map(f64::from).collect()
+}
+
+#[test]
+fn golden_greedy_continuations() {
+    for folder in tiny_models() {
+        let Tiny { tokenizer, mut sampler, .. } = open(&folder);
+        let golden = &check::json(&folder.join("golden.json"))["greedy"];
+        let tokens = |name: &str| check::floats(&golden[name]).into_iter().map(|id| id as u32).collect::<Vec<_>>();
+        let (ids, margins, logprobs) =
+            (tokens("ids"), check::floats(&golden["margin"]), check::floats(&golden["logprobs"]));
+        // The golden run went on after an end token, and a tie may be broken either way: compare up to there.
+        let end = ids.iter().position(|id| tokenizer.end_tokens().contains(id)).map_or(ids.len(), |end| end + 1);
+        let sure = margins.iter().position(|margin| *margin <= 1e-3).unwrap_or(ids.len()).min(end);
+        assert!(sure > 5, "{}: only {sure} golden tokens can be compared", folder.display());
+        let request = Request { prompt_ids: tokens("prompt_ids"), rollouts: 2 };
+        for generation in sample(&mut sampler, &[request], None, &settings(ids.len(), 0.0)) {
+            assert_eq!(generation.ids[..sure], ids[..sure], "{}", folder.display());
+            for logprobs_t in [&generation.behavior_t, &generation.untempered_t] {
+                check::all_close(&folder.display().to_string(), &floats(&logprobs_t[..sure]), &logprobs[..sure], 1e-4);
+            }
+        }
+    }
+}
+
+/// Random numbers are functions of (seed, step, group, rollout, position), and rows of a call do not see each other.
+#[test]
+fn a_completion_does_not_depend_on_what_else_is_sampled() {
+    let Some(Tiny { mut sampler, adapter, .. }) = tiny() else { return };
+    let requests = [request(0, 9, 5), request(1, 1, 3), request(2, 70, 4)];
+    let settings = settings(24, 0.9);
+    let together = sample(&mut sampler, &requests, Some(&adapter), &settings);
+    assert_complete(&together, &requests);
+    let compare = |name: &str, got: &[Generation]| {
+        let known = |got: &&Generation| requests[got.group].rollouts > got.rollout;
+        for got in got.iter().filter(known) {
+            let want = together.iter().find(|want| (want.group, want.rollout) == (got.group, got.rollout)).unwrap();
+            assert_same(&format!("{name}, group {}, rollout {}", got.group, got.rollout), got, want);
+        }
+    };
+    compare("again", &sample(&mut sampler, &requests, Some(&adapter), &settings));
+    compare("alone", &sample(&mut sampler, &requests[..1], Some(&adapter), &settings));
+    let other_counts: Vec<Request> =
+        requests.iter().zip([1, 6, 2]).map(|(r, rollouts)| Request { rollouts, ..r.clone() }).collect();
+    compare("other rollout counts", &sample(&mut sampler, &other_counts, Some(&adapter), &settings));
+    // The last group keeps its place, but the prompts before it are others.
+    let other = [request(8, 2, 1), request(9, 33, 2), requests[2].clone()];
+    let last: Vec<Generation> = sample(&mut sampler, &other, Some(&adapter), &settings).split_off(3);
+    compare("other prompts", &last);
+}
+
+#[test]
+fn every_counter_of_the_random_numbers_matters() {
+    let Some(Tiny { mut sampler, .. }) = tiny() else { return };
+    let same_prompt = [request(0, 9, 4), request(0, 9, 4)];
+    let base = settings(16, 1.0);
+    let mut texts = BTreeSet::new();
+    for settings in [base.clone(), Settings { seed: 8, ..base.clone() }, Settings { step: 4, ..base.clone() }] {
+        let generations = sample(&mut sampler, &same_prompt, None, &settings);
+        texts.extend(generations.into_iter().map(|generation| generation.ids));
+    }
+    assert_eq!(texts.len(), 3 * 8, "two of the completions are the same");
+}
+
+/// What makes the policy gradient right: the learner recomputes the log-probabilities that the tokens were drawn with.
+#[test]
+fn the_learner_recomputes_the_sampled_log_probabilities() {
+    for folder in tiny_models() {
+        let Tiny { model, mut sampler, adapter, .. } = open(&folder);
+        let requests = [request(0, 9, 4), request(1, 40, 3), request(2, 1, 2)];
+        for (adapter, temperature) in [(None, 1.0), (Some(&adapter), 0.7), (Some(&adapter), 1.3)] {
+            let generations = sample(&mut sampler, &requests, adapter, &settings(33, temperature));
+            let mut trees: Vec<Tree> = requests
+                .iter()
+                .map(|request| Tree { prompt_ids: request.prompt_ids.clone(), branches: Vec::new() })
+                .collect();
+            for Generation { group, ids, .. } in &generations {
+                let (behavior_t, mask_t) = (vec![0.0; ids.len()], vec![true; ids.len()]);
+                trees[*group].branches.push(Branch { ids: ids.clone(), behavior_t, mask_t, advantage: 1.0 });
+            }
+            let behavior = completion_logprobs(&model, adapter, &trees, 128, temperature).unwrap();
+            let untempered = completion_logprobs(&model, adapter, &trees, 1024, 1.0).unwrap();
+            assert_eq!(behavior.len(), generations.len());
+            for (generation, (behavior, untempered)) in generations.iter().zip(behavior.iter().zip(&untempered)) {
+                let name = format!("{}, temperature {temperature}", folder.display());
+                check::all_close(&name, &floats(&generation.behavior_t), behavior, 1e-4);
+                check::all_close(&name, &floats(&generation.untempered_t), untempered, 1e-4);
+            }
+        }
+    }
+}
+
+#[test]
+fn completions_end_at_end_tokens_or_at_the_limit() {
+    let Some(Tiny { tokenizer, mut sampler, .. }) = tiny() else { return };
+    let requests = [request(0, 9, 60), request(1, 3, 60)];
+    let generations = sample(&mut sampler, &requests, None, &settings(30, 1.5));
+    let (mut stopped, mut cut) = (0, 0);
+    for Generation { ids, behavior_t, untempered_t, finish, .. } in &generations {
+        assert_eq!((behavior_t.len(), untempered_t.len()), (ids.len(), ids.len()));
+        let (last, before) = ids.split_last().unwrap();
+        assert!(before.iter().all(|id| !tokenizer.end_tokens().contains(id)), "went on after an end token: {ids:?}");
+        if tokenizer.end_tokens().contains(last) {
+            assert_eq!(*finish, Finish::Stop);
+            stopped += 1;
+        } else {
+            assert_eq!((*finish, ids.len()), (Finish::Length, 30));
+            cut += 1;
+        }
+    }
+    // 3600 draws from a vocabulary of 320, almost uniform.
+    assert!(stopped >= 3 && cut >= 3, "{stopped} stopped and {cut} cut: this test saw only one kind");
+}
+
+#[test]
+fn a_stop_string_ends_a_completion_with_the_token_that_completes_it() {
+    let Some(Tiny { tokenizer, mut sampler, .. }) = tiny() else { return };
+    let requests = [request(0, 9, 8)];
+    let free = sample(&mut sampler, &requests, None, &settings(30, 1.0));
+    // What the first rollout says around its tenth token, across token boundaries.
+    let middle = tokenizer.decode(&free[0].ids[8..12]);
+    let settings = Settings { stop: vec!["never said".into(), middle.clone()], ..settings(30, 1.0) };
+    let mut ended = 0;
+    for (free, got) in free.iter().zip(sample(&mut sampler, &requests, None, &settings)) {
+        let contains = |length: &usize| tokenizer.decode(&free.ids[..*length]).contains(&middle);
+        match (1..=free.ids.len()).find(contains) {
+            Some(length) => {
+                assert_eq!((got.ids.as_slice(), got.finish), (&free.ids[..length], Finish::Stop));
+                ended += 1;
+            }
+            None => assert_same("without the stop string", &got, free),
+        }
+    }
+    assert!(ended >= 1 && middle.chars().count() > 1, "{middle:?} ended {ended} completions");
+}
+
+#[test]
+fn an_error_of_the_callback_ends_the_sampling_and_nothing_else() {
+    let Some(Tiny { mut sampler, .. }) = tiny() else { return };
+    let requests = [request(0, 9, 3), request(1, 5, 3)];
+    let want = sample(&mut sampler, &requests, None, &settings(8, 1.0));
+    let mut calls = 0;
+    let mut fail = |_| -> Result<()> {
+        calls += 1;
+        if calls == 2 { bail!("the disk is full") } else { Ok(()) }
+    };
+    let error = sampler.sample(&requests, None, &settings(8, 1.0), &mut fail).unwrap_err();
+    assert_eq!((error.to_string().as_str(), calls), ("the disk is full", 2));
+    let after = sample(&mut sampler, &requests, None, &settings(8, 1.0));
+    assert_complete(&after, &requests);
+    after.iter().zip(&want).for_each(|(after, want)| assert_same("after the error", after, want));
+}
+
+#[test]
+fn requests_that_cannot_be_sampled_are_named() {
+    let Some(Tiny { mut sampler, model, .. }) = tiny() else { return };
+    let context = model.architecture.context;
+    let mut error = |bad: Request| {
+        let mut never = |_| -> Result<()> { panic!("nothing was to be sampled") };
+        sampler.sample(&[request(0, 9, 1), bad], None, &settings(8, 1.0), &mut never).unwrap_err().to_string()
+    };
+    let message = error(request(1, context - 7, 1));
+    assert!(message.contains("group 1") && message.contains(&context.to_string()), "{message}");
+    assert!(error(request(1, 0, 1)).contains("group 1"));
+    let broken = Request { prompt_ids: vec![5, model.architecture.vocabulary as u32], rollouts: 1 };
+    assert!(error(broken).contains("outside the model's vocabulary"));
+    // The longest that fits is sampled to its last position.
+    let longest = sample(&mut sampler, &[request(1, context - 8, 2)], None, &settings(8, 0.0));
+    assert_eq!(longest.len(), 2);
+}
+
+#[test]
+fn nothing_is_asked_and_nothing_is_sampled() {
+    let Some(Tiny { mut sampler, .. }) = tiny() else { return };
+    assert!(sample(&mut sampler, &[], None, &settings(8, 1.0)).is_empty());
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(12))]
+
+    /// A group reserves its rows for the longest completions; 40 groups of up to 12 · 200 rows are several times what the
+    /// store holds, and rare groups are larger than it would be. Stop strings end most completions after a few tokens, in an order that no one foresees.
+    #[test]
+    fn more_groups_than_the_store_holds_all_finish(
+        shapes in prop::collection::vec((1usize..50, prop_oneof![19 => 1usize..12, 1 => 90usize..100]), 1..40),
+        max_tokens in prop_oneof![1usize..4, 100usize..200],
+        seed in any::<u64>(),
+    ) {
+        let Some(Tiny { mut sampler, .. }) = tiny() else { return Ok(()) };
+        let requests: Vec<Request> = shapes.iter().enumerate().map(|(number, &(length, rollouts))| request(number, length, rollouts)).collect();
+        let stop = ["a", "e", "i", "o", "s", "t", "r", "n", " ", "\u{fffd}"].map(String::from).to_vec();
+        let settings = Settings { stop, seed, ..settings(max_tokens, 1.0) };
+        let generations = sample(&mut sampler, &requests, None, &settings);
+        assert_complete(&generations, &requests);
+        prop_assert!(generations.iter().all(|generation| (1..=max_tokens).contains(&generation.ids.len())));
+        // The store was left as it was found: all of it can be used again.
+        let again = sample(&mut sampler, &requests, None, &settings);
+        prop_assert!(generations.iter().zip(&again).all(|(first, again)| first.ids == again.ids));
+    }
+}
