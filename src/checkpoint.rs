@@ -70,7 +70,8 @@ fn list(run: &Path) -> Result<Vec<PathBuf>> {
     let folder = run.join("checkpoints");
     let entries = fs::read_dir(&folder).with_context(|| format!("{}: cannot list", folder.display()))?;
     let paths = entries.map(|entry| Ok(entry?.path())).collect::<std::io::Result<Vec<_>>>()?;
-    let is_checkpoint = |path: &PathBuf| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("step-"));
+    let is_checkpoint =
+        |path: &PathBuf| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("step-"));
     let mut paths: Vec<PathBuf> = paths.into_iter().filter(is_checkpoint).collect();
     paths.sort();
     Ok(paths)
@@ -98,7 +99,8 @@ pub fn restore_moments(checkpoint: &Path, learner: &mut Learner, state: &State) 
     for (name, tensor) in learner.adapter().tensors() {
         let mut take = |kind: &str| -> Result<Tensor> {
             let name = format!("{kind}.{name}");
-            let moment = tensors.remove(&name).with_context(|| format!("{}: tensor {name} is missing", path.display()))?;
+            let moment =
+                tensors.remove(&name).with_context(|| format!("{}: tensor {name} is missing", path.display()))?;
             ensure!(moment.dims() == tensor.dims(), "{}: tensor {name} has shape {:?}", path.display(), moment.dims());
             Ok(moment)
         };
@@ -141,7 +143,8 @@ pub fn load_adapter(folder: &Path, architecture: &Architecture, lora: &Lora, dev
     let path = folder.join("adapter_config.json");
     let text = fs::read(&path).with_context(|| format!("{}: cannot read", path.display()))?;
     let config: Value = serde_json::from_slice(&text).with_context(|| format!("{}: not json", path.display()))?;
-    let modules = config["target_modules"].as_array().with_context(|| format!("{}: no target_modules", path.display()))?;
+    let modules =
+        config["target_modules"].as_array().with_context(|| format!("{}: no target_modules", path.display()))?;
     let carries = |projection: &Projection| {
         modules.iter().filter_map(Value::as_str).any(|module| projection.module().ends_with(module))
     };
@@ -152,7 +155,11 @@ pub fn load_adapter(folder: &Path, architecture: &Architecture, lora: &Lora, dev
         ("lora.targets", Projection::ALL.iter().all(|p| carries(p) == lora.targets.contains(p))),
     ];
     for (key, same) in described {
-        ensure!(same, "{}: the adapter does not match the config's {key}; set it to the adapter's value", path.display());
+        ensure!(
+            same,
+            "{}: the adapter does not match the config's {key}; set it to the adapter's value",
+            path.display()
+        );
     }
     let path = folder.join("adapter_model.safetensors");
     let tensors = load_tensors(&path, device)?;

@@ -49,7 +49,10 @@ static INTERRUPTED: AtomicBool = AtomicBool::new(false);
 ///
 /// Exit codes: 0 done, 1 the run failed, 2 the input was wrong, 130 interrupted after saving.
 pub fn run(environments: &[(&str, Load)]) -> ExitCode {
-    tracing_subscriber::fmt().with_env_filter(tracing_subscriber::EnvFilter::from_default_env()).with_writer(std::io::stderr).init();
+    tracing_subscriber::fmt()
+        .with_env_filter(tracing_subscriber::EnvFilter::from_default_env())
+        .with_writer(std::io::stderr)
+        .init();
     let Command::Train { config, resume, quiet } = Arguments::parse().command;
     let console = Console::new(quiet);
     let observer = |event: Event| console.show(event);

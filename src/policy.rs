@@ -80,7 +80,10 @@ impl Adapter {
             let name = tensor_name(layer, projection, part);
             let tensor = tensors.remove(&name).with_context(|| format!("adapter: tensor {name} is missing"))?;
             let found = tensor.dims();
-            ensure!(found == [shape.0, shape.1], "adapter: tensor {name} has shape {found:?}, expected {shape:?}; was it made for another model?");
+            ensure!(
+                found == [shape.0, shape.1],
+                "adapter: tensor {name} has shape {found:?}, expected {shape:?}; was it made for another model?"
+            );
             Ok(tensor.to_dtype(DType::F32)?.to_device(device)?)
         })?;
         let mut left: Vec<_> = tensors.into_keys().collect();

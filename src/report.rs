@@ -14,7 +14,9 @@ use serde::Serialize;
 use serde_json::{Value, json};
 
 use crate::advantage::is_mixed;
-use crate::evaluation::{Interval, Predictions, accuracy, auroc, base_rate_brier, brier, brier_skill, paired_bootstrap};
+use crate::evaluation::{
+    Interval, Predictions, accuracy, auroc, base_rate_brier, brier, brier_skill, paired_bootstrap,
+};
 use crate::learner::{StepReport, StepShape};
 use crate::rollout::{Group, Rollout, is_cut};
 use crate::run::{GENERATIONS, METRICS, Row, RowSplit};
@@ -69,7 +71,10 @@ impl Counts {
             cut: count(is_cut),
             tokens: all().map(|rollout| rollout.generation.ids.len()).sum(),
             mixed: groups.iter().filter(|group| is_mixed(&group.rewards())).count(),
-            dropped: groups.iter().filter(|group| group.rollouts.iter().all(|rollout| rollout.advantage.is_none())).count(),
+            dropped: groups
+                .iter()
+                .filter(|group| group.rollouts.iter().all(|rollout| rollout.advantage.is_none()))
+                .count(),
         }
     }
 
@@ -92,7 +97,8 @@ impl StepRecord<'_> {
     pub fn to_json(&self) -> Value {
         let counts = Counts::of(self.groups);
         let mut environment: BTreeMap<&str, (f64, f64)> = BTreeMap::new();
-        let scores = self.groups.iter().flat_map(|group| &group.rollouts).filter_map(|rollout| rollout.score.as_ref().ok());
+        let scores =
+            self.groups.iter().flat_map(|group| &group.rollouts).filter_map(|rollout| rollout.score.as_ref().ok());
         for (name, value) in scores.flat_map(|score| score.metrics.iter().chain(&score.parts)) {
             let mean = environment.entry(name).or_default();
             *mean = (mean.0 + value, mean.1 + 1.0);
@@ -200,10 +206,12 @@ pub struct Evaluated {
     pub accuracy: Option<f64>,
     /// Mean (confidence − correct)².
     pub brier: Option<f64>,
-    /// 1 − Brier / the Brier score of always stating the accuracy.
+    /// 1 − Brier / the Brier score of always stating the accuracy (SCIENCE 1.3).
     pub brier_skill: Option<f64>,
-    /// The Brier score of always stating the accuracy on the same rows.
-    pub constant_brier: Option<f64>,
+    /// The Brier score of always stating the accuracy, on the same rows.
+    pub constant_accuracy_brier: Option<f64>,
+    /// The Brier score of always stating the base rate of YES, on the same rows; only where the environment tells `y`.
+    pub constant_base_rate_brier: Option<f64>,
     /// Chance that a right answer has the higher confidence.
     pub auroc: Option<f64>,
     /// Outcome by task, for pairing.
@@ -215,9 +223,12 @@ impl Evaluated {
     fn of(rows: &[&Row]) -> Result<Self> {
         let outcome = |row: &Row| Some((row.task.clone(), row.parts.values().next()?.as_f64()?));
         let outcomes: BTreeMap<String, f64> = rows.iter().filter_map(|row| outcome(row)).collect();
-        let pair = |row: &&Row| Some((row.metrics.get("confidence")?.as_f64()?, row.metrics.get("correct")?.as_f64()? == 1.0));
+        let pair =
+            |row: &&Row| Some((row.metrics.get("confidence")?.as_f64()?, row.metrics.get("correct")?.as_f64()? == 1.0));
         let (confidences, correct): (Vec<f64>, Vec<bool>) = rows.iter().filter_map(pair).unzip();
         let predictions = Predictions::new(confidences, correct)?;
+        let gold: Vec<f64> = rows.iter().filter_map(|row| row.metrics.get("y")?.as_f64()).collect();
+        let base_rate = gold.iter().sum::<f64>() / gold.len() as f64;
         let some = |f: fn(&Predictions) -> f64| (predictions.len() > 0).then(|| f(&predictions));
         Ok(Self {
             tasks: rows.len(),
@@ -227,7 +238,9 @@ impl Evaluated {
             accuracy: some(accuracy),
             brier: some(brier),
             brier_skill: brier_skill(&predictions),
-            constant_brier: some(base_rate_brier),
+            constant_accuracy_brier: some(base_rate_brier),
+            constant_base_rate_brier: (!gold.is_empty() && gold.len() == predictions.len())
+                .then(|| base_rate * (1.0 - base_rate)),
             auroc: auroc(&predictions),
             outcomes,
         })
@@ -279,7 +292,11 @@ impl Summary {
             steps: metrics.len(),
             seconds_per_step: seconds.get(seconds.len() / 2).copied(),
             tokens_per_second: (total > 0.0).then(|| tokens / total),
-            peak_memory_bytes: metrics.iter().filter_map(|row| row["timing"]["peak_memory_bytes"].as_u64()).max().max(peak_memory()),
+            peak_memory_bytes: metrics
+                .iter()
+                .filter_map(|row| row["timing"]["peak_memory_bytes"].as_u64())
+                .max()
+                .max(peak_memory()),
         })
     }
 }
@@ -308,26 +325,33 @@ fn compare(rows: &[Row]) -> Result<Vec<Comparison>> {
 
 fn read_lines<T: serde::de::DeserializeOwned>(path: &Path) -> Result<Vec<T>> {
     let text = fs::read_to_string(path).with_context(|| format!("{}: cannot read", path.display()))?;
-    let parse = |(number, line)| serde_json::from_str(line).with_context(|| format!("{}: line {}", path.display(), number + 1));
+    let parse =
+        |(number, line)| serde_json::from_str(line).with_context(|| format!("{}: line {}", path.display(), number + 1));
     text.lines().enumerate().map(parse).collect()
 }
 
 impl fmt::Display for Summary {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
         for Comparison { environment, before, after, difference } in &self.comparisons {
-            writeln!(f, "{environment}: {} held-out tasks, greedy, before and after {} steps", after.tasks, self.steps)?;
+            writeln!(
+                f,
+                "{environment}: {} held-out tasks, the same before and after {} steps",
+                after.tasks, self.steps
+            )?;
+            writeln!(f, "  {:<22} {:>8} {:>8}", "", "before", "after")?;
             let mut line = |name: &str, value: &dyn Fn(&Evaluated) -> String, note: &str| {
                 writeln!(f, "  {name:<22} {:>8} {:>8}  {note}", value(before), value(after))
             };
-            line("", &|_| "".into(), "")?;
             line("parse rate", &|e| shown(Some(e.parsed as f64 / e.tasks as f64), 3), "")?;
-            let interval = difference.map_or("-".into(), |(mean, low, high)| format!("{mean:+.3}, 95% interval {low:+.3} to {high:+.3}"));
+            let interval = difference
+                .map_or("-".into(), |(mean, low, high)| format!("{mean:+.3}, 95% interval {low:+.3} to {high:+.3}"));
             line("mean reward, all rows", &|e| shown(e.reward, 3), &interval)?;
             line("parsed rows", &|e| e.parsed.to_string(), "the rows below are over these")?;
             line("accuracy", &|e| shown(e.accuracy, 3), "")?;
             line("Brier score", &|e| shown(e.brier, 3), "lower is better")?;
-            line("constant base rate", &|e| shown(e.constant_brier, 3), "Brier score of always stating the accuracy")?;
-            line("Brier skill", &|e| shown(e.brier_skill, 3), "above 0 beats that constant")?;
+            line("  constant base rate", &|e| shown(e.constant_base_rate_brier, 3), "always stating the share of YES")?;
+            line("  constant accuracy", &|e| shown(e.constant_accuracy_brier, 3), "always stating the accuracy")?;
+            line("Brier skill", &|e| shown(e.brier_skill, 3), "above 0 beats the constant accuracy")?;
             line("AUROC", &|e| shown(e.auroc, 3), "0.5 is chance")?;
         }
         let gigabytes = self.peak_memory_bytes.map(|bytes| bytes as f64 / 1e9);

@@ -92,7 +92,10 @@ pub fn choose_tasks(sources: &[Source], prompts: usize, seed: u64, step: u64) ->
             let pass = place / tasks;
             let (_, tasks_in_order) = match order.take() {
                 Some(known) if known.0 == pass => order.insert(known),
-                _ => order.insert((pass, shuffled(tasks, random::key(seed, Purpose::Selection, &[index as u64, pass as u64])))),
+                _ => order.insert((
+                    pass,
+                    shuffled(tasks, random::key(seed, Purpose::Selection, &[index as u64, pass as u64])),
+                )),
             };
             chosen.push((index, tasks_in_order[place % tasks]));
         }
@@ -190,7 +193,12 @@ impl Collector<'_> {
             }
             rollouts
         })?;
-        ensure!(all.len() == choices.len() * rollouts, "only {} of {} completions were scored", all.len(), choices.len() * rollouts);
+        ensure!(
+            all.len() == choices.len() * rollouts,
+            "only {} of {} completions were scored",
+            all.len(),
+            choices.len() * rollouts
+        );
         all.sort_by_key(|(ended, _)| (ended.generation.group, ended.generation.rollout));
         for (Ended { generation, completion }, score) in all {
             let group = &mut groups[generation.group];

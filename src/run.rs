@@ -77,7 +77,9 @@ pub struct Row {
 impl Row {
     fn new(split: RowSplit, step: u64, group_index: usize, group: &Group, rollout: &Rollout) -> Self {
         let score = rollout.score.as_ref().ok();
-        let numbers = |pairs: &[(&'static str, f64)]| pairs.iter().map(|(name, value)| (name.to_string(), Value::from(*value))).collect();
+        let numbers = |pairs: &[(&'static str, f64)]| {
+            pairs.iter().map(|(name, value)| (name.to_string(), Value::from(*value))).collect()
+        };
         let untempered_t = &rollout.generation.untempered_t;
         Self {
             schema: SCHEMA,
@@ -99,7 +101,8 @@ impl Row {
             parse: score.map(|score| score.parse),
             flags: score.map(|score| score.flags.iter().map(|flag| flag.to_string()).collect()).unwrap_or_default(),
             judge: None,
-            mean_logprob: untempered_t.iter().map(|&logprob| f64::from(logprob)).sum::<f64>() / untempered_t.len() as f64,
+            mean_logprob: untempered_t.iter().map(|&logprob| f64::from(logprob)).sum::<f64>()
+                / untempered_t.len() as f64,
             error: rollout.score.as_ref().err().map(ToString::to_string),
         }
     }
@@ -262,8 +265,14 @@ fn cut_back(path: &Path, next_step: u64, aside: &Path) -> Result<Vec<String>> {
     if !moved.is_empty() {
         let rows = moved.iter().filter(|&&byte| byte == b'\n').count();
         let mut file = OpenOptions::new().create(true).append(true).open(aside)?;
-        file.write_all(&moved).and_then(|()| file.sync_all()).with_context(|| format!("{}: cannot write", aside.display()))?;
-        notes.push(format!("{}: moved {rows} rows that the checkpoint does not contain to {}", path.display(), aside.display()));
+        file.write_all(&moved)
+            .and_then(|()| file.sync_all())
+            .with_context(|| format!("{}: cannot write", aside.display()))?;
+        notes.push(format!(
+            "{}: moved {rows} rows that the checkpoint does not contain to {}",
+            path.display(),
+            aside.display()
+        ));
     }
     write_whole(path, &kept)?;
     Ok(notes)

@@ -113,7 +113,8 @@ fn load_sources(environments: &[config::Environment], split: Split, options: &Op
         let all = || options.environments.iter().chain(REGISTRY);
         let known = || all().map(|(name, _)| *name).collect::<Vec<_>>().join(", ");
         let found = all().find(|(known, _)| *known == name);
-        let (_, load) = found.with_context(|| format!("environment.{index}.name: no environment {name:?}; known: {}", known()))?;
+        let (_, load) =
+            found.with_context(|| format!("environment.{index}.name: no environment {name:?}; known: {}", known()))?;
         let context = Context {
             split,
             options: &environment.options,
@@ -130,7 +131,10 @@ fn load_sources(environments: &[config::Environment], split: Split, options: &Op
 fn check_shares(sources: &[Source], prompts: usize) -> Result<()> {
     let weights: Vec<f64> = sources.iter().map(|source| source.weight).collect();
     for (index, share) in shares(&weights, prompts).into_iter().enumerate() {
-        ensure!(share > 0, "environment.{index}.weight: its share of {prompts} prompts rounds to none; raise it or batch.prompts");
+        ensure!(
+            share > 0,
+            "environment.{index}.weight: its share of {prompts} prompts rounds to none; raise it or batch.prompts"
+        );
     }
     Ok(())
 }
@@ -139,7 +143,8 @@ fn check_shares(sources: &[Source], prompts: usize) -> Result<()> {
 fn begin(config: &Config, model: &Arc<Model>, options: &Options) -> Result<(RunFolder, Learner, u64)> {
     let (architecture, device) = (&model.architecture, &model.device);
     let start = match &config.lora.start_from {
-        Some(folder) => checkpoint::load_adapter(Path::new(folder), architecture, &config.lora, device).context("lora.start_from")?,
+        Some(folder) => checkpoint::load_adapter(Path::new(folder), architecture, &config.lora, device)
+            .context("lora.start_from")?,
         None => Adapter::initialize(architecture, &config.lora, config.seed, device)?,
     };
     let reference = match config.reference() {
@@ -149,11 +154,8 @@ fn begin(config: &Config, model: &Arc<Model>, options: &Options) -> Result<(RunF
     let run = options.results.join(&config.name);
     let newest = if options.resume { checkpoint::newest(&run)? } else { None };
     let Some(newest) = newest else {
-        let folder = if options.resume {
-            resumed(options, config, 0)?
-        } else {
-            RunFolder::create(options.results, config)?
-        };
+        let folder =
+            if options.resume { resumed(options, config, 0)? } else { RunFolder::create(options.results, config)? };
         return Ok((folder, Learner::new(model.clone(), &start, reference, &config.learner)?, 0));
     };
     let state = checkpoint::state(&newest)?;

@@ -39,14 +39,16 @@ pub fn train(run: &mut Run, observer: Observer, interrupted: &AtomicBool) -> Res
         let chosen = choose_tasks(&run.training, run.config.batch.prompts, run.config.seed, step);
         let collector = Collector { sources: &run.training, tokenizer: &run.tokenizer, observer };
         let sampling = training_settings(run, step);
-        let mut groups = collector.collect(&chosen, run.config.batch.group, &mut *run.sampler, Some(&adapter), &sampling)?;
+        let mut groups =
+            collector.collect(&chosen, run.config.batch.group, &mut *run.sampler, Some(&adapter), &sampling)?;
         let sampled = started.elapsed();
         give_advantages(&mut groups, run);
         run.folder.record_generations(RowSplit::Train, step, &groups)?;
         errors.observe(&groups)?;
 
         let shape = step_shape(run, step);
-        let report = run.learner.step(&trees(&groups, &run.tokenizer)?, &shape).with_context(|| format!("step {step}"))?;
+        let report =
+            run.learner.step(&trees(&groups, &run.tokenizer)?, &shape).with_context(|| format!("step {step}"))?;
         let timing = Timing { sampling: sampled, step: started.elapsed() };
         let record = StepRecord { step, groups: &groups, report: &report, shape: &shape, timing };
         run.folder.record_metrics(&record.to_json())?;

@@ -113,11 +113,11 @@ fn scores_have_the_rows_of_the_contract() {
     let heldout = load(folder.path(), Split::Heldout, "length = { mode = \"spar\" }").unwrap();
     let right = score(train.as_ref(), 1, "ANSWER: YES with 70% probability", 9);
     assert_eq!(right.parts, [("brier", 1.0 - (1.0 - 0.7_f64).powi(2))]);
-    assert_eq!(right.metrics, [("correct", 1.0), ("confidence", 0.7), ("p_yes", 0.7)]);
+    assert_eq!(right.metrics, [("correct", 1.0), ("confidence", 0.7), ("p_yes", 0.7), ("y", 1.0)]);
     assert_eq!((right.answer, right.train_on), (Some(8..11), None));
     let no = score(heldout.as_ref(), 0, "ANSWER: NO (85%)", 9);
     assert_eq!(no.parts, [("brier", 1.0 - (1.0 - 0.85_f64).powi(2))], "read leniently, length not shaped");
-    assert_eq!(no.metrics, [("correct", 1.0), ("confidence", 0.85), ("p_yes", 1.0 - 0.85)]);
+    assert_eq!(no.metrics, [("correct", 1.0), ("confidence", 0.85), ("p_yes", 1.0 - 0.85), ("y", 0.0)]);
     let strict = score(train.as_ref(), 0, "ANSWER: NO (85%)", 9);
     assert_eq!((strict.parse, strict.flags), (ParseStatus::Malformed, vec!["loose_format"]));
     assert_eq!((strict.parts, strict.metrics), (vec![("unparsed", -0.25)], vec![("correct", 1.0)]));
@@ -149,6 +149,20 @@ fn prompts_show_what_they_ask_for() {
         let examples: Vec<f64> = two.lines().filter(|line| line.starts_with("ANSWER")).map(stated).collect();
         assert_eq!(examples.len(), 2, "{two}");
         assert!(examples[0] != examples[1] && examples.iter().any(|confidence| *confidence < 0.75), "{examples:?}");
+        let turns = format!("reasoning = \"{reasoning}\"\nexamples = \"turns\"");
+        let turns = load(folder.path(), Split::Train, &turns).unwrap().task(0).prompt;
+        let roles: Vec<Role> = turns.iter().map(|message| message.role).collect();
+        assert_eq!(roles, [Role::User, Role::Assistant, Role::User, Role::Assistant, Role::User]);
+        let said =
+            |role| turns.iter().filter(|m| m.role == role).map(|m| m.content.as_str()).collect::<Vec<_>>().join("\n");
+        assert!(
+            said(Role::Assistant)
+                .lines()
+                .filter(|line| line.starts_with("ANSWER"))
+                .map(stated)
+                .eq(examples.iter().copied())
+        );
+        assert_eq!(turns[4].content, "Passage: Snow is white.\nQuestion: is snow black?");
         // What the prompt says beside its examples is no answer: a model that repeats it has not answered.
         assert_ne!(yes_no_answer(&none, Mode::Strict).p_yes.status(), ParseStatus::Ok);
         assert!(two.split_whitespace().count() < 150, "prompts are read by small models: {two}");

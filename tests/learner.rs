@@ -8,7 +8,7 @@ use candor::config::{Learner as Settings, Lora, Schedule};
 use candor::learner::tree::{Branch, Tree};
 use candor::learner::{Learner, StepShape, completion_logprobs};
 use candor::model::Model;
-use candor::objective::LossMean;
+use candor::objective::{KlEstimator, LossMean};
 use candor::policy::Adapter;
 
 use crate::check;
@@ -16,7 +16,13 @@ use crate::model::{adapter, ids, tensors, tiny_models, values};
 
 /// PyTorch's optimizer settings in the golden runs.
 fn settings() -> Settings {
-    Settings { learning_rate: 1e-2, schedule: Schedule::Constant, warmup_steps: 0, clip: [0.2, 0.2], ..Settings::default() }
+    Settings {
+        learning_rate: 1e-2,
+        schedule: Schedule::Constant,
+        warmup_steps: 0,
+        clip: [0.2, 0.2],
+        ..Settings::default()
+    }
 }
 
 fn shape() -> StepShape {
@@ -116,13 +122,16 @@ fn trl_trees(step: &serde_json::Value) -> Vec<Tree> {
 
 #[test]
 fn golden_grpo_runs_of_trl() {
-    let (Some(path), Some(folder)) = (check::golden("trl/grpo_trace.json"), check::golden("tiny/llama")) else { return };
+    let (Some(path), Some(folder)) = (check::golden("trl/grpo_trace.json"), check::golden("tiny/llama")) else {
+        return;
+    };
     for (name, trace) in check::json(&path)["traces"].as_object().unwrap() {
         let model = open(&folder);
         let (adapter, _) = adapter(&model, &folder.join("adapter_lora"));
         let config = &trace["config"];
         let settings = Settings {
             kl: config["beta"].as_f64().unwrap(),
+            kl_estimator: Some(KlEstimator::Unbiased),
             loss_mean: match config["loss_type"].as_str().unwrap() {
                 "grpo" => LossMean::Sequence,
                 "dapo" => LossMean::Token,
@@ -140,11 +149,16 @@ fn golden_grpo_runs_of_trl() {
             let report = learner.step(&trees, &StepShape { max_tokens, ..shape() }).unwrap();
             let place = format!("{name} step {step}");
             check::close(&place, report.loss, want["loss"].as_f64().unwrap(), 1e-5);
-            check::close(&place, report.grad_norm, trace["logs"][step]["grad_norm"].as_f64().unwrap(), 1e-3);
+            check::close(&place, report.grad_norm, trace["logs"][step]["grad_norm"].as_f64().unwrap(), 1e-4);
         }
         for (tensor, value) in learner.adapter().tensors() {
             let norm = values(&value).iter().map(|x| x * x).sum::<f64>().sqrt();
-            check::close(&format!("{name} {tensor}"), norm, trace["lora_param_l2_after"][&tensor].as_f64().unwrap(), 1e-3);
+            check::close(
+                &format!("{name} {tensor}"),
+                norm,
+                trace["lora_param_l2_after"][&tensor].as_f64().unwrap(),
+                1e-4,
+            );
         }
     }
 }
@@ -223,10 +237,18 @@ fn the_gradient_equals_finite_differences() {
     let learner = Learner::new(model.clone(), &adapter, None, &settings()).unwrap();
     let gradients = learner.gradient(&trees, &shape()).unwrap().gradients;
     let loss = |scale: f64| {
-        let moved = adapter.tensors().into_iter().zip(&gradients).map(|((name, tensor), gradient)| {
-            (name, (tensor + (gradient * scale).unwrap()).unwrap())
-        });
-        let lora = Lora { rank: 4, alpha: 8.0, rslora: true, targets: candor::config::Projection::ALL.to_vec(), ..Lora::default() };
+        let moved = adapter
+            .tensors()
+            .into_iter()
+            .zip(&gradients)
+            .map(|((name, tensor), gradient)| (name, (tensor + (gradient * scale).unwrap()).unwrap()));
+        let lora = Lora {
+            rank: 4,
+            alpha: 8.0,
+            rslora: true,
+            targets: candor::config::Projection::ALL.to_vec(),
+            ..Lora::default()
+        };
         let moved = Adapter::from_tensors(&model.architecture, &lora, moved.collect(), &Device::Cpu).unwrap();
         let learner = Learner::new(model.clone(), &moved, None, &settings()).unwrap();
         learner.gradient(&trees, &shape()).unwrap().report.loss
@@ -245,13 +267,22 @@ fn a_gradient_that_is_not_finite_is_an_error() {
         let tensor = if broken { (tensor * f64::INFINITY).unwrap() } else { tensor };
         (name, tensor)
     });
-    let lora = Lora { rank: 4, alpha: 8.0, rslora: true, targets: candor::config::Projection::ALL.to_vec(), ..Lora::default() };
+    let lora = Lora {
+        rank: 4,
+        alpha: 8.0,
+        rslora: true,
+        targets: candor::config::Projection::ALL.to_vec(),
+        ..Lora::default()
+    };
     let broken = Adapter::from_tensors(&model.architecture, &lora, tensors.collect(), &Device::Cpu).unwrap();
     let trees = forest(&model, &adapter);
     let mut learner = Learner::new(model, &broken, None, &settings()).unwrap();
     let before: Vec<Tensor> = learner.adapter().tensors().into_iter().map(|(_, t)| t.copy().unwrap()).collect();
     assert!(learner.step(&trees, &shape()).is_err());
     for ((name, after), before) in learner.adapter().tensors().iter().zip(before) {
-        assert!(values(after).iter().zip(values(&before)).all(|(a, b)| a.to_bits() == b.to_bits()), "{name} was updated");
+        assert!(
+            values(after).iter().zip(values(&before)).all(|(a, b)| a.to_bits() == b.to_bits()),
+            "{name} was updated"
+        );
     }
 }

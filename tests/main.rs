@@ -16,4 +16,3 @@ mod random;
 mod scoring;
 mod source;
 mod tokenizer;
-mod zz_bench;

@@ -1,7 +1,8 @@
-//! The local sampler on the tiny models: transformers' greedy continuations, log-probabilities that are the learner's, and
-//! completions that do not depend on what else is being sampled.
+//! The local sampler and its store of rows, on the tiny models: transformers' greedy continuations, log-probabilities that
+//! are the learner's, and completions that do not depend on what else is being sampled.
 
 use std::collections::BTreeSet;
+use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -9,7 +10,8 @@ use anyhow::{Result, bail};
 use candle_core::Device;
 use candor::learner::completion_logprobs;
 use candor::learner::tree::{Branch, Tree};
-use candor::model::Model;
+use candor::model::{Architecture, KeyValueStore, Model};
+use candor::ops::gate::Activation;
 use candor::policy::Adapter;
 use candor::sampler::local::LocalSampler;
 use candor::sampler::{Generation, Request, Sampler, Settings};
@@ -249,6 +251,7 @@ fn requests_that_cannot_be_sampled_are_named() {
     let message = error(request(1, context - 7, 1));
     assert!(message.contains("group 1") && message.contains(&context.to_string()), "{message}");
     assert!(error(request(1, 0, 1)).contains("group 1"));
+    assert!(error(request(1, 9, 0)).contains("group 1"));
     let broken = Request { prompt_ids: vec![5, model.architecture.vocabulary as u32], rollouts: 1 };
     assert!(error(broken).contains("outside the model's vocabulary"));
     // The longest that fits is sampled to its last position.
@@ -283,5 +286,73 @@ proptest! {
         // The store was left as it was found: all of it can be used again.
         let again = sample(&mut sampler, &requests, None, &settings);
         prop_assert!(generations.iter().zip(&again).all(|(first, again)| first.ids == again.ids));
+    }
+}
+
+fn store(rows: usize) -> KeyValueStore {
+    let architecture = Architecture {
+        vocabulary: 2,
+        hidden: 2,
+        intermediate: 2,
+        layers: 1,
+        heads: 1,
+        key_value_heads: 1,
+        head_dim: 2,
+        norm_epsilon: 1e-5,
+        activation: Activation::Silu,
+        frequencies: vec![1.0],
+        tied: true,
+        context: 8,
+    };
+    KeyValueStore::new(&architecture, rows, &Device::Cpu).unwrap()
+}
+
+#[derive(Clone, Debug)]
+enum Use {
+    Take(usize),
+    /// Gives back part of what was taken: which, and where it is cut in two (a group's rows come back in pieces).
+    Give(prop::sample::Index, prop::sample::Index),
+}
+
+proptest! {
+    /// Against a list of which rows are free: the first that fit are taken, and what is given back becomes one stretch again.
+    #[test]
+    fn rows_are_taken_once_and_come_back_whole(
+        rows in 1usize..60,
+        uses in prop::collection::vec(
+            prop_oneof![(1usize..14).prop_map(Use::Take), any::<(prop::sample::Index, prop::sample::Index)>().prop_map(|(a, b)| Use::Give(a, b))],
+            0..80,
+        ),
+    ) {
+        let mut store = store(rows);
+        prop_assert_eq!(store.rows(), rows);
+        let mut free = vec![true; rows];
+        let mut taken: Vec<Range<usize>> = Vec::new();
+        for step in uses {
+            match step {
+                Use::Take(count) => {
+                    let first = (0..(rows + 1).saturating_sub(count)).find(|&start| free[start..start + count].iter().all(|free| *free));
+                    let got = store.take(count);
+                    prop_assert_eq!(&got, &first.map(|start| start..start + count));
+                    if let Some(got) = got {
+                        free[got.clone()].fill(false);
+                        taken.push(got);
+                    }
+                }
+                Use::Give(which, cut) if !taken.is_empty() => {
+                    let range = taken.swap_remove(which.index(taken.len()));
+                    let middle = range.start + cut.index(range.len() + 1);
+                    free[range.start..middle].fill(true);
+                    store.give(range.start..middle);
+                    if middle < range.end {
+                        taken.push(middle..range.end);
+                    }
+                }
+                Use::Give(..) => {}
+            }
+        }
+        taken.into_iter().for_each(|range| store.give(range));
+        prop_assert_eq!(store.take(rows), Some(0..rows));
+        prop_assert_eq!(store.take(1), None);
     }
 }

@@ -8,7 +8,7 @@ use serde::de::{Error, MapAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::advantage::AdvantageKind;
-use crate::objective::{Importance, ImportanceLevel, ImportanceMode, LossMean, PolicyLoss, Ratio};
+use crate::objective::{Importance, ImportanceLevel, ImportanceMode, KlEstimator, LossMean, PolicyLoss, Ratio};
 
 /// `[model]`: the frozen base model and where it is computed.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -293,8 +293,10 @@ pub struct Learner {
     pub loss_mean: LossMean,
     /// Weights that correct for sampling from an older or differently computed policy.
     pub importance: Importance,
-    /// Weight of the KL divergence to the reference policy, estimator k3.
+    /// Weight of the KL divergence to the reference policy.
     pub kl: f64,
+    /// How that divergence is estimated; absent: k3. `unbiased` is TRL's: k3 times the ratio, differentiated too.
+    pub kl_estimator: Option<KlEstimator>,
     /// The reference policy; absent: the default of [`super::Config::reference`], filled in when loaded.
     pub reference: Option<Reference>,
 }
@@ -317,6 +319,7 @@ impl Default for Learner {
             loss_mean: LossMean::Token,
             importance: Importance { level: ImportanceLevel::None, mode: ImportanceMode::Truncate, max: 2.0 },
             kl: 0.0,
+            kl_estimator: None,
             reference: None,
         }
     }

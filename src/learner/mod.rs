@@ -17,7 +17,7 @@ use candle_core::{Device, Tensor, Var};
 
 use crate::config::Learner as Settings;
 use crate::model::{Call, Model};
-use crate::objective::{Counts, Metrics, PolicyGradient, Sampled, Sequence, policy_gradient};
+use crate::objective::{Counts, KlEstimator, Metrics, PolicyGradient, Sampled, Sequence, policy_gradient};
 use crate::ops::head::log_probabilities;
 use crate::policy::Adapter;
 use optimizer::AdamW;
@@ -98,7 +98,8 @@ impl Learner {
     pub fn step(&mut self, trees: &[Tree], shape: &StepShape) -> Result<StepReport> {
         let StepGradient { mut gradients, mut report } = self.gradient(trees, shape)?;
         let names = self.adapter.tensors();
-        report.grad_norm = optimizer::clip(&mut gradients, self.settings.max_grad_norm, |index| names[index].0.clone())?;
+        report.grad_norm =
+            optimizer::clip(&mut gradients, self.settings.max_grad_norm, |index| names[index].0.clone())?;
         self.optimizer.update(&self.variables, &gradients, shape.learning_rate, &self.settings)?;
         self.adapter.version += 1;
         Ok(report)
@@ -135,7 +136,8 @@ impl Learner {
         let head = log_probabilities(&hidden, self.model.head(), &micro.targets, self.model.logits(shape.temperature))?;
         let logprobs_t = floats(&head.logprobs)?;
         let compared = self.settings.kl > 0.0;
-        let reference = compared.then(|| logprobs(&self.model, self.reference.as_ref(), micro, shape.temperature)).transpose()?;
+        let reference =
+            compared.then(|| logprobs(&self.model, self.reference.as_ref(), micro, shape.temperature)).transpose()?;
         let sampled = micro.branches.iter().map(|(branch, range)| Sampled {
             sequence: Sequence {
                 logprobs_t: &logprobs_t[range.clone()],
@@ -154,13 +156,18 @@ impl Learner {
         report.loss += objective.loss;
         report.tokens += micro.ids.len();
         report.metrics.merge(objective.metrics);
-        report.metrics.mean("entropy", head.entropies.iter().map(|&entropy| f64::from(entropy)).sum(), head.entropies.len() as f64);
+        report.metrics.mean(
+            "entropy",
+            head.entropies.iter().map(|&entropy| f64::from(entropy)).sum(),
+            head.entropies.len() as f64,
+        );
         Ok(())
     }
 
     fn policy_gradient(&self) -> PolicyGradient {
-        let Settings { policy_loss, ratio, clip, delta, loss_mean, importance, kl, .. } = self.settings;
-        PolicyGradient { policy_loss, ratio, clip, delta, loss_mean, importance, kl, kl_estimator: crate::objective::KlEstimator::K3 }
+        let Settings { policy_loss, ratio, clip, delta, loss_mean, importance, kl, kl_estimator, .. } = self.settings;
+        let kl_estimator = kl_estimator.unwrap_or(KlEstimator::K3);
+        PolicyGradient { policy_loss, ratio, clip, delta, loss_mean, importance, kl, kl_estimator }
     }
 
     /// The input of every layer, and the output of the last.
@@ -177,7 +184,13 @@ impl Learner {
     }
 
     /// From the last layer to the first: run it again, this time with gradients, and seed it with its output's gradient.
-    fn backward_layers(&self, micro: &MicroBatch, inputs: &[Tensor], seed: Tensor, gradients: &mut [Tensor]) -> Result<()> {
+    fn backward_layers(
+        &self,
+        micro: &MicroBatch,
+        inputs: &[Tensor],
+        seed: Tensor,
+        gradients: &mut [Tensor],
+    ) -> Result<()> {
         let adapters = [(0..micro.ids.len(), Some(&self.adapter))];
         let call = call(micro, &adapters);
         let context = self.model.begin(&call)?;

@@ -27,7 +27,13 @@ impl AdamW {
     ///
     /// # Errors
     /// If the device fails.
-    pub fn update(&mut self, variables: &[Var], gradients: &[Tensor], learning_rate: f64, settings: &Settings) -> Result<()> {
+    pub fn update(
+        &mut self,
+        variables: &[Var],
+        gradients: &[Tensor],
+        learning_rate: f64,
+        settings: &Settings,
+    ) -> Result<()> {
         self.updates += 1;
         let [beta1, beta2] = settings.betas;
         let correction1 = 1.0 - beta1.powf(self.updates as f64);

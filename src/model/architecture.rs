@@ -107,7 +107,11 @@ impl Architecture {
             intermediate: number("intermediate_size")?,
             layers: number("num_hidden_layers")?,
             heads,
-            key_value_heads: if config["num_key_value_heads"].is_null() { heads } else { number("num_key_value_heads")? },
+            key_value_heads: if config["num_key_value_heads"].is_null() {
+                heads
+            } else {
+                number("num_key_value_heads")?
+            },
             head_dim,
             norm_epsilon: epsilon,
             activation,
@@ -151,10 +155,28 @@ impl Architecture {
     }
 
     fn checked(self) -> Result<Self> {
-        let sizes = [self.vocabulary, self.hidden, self.intermediate, self.layers, self.heads, self.key_value_heads, self.context];
-        ensure!(sizes.iter().all(|&size| (1..1 << 28).contains(&size)), "model description: impossible size in {self:?}");
-        ensure!(self.heads % self.key_value_heads == 0, "model description: heads are not a multiple of key-value heads");
-        ensure!((2..=1024).contains(&self.head_dim) && self.head_dim % 2 == 0, "model description: head_dim {}", self.head_dim);
+        let sizes = [
+            self.vocabulary,
+            self.hidden,
+            self.intermediate,
+            self.layers,
+            self.heads,
+            self.key_value_heads,
+            self.context,
+        ];
+        ensure!(
+            sizes.iter().all(|&size| (1..1 << 28).contains(&size)),
+            "model description: impossible size in {self:?}"
+        );
+        ensure!(
+            self.heads % self.key_value_heads == 0,
+            "model description: heads are not a multiple of key-value heads"
+        );
+        ensure!(
+            (2..=1024).contains(&self.head_dim) && self.head_dim % 2 == 0,
+            "model description: head_dim {}",
+            self.head_dim
+        );
         ensure!(self.norm_epsilon > 0.0, "model description: norm epsilon {}", self.norm_epsilon);
         Ok(self)
     }
@@ -173,7 +195,8 @@ fn rope_frequencies(config: &Value, head_dim: usize) -> Result<Vec<f64>> {
     let theta = theta.context("config.json: neither `rope_parameters.rope_theta` nor `rope_theta` is a number")?;
     let plain = plain_frequencies(theta, head_dim);
     let scaling = if parameters.is_null() { &config["rope_scaling"] } else { parameters };
-    let number = |key: &str| scaling[key].as_f64().with_context(|| format!("config.json: rope scaling without `{key}`"));
+    let number =
+        |key: &str| scaling[key].as_f64().with_context(|| format!("config.json: rope scaling without `{key}`"));
     match scaling["rope_type"].as_str().or(scaling["type"].as_str()) {
         None | Some("default") => Ok(plain),
         Some("llama3") => {

@@ -71,7 +71,13 @@ impl KeyValueStore {
     ///
     /// # Errors
     /// If a stretch lies outside the call or the store.
-    pub(super) fn write(&self, layer: usize, keys: &Tensor, values: &Tensor, stores: &[Store]) -> Result<(Tensor, Tensor)> {
+    pub(super) fn write(
+        &self,
+        layer: usize,
+        keys: &Tensor,
+        values: &Tensor,
+        stores: &[Store],
+    ) -> Result<(Tensor, Tensor)> {
         let (all_keys, all_values) = &self.layers[layer];
         for Store { from, to } in stores {
             all_keys.slice_set(&keys.narrow(0, from.start, from.len())?, 0, *to)?;

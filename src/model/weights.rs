@@ -46,10 +46,15 @@ impl Weights {
         }
         let files = if path.is_dir() { with_extension(path, "gguf", 8)? } else { vec![path.to_path_buf()] };
         let [file] = files.as_slice() else {
-            bail!("{}: expected config.json with safetensors, or one .gguf file; found {} .gguf files", path.display(), files.len());
+            bail!(
+                "{}: expected config.json with safetensors, or one .gguf file; found {} .gguf files",
+                path.display(),
+                files.len()
+            );
         };
         let mut reader = BufReader::new(File::open(file).with_context(|| format!("{}: cannot open", file.display()))?);
-        let content = Content::read(&mut reader).with_context(|| format!("{}: not a readable gguf file", file.display()))?;
+        let content =
+            Content::read(&mut reader).with_context(|| format!("{}: not a readable gguf file", file.display()))?;
         Ok(Self::Gguf { path: file.clone(), content, reader })
     }
 
@@ -65,12 +70,18 @@ impl Weights {
                     bail!("{}: tensor token_embd.weight is missing or not a matrix", path.display());
                 };
                 let tied = !content.tensor_infos.contains_key("output.weight");
-                ensure!(!content.tensor_infos.contains_key("rope_freqs.weight"), "{}: scaled rope is not supported in gguf files yet; use the safetensors folder", path.display());
-                Architecture::from_gguf(&content.metadata, *vocabulary, tied).with_context(|| path.display().to_string())
+                ensure!(
+                    !content.tensor_infos.contains_key("rope_freqs.weight"),
+                    "{}: scaled rope is not supported in gguf files yet; use the safetensors folder",
+                    path.display()
+                );
+                Architecture::from_gguf(&content.metadata, *vocabulary, tied)
+                    .with_context(|| path.display().to_string())
             }
             Self::Folder { path, .. } => {
                 let file = path.join("config.json");
-                let text = std::fs::read_to_string(&file).with_context(|| format!("{}: cannot read", file.display()))?;
+                let text =
+                    std::fs::read_to_string(&file).with_context(|| format!("{}: cannot read", file.display()))?;
                 let config = serde_json::from_str(&text).with_context(|| format!("{}: not json", file.display()))?;
                 Architecture::from_config(&config).with_context(|| path.display().to_string())
             }
@@ -96,7 +107,13 @@ impl Weights {
     ///
     /// # Errors
     /// If it is missing, or its shape is not the one that the model's description asks for.
-    pub fn tensor(&mut self, name: &str, shape: &[usize], architecture: &Architecture, device: &Device) -> Result<Tensor> {
+    pub fn tensor(
+        &mut self,
+        name: &str,
+        shape: &[usize],
+        architecture: &Architecture,
+        device: &Device,
+    ) -> Result<Tensor> {
         let tensor = match self {
             Self::Folder { path, tensors } => {
                 let found = tensors.load(name, device).with_context(|| format!("{}: tensor {name}", path.display()))?;

@@ -65,7 +65,10 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, heads: Heads, spans: &Arc<[
         bail!("attention: {:?}, {:?}, {:?} do not fit {heads:?}", q.dims(), k.dims(), v.dims());
     }
     let fits = |span: &Span| {
-        span.queries.end <= queries && span.prefix.end <= keys && span.own.end <= keys && span.queries.len() <= span.context()
+        span.queries.end <= queries
+            && span.prefix.end <= keys
+            && span.own.end <= keys
+            && span.queries.len() <= span.context()
     };
     if let Some(span) = spans.iter().find(|span| !fits(span)) {
         bail!("attention: {span:?} points outside {queries} queries and {keys} keys");
@@ -106,7 +109,10 @@ impl Attention {
     fn gather(&self, block: &Block, rows: &[f32]) -> Vec<f32> {
         let (width, chunk) = (self.heads.query * self.heads.dim, self.group() * self.heads.dim);
         let first = block.span.queries.start + block.first;
-        (first..first + block.len).flat_map(|row| &rows[row * width + block.key_head * chunk..][..chunk]).copied().collect()
+        (first..first + block.len)
+            .flat_map(|row| &rows[row * width + block.key_head * chunk..][..chunk])
+            .copied()
+            .collect()
     }
 
     /// The key head's [rows, dim] part of the keys or values in a range of rows.
@@ -215,7 +221,8 @@ impl CustomOp3 for Attention {
         for (block, (outputs, sums)) in blocks.iter().zip(&results) {
             let first = block.span.queries.start + block.first;
             for i in 0..block.len {
-                y[(first + i) * width + block.key_head * chunk..][..chunk].copy_from_slice(&outputs[i * chunk..][..chunk]);
+                y[(first + i) * width + block.key_head * chunk..][..chunk]
+                    .copy_from_slice(&outputs[i * chunk..][..chunk]);
                 let start = (first + i) * self.heads.query + block.key_head * group;
                 log_sums[start..][..group].copy_from_slice(&sums[i * group..][..group]);
             }
@@ -291,11 +298,13 @@ impl Attention {
                 let v = self.head(saved.v, &rows, key_head).t();
                 matmul(&mut d_scores[start..], keys, 0.0, 1.0, Matrix::dense(&d_outputs, dim), v, Threads::One);
             }
-            for (row, (weights, d_scores)) in weights.chunks_exact_mut(keys).zip(d_scores.chunks_exact_mut(keys)).enumerate()
+            for (row, (weights, d_scores)) in
+                weights.chunks_exact_mut(keys).zip(d_scores.chunks_exact_mut(keys)).enumerate()
             {
                 let query = block.first + row / group;
                 let visible = span.visible(query, self.heads.window);
-                let log_sum = saved.log_sums[(span.queries.start + query) * self.heads.query + key_head * group + row % group];
+                let log_sum =
+                    saved.log_sums[(span.queries.start + query) * self.heads.query + key_head * group + row % group];
                 let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f32>();
                 let pull = dot(&d_outputs[row * dim..][..dim], &outputs[row * dim..][..dim]);
                 for outside in [0..visible.start, visible.end..keys] {

@@ -48,7 +48,9 @@ fn walk(
             matmul(block, tokens.len(), 0.0, scale, hidden, weight.t(), Threads::All);
             if let Some(cap) = logits.soft_cap {
                 block.par_chunks_mut(tokens.len()).for_each(|row| {
-                    vectorized(|| row.iter_mut().for_each(|z| *z = inverse * (cap - 2.0 * cap / (1.0 + exp(2.0 / cap * *z)))));
+                    vectorized(|| {
+                        row.iter_mut().for_each(|z| *z = inverse * (cap - 2.0 * cap / (1.0 + exp(2.0 / cap * *z))))
+                    });
                 });
             }
             visit(rows.clone(), tokens, block);
@@ -81,11 +83,7 @@ impl Tally {
         }
         let total = |lanes: [f32; 16]| lanes.iter().map(|&lane| f64::from(lane)).sum::<f64>();
         let carried = |value: f64| if value == 0.0 { 0.0 } else { value * rescale };
-        *self = Self {
-            max,
-            sum: carried(self.sum) + total(sums),
-            weighted: carried(self.weighted) + total(weighted),
-        };
+        *self = Self { max, sum: carried(self.sum) + total(sums), weighted: carried(self.weighted) + total(weighted) };
     }
 
     fn log_sum(&self) -> f32 {
@@ -110,7 +108,12 @@ pub struct LogProbabilities {
 ///
 /// # Errors
 /// If there is not one target per row, a target is outside the vocabulary, or a tensor is not f32.
-pub fn log_probabilities(hidden: &Tensor, weight: &Tensor, targets: &[u32], logits: Logits) -> Result<LogProbabilities> {
+pub fn log_probabilities(
+    hidden: &Tensor,
+    weight: &Tensor,
+    targets: &[u32],
+    logits: Logits,
+) -> Result<LogProbabilities> {
     let ((rows, _), (vocabulary, _)) = (hidden.dims2()?, weight.dims2()?);
     if targets.len() != rows {
         bail!("head: {} targets for {rows} rows", targets.len());
@@ -176,7 +179,15 @@ impl CustomOp1 for Head {
                 });
                 let d_hidden = &mut d_hidden[rows.start * width..rows.end * width];
                 let weight = Matrix::dense(&weight[tokens.start * width..tokens.end * width], width);
-                matmul(d_hidden, width, 1.0, 1.0 / temperature, Matrix::dense(logits, tokens.len()), weight, Threads::All);
+                matmul(
+                    d_hidden,
+                    width,
+                    1.0,
+                    1.0 / temperature,
+                    Matrix::dense(logits, tokens.len()),
+                    weight,
+                    Threads::All,
+                );
             });
         })?;
         Ok(Some(Tensor::from_vec(d_hidden, hidden.shape(), hidden.device())?))
@@ -185,14 +196,7 @@ impl CustomOp1 for Head {
 
 /// Replaces tempered logits by the gradient of the raw logits times the temperature; `target` may lie outside the chunk.
 #[inline(always)]
-fn logit_gradient(
-    logits: &mut [f32],
-    target: usize,
-    grad: f32,
-    log_sum: f32,
-    soft_cap: Option<f32>,
-    temperature: f32,
-) {
+fn logit_gradient(logits: &mut [f32], target: usize, grad: f32, log_sum: f32, soft_cap: Option<f32>, temperature: f32) {
     let inverse_cap = soft_cap.map_or(0.0, |cap| temperature / cap);
     for (token, logit) in logits.iter_mut().enumerate() {
         let chosen = if token == target { 1.0 } else { 0.0 };
@@ -242,7 +246,9 @@ pub fn choose(hidden: &Tensor, weight: &Tensor, choices: &[Choice], logits: Logi
     let chosen = all.par_chunks_mut(vocabulary).zip(choices).enumerate().map(|(row, (logits_v, choice))| {
         match choose_one(logits_v, *choice, logits.temperature) {
             Some(chosen) => Ok(chosen),
-            None => bail!("head: row {row} has no finite probabilities; the adapter or the weights hold NaN or infinity"),
+            None => {
+                bail!("head: row {row} has no finite probabilities; the adapter or the weights hold NaN or infinity")
+            }
         }
     });
     chosen.collect()
@@ -257,7 +263,8 @@ fn choose_one(logits_v: &mut [f32], choice: Choice, temperature: f32) -> Option<
     };
     let untempered_sum = log_sum(logits_v);
     let greedy = || {
-        let best = logits_v.iter().enumerate().fold(0, |best, (token, &z)| if z > logits_v[best] { token } else { best });
+        let best =
+            logits_v.iter().enumerate().fold(0, |best, (token, &z)| if z > logits_v[best] { token } else { best });
         (best, logits_v[best])
     };
     let (token, raw, tempered, tempered_sum) = match choice {

@@ -49,7 +49,8 @@ impl CustomOp1 for Frozen {
     fn bwd(&self, x: &Tensor, _y: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
         let (wide, narrow) = self.weight.dims2()?;
         let grad = grad.contiguous()?;
-        let dx = with_values([&grad, &self.weight], |[g, w]| product(Matrix::dense(g, wide), Matrix::dense(w, narrow)))?;
+        let dx =
+            with_values([&grad, &self.weight], |[g, w]| product(Matrix::dense(g, wide), Matrix::dense(w, narrow)))?;
         Ok(Some(Tensor::from_vec(dx, x.shape(), x.device())?))
     }
 }

@@ -169,7 +169,10 @@ impl Sampler for LocalSampler {
         for (group, request) in requests.iter().enumerate() {
             let (tokens, context) = (request.prompt_ids.len() + settings.max_tokens, self.model.architecture.context);
             ensure!(!request.prompt_ids.is_empty(), "group {group}: the prompt has no tokens");
-            ensure!(tokens <= context, "group {group}: prompt and completion take {tokens} tokens, the model's context is {context}");
+            ensure!(
+                tokens <= context,
+                "group {group}: prompt and completion take {tokens} tokens, the model's context is {context}"
+            );
         }
         let mut store = self.prepare_store(requests, settings)?;
         let mut waiting: VecDeque<usize> = (0..requests.len()).collect();
@@ -186,7 +189,9 @@ impl Sampler for LocalSampler {
                 let last = branch.ids.last().context("a running branch has a token")?;
                 rows.push(&[*last], branch.prompt.clone(), branch.own.start..branch.own.start + branch.ids.len());
             }
-            let prompt_end = |branch: &Branch| rows.spans.iter().find(|span| span.own == branch.prompt).map(|span| span.queries.end - 1);
+            let prompt_end = |branch: &Branch| {
+                rows.spans.iter().find(|span| span.own == branch.prompt).map(|span| span.queries.end - 1)
+            };
             for branch in &branches[running..] {
                 predicting.push(prompt_end(branch).context("an admitted branch has its prompt in the call")? as u32);
             }
