@@ -169,7 +169,7 @@ pub enum Finish {
 /// What a completion is worth.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Score {
-    /// The number to maximise: the sum of `parts`.
+    /// The number to maximize: the sum of `parts`.
     pub reward: f64,
     /// The reward's named parts: the outcome first, shaping after it.
     pub parts: Vec<(&'static str, f64)>,

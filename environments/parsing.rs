@@ -136,7 +136,7 @@ struct Statement {
     /// Of the label, not of YES.
     probability: ParseOutcome,
     flags: Vec<&'static str>,
-    /// Of the label, in the normalised text.
+    /// Of the label, in the normalized text.
     range: Range<usize>,
 }
 
@@ -219,7 +219,7 @@ impl Normalized {
     }
 }
 
-/// What stands for a character in the normalised text; `None`: nothing.
+/// What stands for a character in the normalized text; `None`: nothing.
 fn plain(character: char) -> Option<char> {
     match character {
         '*' | '`' => None,

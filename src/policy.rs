@@ -41,7 +41,7 @@ fn tensor_name(layer: usize, projection: Projection, part: &str) -> String {
     format!("base_model.model.model.layers.{layer}.{}.{part}.weight", projection.module())
 }
 
-/// alpha / rank, or alpha / √rank when rank-stabilised (Kalajdzievski 2023).
+/// alpha / rank, or alpha / √rank when rank-stabilized (Kalajdzievski 2023).
 fn scale(lora: &Lora) -> f32 {
     let rank = lora.rank as f64;
     (lora.alpha / if lora.rslora { rank.sqrt() } else { rank }) as f32

@@ -240,7 +240,7 @@ impl Evaluated {
             brier_skill: brier_skill(&predictions),
             constant_accuracy_brier: some(base_rate_brier),
             constant_base_rate_brier: (!gold.is_empty() && gold.len() == predictions.len())
-                .then(|| base_rate * (1.0 - base_rate)),
+                .then_some(base_rate * (1.0 - base_rate)),
             auroc: auroc(&predictions),
             outcomes,
         })

@@ -1,4 +1,4 @@
-//! The run folder: `config.toml`, `generations.jsonl`, `metrics.jsonl`, written as things happen (DESIGN 9).
+//! The run folder: `config.toml`, `generations.jsonl`, `metrics.jsonl`, written as things happen.
 //!
 //! Lines are appended whole and folders appear by renaming, so a kill at any instant leaves at worst a torn last line.
 

@@ -1,4 +1,4 @@
-//! The loop: sample, score, learn, record; DESIGN 3 as code.
+//! The loop: sample, score, learn, record.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
@@ -91,7 +91,7 @@ fn evaluate(run: &mut Run, step: u64, observer: Observer) -> Result<()> {
 }
 
 fn is_due(every: u64, step: u64) -> bool {
-    every > 0 && step % every == 0
+    every > 0 && step.is_multiple_of(every)
 }
 
 fn give_advantages(groups: &mut [Group], run: &Run) {

@@ -1,7 +1,7 @@
 //! The learner: trees of completions in, one optimizer step of the adapter out.
 //!
 //! For each micro-batch: a forward pass that keeps only every layer's input, log-probabilities of the completion tokens,
-//! the objective's coefficients ∂L/∂ℓ, and a backward pass that recomputes one layer at a time (DESIGN 4 to 6).
+//! the objective's coefficients ∂L/∂ℓ, and a backward pass that recomputes one layer at a time.
 //!
 //! * [`tree`]: trees, and how they are packed into micro-batches
 //! * [`optimizer`]: AdamW, clipping, schedules

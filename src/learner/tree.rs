@@ -1,4 +1,4 @@
-//! Trees and their packing: a prompt once, its completions as branches, whole trees per micro-batch (DESIGN 5).
+//! Trees and their packing: a prompt once, its completions as branches, whole trees per micro-batch.
 
 use std::ops::Range;
 use std::sync::Arc;

@@ -54,7 +54,7 @@ pub struct Architecture {
     pub key_value_heads: usize,
     /// Width of one head.
     pub head_dim: usize,
-    /// ε of every RMS normalisation.
+    /// ε of every RMS normalization.
     pub norm_epsilon: f64,
     /// Activation of the feed-forward gate.
     pub activation: Activation,
@@ -169,11 +169,11 @@ impl Architecture {
             "model description: impossible size in {self:?}"
         );
         ensure!(
-            self.heads % self.key_value_heads == 0,
+            self.heads.is_multiple_of(self.key_value_heads),
             "model description: heads are not a multiple of key-value heads"
         );
         ensure!(
-            (2..=1024).contains(&self.head_dim) && self.head_dim % 2 == 0,
+            (2..=1024).contains(&self.head_dim) && self.head_dim.is_multiple_of(2),
             "model description: head_dim {}",
             self.head_dim
         );

@@ -1,4 +1,4 @@
-//! Attention over a tree: a prompt attends to itself, every branch to the prompt and to itself (DESIGN 5).
+//! Attention over a tree: a prompt attends to itself, every branch to the prompt and to itself.
 //!
 //! Grouped queries, optional soft-cap and sliding window (Gemma 2). Scores exist for one block of queries at a time; the
 //! backward recomputes them from the log-sum-exp kept per query, as FlashAttention does (Dao et al. 2022, algorithm 4).

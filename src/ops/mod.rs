@@ -1,7 +1,7 @@
 //! Fused differentiable operations: each computes its value without building a graph and brings its own exact backward.
 //!
 //! candle differentiates frozen weights too, keeps every intermediate alive, and several of its fast operations silently
-//! have no backward; so the heavy steps of the decoder are `CustomOp`s of our own (DESIGN 6). In reading order:
+//! have no backward; so the heavy steps of the decoder are `CustomOp`s of our own. In reading order:
 //!
 //! * [`matmul`]: the one matrix product everything else calls; kernels for particular processors go there
 //! * [`linear`]: a frozen weight plus an optional low-rank adapter
@@ -44,13 +44,13 @@ pub(crate) fn output(values: Vec<f32>, shape: impl Into<Shape>) -> Result<(CpuSt
     Ok((CpuStorage::F32(values), shape.into()))
 }
 
-/// Runs `f` compiled for the widest vectors this processor has; what is inlined into it is vectorised accordingly.
+/// Runs `f` compiled for the widest vectors this processor has; what is inlined into it is vectorized accordingly.
 #[inline(always)]
 pub(crate) fn vectorized<R>(f: impl FnOnce() -> R) -> R {
     pulp::Arch::new().dispatch(f)
 }
 
-/// eˣ by a polynomial that the compiler can vectorise; relative error below 2e-7 for −87 ≤ x ≤ 88, zero below −87.3.
+/// eˣ by a polynomial that the compiler can vectorize; relative error below 2e-7 for −87 ≤ x ≤ 88, zero below −87.3.
 ///
 /// Range reduction by ln 2 in two parts, then the degree-6 Taylor polynomial on |r| ≤ ln 2 / 2. NaN stays NaN.
 #[inline(always)]

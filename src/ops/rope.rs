@@ -40,7 +40,7 @@ impl Rope {
     fn rotate(&self, x: &[f32], direction: f32) -> Result<Vec<f32>> {
         let Rotation { cosines, sines, half } = &self.0;
         let rows = cosines.len() / half;
-        if rows == 0 || x.len() % (rows * 2 * half) != 0 {
+        if rows == 0 || !x.len().is_multiple_of(rows * 2 * half) {
             bail!("rope: {} values are not whole heads of {} for {rows} rows", x.len(), 2 * half);
         }
         let width = x.len() / rows;

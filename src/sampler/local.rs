@@ -1,4 +1,4 @@
-//! Continuous batching: a group's prompt is computed once and shared, finished rows make room at once (DESIGN 8).
+//! Continuous batching: a group's prompt is computed once and shared, finished rows make room at once.
 //!
 //! Which rows share a forward call depends only on the requests and on the lengths of the completions, never on time.
 
