@@ -12,9 +12,9 @@ use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::config::Config;
 use crate::event::Event;
-use crate::report::Summary;
 use crate::run::write_whole;
 use crate::setup::{Options, Run};
+use crate::summary::Summary;
 use crate::train::{Outcome, train};
 
 /// Teach small language models to know what they know.

@@ -5,7 +5,8 @@
 //! * [`cli`]: the command line; what `main` calls
 //! * [`train`]: the loop
 //! * [`setup`]: everything that is loaded before its first step
-//! * [`rollout`]: tasks are chosen, sampled and scored, and become groups
+//! * [`selection`]: which tasks a step takes
+//! * [`rollout`]: tasks are sampled and scored, and become groups
 //! * [`advantage`]: the rewards of a group become advantages
 //! * [`objective`]: log-probabilities become a loss and its derivative, in plain floats
 //! * [`learner`]: trees of completions become one optimizer step
@@ -15,7 +16,7 @@
 //! * [`ops`]: fused operations with exact backward
 //! * [`tokenizer`]: text, tokens and the chat template
 //! * [`config`], [`source`], [`run`], [`checkpoint`]: what is read, fetched and written
-//! * [`evaluation`], [`report`]: what came of it
+//! * [`evaluation`], [`report`], [`summary`]: what came of it
 //! * [`random`], [`event`]: random numbers by counter, and what a run tells whoever watches
 
 pub mod advantage;
@@ -34,7 +35,14 @@ pub mod report;
 pub mod rollout;
 pub mod run;
 pub mod sampler;
+pub mod selection;
 pub mod setup;
 pub mod source;
+pub mod summary;
 pub mod tokenizer;
 pub mod train;
+
+/// The README's program compiles.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

@@ -13,10 +13,10 @@ use crate::event::{Event, Observer};
 use crate::learner::Learner;
 use crate::model::{Model, Weights};
 use crate::policy::Adapter;
-use crate::rollout::{Source, shares};
 use crate::run::RunFolder;
 use crate::sampler::Sampler;
 use crate::sampler::local::LocalSampler;
+use crate::selection::{Source, shares};
 use crate::source;
 use crate::tokenizer::Tokenizer;
 

@@ -10,9 +10,10 @@ use crate::checkpoint;
 use crate::event::{Event, Observer};
 use crate::learner::{StepShape, optimizer::learning_rate};
 use crate::report::{self, StepRecord, Timing};
-use crate::rollout::{Collector, Group, ScoreErrors, choose_heldout, choose_tasks, trees};
+use crate::rollout::{Collector, Group, ScoreErrors, trees};
 use crate::run::RowSplit;
 use crate::sampler::Settings;
+use crate::selection::{choose_heldout, choose_tasks};
 use crate::setup::Run;
 
 /// How a run ended without an error.

@@ -37,7 +37,7 @@ fn log_probabilities_and_entropies() {
             let index = Tensor::new(targets.as_slice(), &Device::Cpu).unwrap().unsqueeze(1).unwrap();
             let chosen = |x: &[Tensor]| slow_logprobs(&x[0], &weight, logits)?.gather(&index, 1)?.flatten_all();
             let fused = |x: &[Tensor]| Ok(log_probabilities(&x[0], &weight32, &targets, logits)?.logprobs);
-            check_op(&name, &[hidden.clone()], fused, chosen);
+            check_op(&name, std::slice::from_ref(&hidden), fused, chosen);
             let logprobs = slow_logprobs(&hidden, &weight, logits).unwrap();
             let entropies = (logprobs.exp().unwrap() * &logprobs).unwrap().sum(1).unwrap().neg().unwrap();
             let got = log_probabilities(&narrowed(&hidden), &weight32, &targets, logits).unwrap().entropies;

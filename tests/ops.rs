@@ -111,7 +111,12 @@ fn linear_without_and_with_an_adapter() {
         let (a, b) = (random(3, (rank, narrow)), random(4, (wide, rank)));
         let w32 = narrowed(&w);
         let plain = |x: &[Tensor]| x[0].matmul(&w.t()?);
-        check_op(&format!("frozen linear, {rows} rows"), &[x.clone()], |x| linear(&x[0], &w32, None), plain);
+        check_op(
+            &format!("frozen linear, {rows} rows"),
+            std::slice::from_ref(&x),
+            |x| linear(&x[0], &w32, None),
+            plain,
+        );
         let adapted = |x: &[Tensor]| plain(x)? + (x[0].matmul(&x[1].t()?)?.matmul(&x[2].t()?)? * 0.7)?;
         let low_rank = |x: &[Tensor]| linear(&x[0], &w32, Some(LowRank { a: &x[1], b: &x[2], scale: 0.7 }));
         check_op(&format!("adapted linear, {rows} rows"), &[x.clone(), a.clone(), b.clone()], low_rank, adapted);

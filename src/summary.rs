@@ -1,0 +1,195 @@
+//! What a run amounts to: held-out tasks before and after, speed and memory.
+//!
+//! It is computed from the run folder alone, so it says the same of a run that was stopped and resumed.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::fs;
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use serde::Serialize;
+use serde_json::Value;
+
+use crate::evaluation::{
+    Interval, Predictions, accuracy, auroc, base_rate_brier, brier, brier_skill, paired_bootstrap,
+};
+use crate::report::{peak_memory, shown};
+use crate::run::{GENERATIONS, METRICS, Row, RowSplit};
+
+/// Seed of the bootstrap.
+const BOOTSTRAP_SEED: u64 = 0;
+
+/// One evaluation of one environment. Confidence metrics are over parsed rows only; `None` where they are not defined.
+#[derive(Clone, Debug, Serialize)]
+pub struct Evaluated {
+    /// Tasks, and how many were scored and could be read.
+    pub tasks: usize,
+    /// Rows with a score.
+    pub scored: usize,
+    /// Rows with a confidence.
+    pub parsed: usize,
+    /// The reward's outcome part over all scored rows: no length term.
+    pub reward: Option<f64>,
+    /// Share of parsed rows that are right.
+    pub accuracy: Option<f64>,
+    /// Mean (confidence − correct)².
+    pub brier: Option<f64>,
+    /// 1 − Brier / the Brier score of always stating the accuracy (SCIENCE 1.3).
+    pub brier_skill: Option<f64>,
+    /// The Brier score of always stating the accuracy, on the same rows.
+    pub constant_accuracy_brier: Option<f64>,
+    /// The Brier score of always stating the base rate of YES, on the same rows; only where the environment tells `y`.
+    pub constant_base_rate_brier: Option<f64>,
+    /// Chance that a right answer has the higher confidence.
+    pub auroc: Option<f64>,
+    /// Outcome by task, for pairing.
+    #[serde(skip)]
+    outcomes: BTreeMap<String, f64>,
+}
+
+impl Evaluated {
+    fn of(rows: &[&Row]) -> Result<Self> {
+        let outcome = |row: &Row| Some((row.task.clone(), row.parts.values().next()?.as_f64()?));
+        let outcomes: BTreeMap<String, f64> = rows.iter().filter_map(|row| outcome(row)).collect();
+        let pair =
+            |row: &&Row| Some((row.metrics.get("confidence")?.as_f64()?, row.metrics.get("correct")?.as_f64()? == 1.0));
+        let (confidences, correct): (Vec<f64>, Vec<bool>) = rows.iter().filter_map(pair).unzip();
+        let predictions = Predictions::new(confidences, correct)?;
+        let gold: Vec<f64> = rows.iter().filter_map(|row| row.metrics.get("y")?.as_f64()).collect();
+        let base_rate = gold.iter().sum::<f64>() / gold.len() as f64;
+        let some = |f: fn(&Predictions) -> f64| (predictions.len() > 0).then(|| f(&predictions));
+        Ok(Self {
+            tasks: rows.len(),
+            scored: outcomes.len(),
+            parsed: predictions.len(),
+            reward: (!outcomes.is_empty()).then(|| outcomes.values().sum::<f64>() / outcomes.len() as f64),
+            accuracy: some(accuracy),
+            brier: some(brier),
+            brier_skill: brier_skill(&predictions),
+            constant_accuracy_brier: some(base_rate_brier),
+            constant_base_rate_brier: (!gold.is_empty() && gold.len() == predictions.len())
+                .then_some(base_rate * (1.0 - base_rate)),
+            auroc: auroc(&predictions),
+            outcomes,
+        })
+    }
+}
+
+/// Before and after training on one environment.
+#[derive(Clone, Debug, Serialize)]
+pub struct Comparison {
+    /// The environment's name.
+    pub environment: String,
+    /// Before the first step.
+    pub before: Evaluated,
+    /// After the last.
+    pub after: Evaluated,
+    /// After minus before of the mean outcome over the tasks that both scored, and its 95% interval.
+    pub difference: Option<(f64, f64, f64)>,
+}
+
+/// What a finished run amounts to.
+#[derive(Clone, Debug, Serialize)]
+pub struct Summary {
+    /// One per environment that was evaluated twice.
+    pub comparisons: Vec<Comparison>,
+    /// Training steps recorded.
+    pub steps: usize,
+    /// Median seconds per step.
+    pub seconds_per_step: Option<f64>,
+    /// Completion tokens, sampled and trained on, per second of all steps.
+    pub tokens_per_second: Option<f64>,
+    /// Largest resident size, in bytes.
+    pub peak_memory_bytes: Option<u64>,
+}
+
+impl Summary {
+    /// Reads a run folder.
+    ///
+    /// # Errors
+    /// If a file is missing or a row damaged.
+    pub fn of(run: &Path) -> Result<Self> {
+        let rows: Vec<Row> = read_lines(&run.join(GENERATIONS))?;
+        let metrics: Vec<Value> = read_lines(&run.join(METRICS))?;
+        let mut seconds: Vec<f64> = metrics.iter().filter_map(|row| row["timing"]["step_seconds"].as_f64()).collect();
+        seconds.sort_by(f64::total_cmp);
+        let total: f64 = seconds.iter().sum();
+        let tokens: f64 = metrics.iter().filter_map(|row| row["completion_tokens"].as_f64()).sum();
+        Ok(Self {
+            comparisons: compare(&rows)?,
+            steps: metrics.len(),
+            seconds_per_step: seconds.get(seconds.len() / 2).copied(),
+            tokens_per_second: (total > 0.0).then(|| tokens / total),
+            peak_memory_bytes: metrics
+                .iter()
+                .filter_map(|row| row["timing"]["peak_memory_bytes"].as_u64())
+                .max()
+                .max(peak_memory()),
+        })
+    }
+}
+
+fn compare(rows: &[Row]) -> Result<Vec<Comparison>> {
+    let mut by_environment: BTreeMap<&str, BTreeMap<u64, Vec<&Row>>> = BTreeMap::new();
+    for row in rows.iter().filter(|row| row.split == RowSplit::Eval) {
+        by_environment.entry(&row.environment).or_default().entry(row.step).or_default().push(row);
+    }
+    let mut comparisons = Vec::new();
+    for (environment, evaluations) in by_environment {
+        let (Some(first), Some(last)) = (evaluations.first_key_value(), evaluations.last_key_value()) else { continue };
+        if first.0 == last.0 {
+            continue;
+        }
+        let (before, after) = (Evaluated::of(first.1)?, Evaluated::of(last.1)?);
+        let pairs = before.outcomes.iter().filter_map(|(task, before)| Some((*before, *after.outcomes.get(task)?)));
+        let (was, is): (Vec<f64>, Vec<f64>) = pairs.unzip();
+        let difference = (!was.is_empty()).then(|| paired_bootstrap(&was, &is, BOOTSTRAP_SEED)).transpose()?;
+        let mean = is.iter().zip(&was).map(|(is, was)| is - was).sum::<f64>() / was.len() as f64;
+        let difference = difference.map(|Interval { low, high, .. }| (mean, low, high));
+        comparisons.push(Comparison { environment: environment.to_string(), before, after, difference });
+    }
+    Ok(comparisons)
+}
+
+fn read_lines<T: serde::de::DeserializeOwned>(path: &Path) -> Result<Vec<T>> {
+    let text = fs::read_to_string(path).with_context(|| format!("{}: cannot read", path.display()))?;
+    let parse =
+        |(number, line)| serde_json::from_str(line).with_context(|| format!("{}: line {}", path.display(), number + 1));
+    text.lines().enumerate().map(parse).collect()
+}
+
+impl fmt::Display for Summary {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        for Comparison { environment, before, after, difference } in &self.comparisons {
+            writeln!(
+                f,
+                "{environment}: {} held-out tasks, the same before and after {} steps",
+                after.tasks, self.steps
+            )?;
+            writeln!(f, "  {:<22} {:>8} {:>8}", "", "before", "after")?;
+            let mut line = |name: &str, value: &dyn Fn(&Evaluated) -> String, note: &str| {
+                writeln!(f, "  {name:<22} {:>8} {:>8}  {note}", value(before), value(after))
+            };
+            line("parse rate", &|e| shown(Some(e.parsed as f64 / e.tasks as f64), 3), "")?;
+            let interval = difference
+                .map_or("-".into(), |(mean, low, high)| format!("{mean:+.3}, 95% interval {low:+.3} to {high:+.3}"));
+            line("mean reward, all rows", &|e| shown(e.reward, 3), &interval)?;
+            line("parsed rows", &|e| e.parsed.to_string(), "the rows below are over these")?;
+            line("accuracy", &|e| shown(e.accuracy, 3), "")?;
+            line("Brier score", &|e| shown(e.brier, 3), "lower is better")?;
+            line("  constant base rate", &|e| shown(e.constant_base_rate_brier, 3), "always stating the share of YES")?;
+            line("  constant accuracy", &|e| shown(e.constant_accuracy_brier, 3), "always stating the accuracy")?;
+            line("Brier skill", &|e| shown(e.brier_skill, 3), "above 0 beats the constant accuracy")?;
+            line("AUROC", &|e| shown(e.auroc, 3), "0.5 is chance")?;
+        }
+        let gigabytes = self.peak_memory_bytes.map(|bytes| bytes as f64 / 1e9);
+        write!(
+            f,
+            "{} s per step (median), {} completion tokens/s end to end, peak memory {} GB",
+            shown(self.seconds_per_step, 1),
+            shown(self.tokens_per_second, 1),
+            shown(gigabytes, 2)
+        )
+    }
+}
