@@ -68,7 +68,7 @@ pub fn config(changes: &str) -> Config {
 pub fn changed(base: &str, changes: &str, source: &str) -> String {
     let mut table: toml::Table = base.parse().unwrap();
     merge(&mut table, changes.parse().unwrap());
-    merge(&mut table, toml::Table::from_iter([("model".to_string(), toml::toml! { source = source }.into())]));
+    merge(&mut table, format!("model.source = {source:?}").parse().unwrap());
     toml::to_string(&table).unwrap()
 }
 
@@ -170,13 +170,13 @@ pub const JUDGE_FAILS: [usize; 4] = [4, 1, 3, 2];
 struct ToyOptions {
     tasks: usize,
     behavior: Behavior,
-    /// Characters of every prompt.
+    /// Characters of every prompt, about.
     prompt: usize,
 }
 
 impl Default for ToyOptions {
     fn default() -> Self {
-        Self { tasks: 5, behavior: Behavior::Plain, prompt: 20 }
+        Self { tasks: 5, behavior: Behavior::Plain, prompt: 21 }
     }
 }
 
@@ -210,13 +210,13 @@ impl Environment for Toy {
     }
 
     fn task(&self, index: usize) -> Task {
-        let prompt = format!("{index}. ").chars().chain("say it ".chars().cycle()).take(self.options.prompt);
+        let prompt: String = format!("{index}. ") + &"say it ".repeat(self.options.prompt / 7);
         let target = match self.options.behavior {
             Behavior::Demonstrates => Target::Demonstration { completion: "it".to_string() },
             _ => Target::Reward,
         };
         let id = format!("toy/{}/{index}", if self.split == Split::Train { "train" } else { "heldout" });
-        Task { id, prompt: vec![Message::user(prompt.collect::<String>())], target }
+        Task { id, prompt: vec![Message::user(prompt)], target }
     }
 
     fn score(&self, index: usize, completion: &Completion) -> Result<Score, ScoreError> {

@@ -137,7 +137,10 @@ impl Attention {
             matmul(&mut scores[start..], keys, 0.0, self.heads.scale, q, k, Threads::One);
         }
         if let Some(cap) = self.heads.soft_cap {
-            vectorized(|| scores.iter_mut().for_each(|score| *score = cap * tanh(*score / cap)));
+            vectorized(
+                #[inline(always)]
+                || scores.iter_mut().for_each(|score| *score = cap * tanh(*score / cap)),
+            );
         }
         scores
     }
@@ -163,7 +166,10 @@ impl Attention {
             let visible = block.span.visible(block.first + row / group, self.heads.window);
             weights[..visible.start].fill(0.0);
             weights[visible.end..].fill(0.0);
-            vectorized(|| softmax(&mut weights[visible]))
+            vectorized(
+                #[inline(always)]
+                || softmax(&mut weights[visible]),
+            )
         });
         let log_sums = log_sums.collect();
         (self.combine(block, &weights, v, keys, 1.0), log_sums)
@@ -312,7 +318,10 @@ impl Attention {
                     d_scores[outside].fill(0.0);
                 }
                 let (weights, d_scores) = (&mut weights[visible.clone()], &mut d_scores[visible]);
-                vectorized(|| score_gradient(weights, d_scores, log_sum, pull, self.heads.soft_cap));
+                vectorized(
+                    #[inline(always)]
+                    || score_gradient(weights, d_scores, log_sum, pull, self.heads.soft_cap),
+                );
             }
             all.dq.extend(self.combine(&block, &d_scores, saved.k, keys, scale));
             let transposed = |values| Matrix::new(values, m, keys, keys).t();

@@ -64,11 +64,14 @@ impl CustomOp2 for Gated {
         let mut y = vec![0.0; gate.len()];
         let inputs = gate.par_chunks(CHUNK).zip(up.par_chunks(CHUNK));
         y.par_chunks_mut(CHUNK).zip(inputs).for_each(|(y, (gate, up))| {
-            vectorized(|| {
-                for ((y, gate), up) in y.iter_mut().zip(gate).zip(up) {
-                    *y = self.0.value_and_slope(*gate).0 * up;
-                }
-            });
+            vectorized(
+                #[inline(always)]
+                || {
+                    for ((y, gate), up) in y.iter_mut().zip(gate).zip(up) {
+                        *y = self.0.value_and_slope(*gate).0 * up;
+                    }
+                },
+            );
         });
         output(y, gate_layout.shape())
     }
@@ -80,13 +83,16 @@ impl CustomOp2 for Gated {
             let inputs = gate.par_chunks(CHUNK).zip(up.par_chunks(CHUNK)).zip(grad.par_chunks(CHUNK));
             let outputs = d_gate.par_chunks_mut(CHUNK).zip(d_up.par_chunks_mut(CHUNK));
             outputs.zip(inputs).for_each(|((d_gate, d_up), ((gate, up), grad))| {
-                vectorized(|| {
-                    for i in 0..gate.len() {
-                        let (value, slope) = self.0.value_and_slope(gate[i]);
-                        d_gate[i] = grad[i] * up[i] * slope;
-                        d_up[i] = grad[i] * value;
-                    }
-                });
+                vectorized(
+                    #[inline(always)]
+                    || {
+                        for i in 0..gate.len() {
+                            let (value, slope) = self.0.value_and_slope(gate[i]);
+                            d_gate[i] = grad[i] * up[i] * slope;
+                            d_up[i] = grad[i] * value;
+                        }
+                    },
+                );
             });
         })?;
         let tensor = |values| Tensor::from_vec(values, gate.shape(), gate.device());

@@ -48,9 +48,10 @@ fn walk(
             matmul(block, tokens.len(), 0.0, scale, hidden, weight.t(), Threads::All);
             if let Some(cap) = logits.soft_cap {
                 block.par_chunks_mut(tokens.len()).for_each(|row| {
-                    vectorized(|| {
-                        row.iter_mut().for_each(|z| *z = inverse * (cap - 2.0 * cap / (1.0 + exp(2.0 / cap * *z))))
-                    });
+                    vectorized(
+                        #[inline(always)]
+                        || row.iter_mut().for_each(|z| *z = inverse * (cap - 2.0 * cap / (1.0 + exp(2.0 / cap * *z)))),
+                    );
                 });
             }
             visit(rows.clone(), tokens, block);
@@ -149,7 +150,10 @@ impl CustomOp1 for Head {
                 let own = tallies[rows.clone()].par_iter_mut().zip(chosen[rows.clone()].par_iter_mut());
                 own.zip(&self.targets[rows]).zip(logits.par_chunks(tokens.len())).for_each(
                     |(((tally, chosen), &target), logits)| {
-                        vectorized(|| tally.add(logits));
+                        vectorized(
+                            #[inline(always)]
+                            || tally.add(logits),
+                        );
                         if tokens.contains(&(target as usize)) {
                             *chosen = logits[target as usize - tokens.start];
                         }
@@ -175,7 +179,10 @@ impl CustomOp1 for Head {
                 let known = grad[rows.clone()].par_iter().zip(&self.targets[rows.clone()]).zip(&tallies[rows.clone()]);
                 logits.par_chunks_mut(tokens.len()).zip(known).for_each(|(logits, ((&grad, &target), tally))| {
                     let target = (target as usize).wrapping_sub(tokens.start);
-                    vectorized(|| logit_gradient(logits, target, grad, tally.log_sum(), soft_cap, temperature));
+                    vectorized(
+                        #[inline(always)]
+                        || logit_gradient(logits, target, grad, tally.log_sum(), soft_cap, temperature),
+                    );
                 });
                 let d_hidden = &mut d_hidden[rows.start * width..rows.end * width];
                 let weight = Matrix::dense(&weight[tokens.start * width..tokens.end * width], width);
@@ -258,7 +265,12 @@ pub fn choose(hidden: &Tensor, weight: &Tensor, choices: &[Choice], logits: Logi
 fn choose_one(logits_v: &mut [f32], choice: Choice, temperature: f32) -> Option<Chosen> {
     let log_sum = |logits_v: &[f32]| {
         let mut tally = Tally::EMPTY;
-        logits_v.chunks(CHUNK).for_each(|chunk| vectorized(|| tally.add(chunk)));
+        logits_v.chunks(CHUNK).for_each(|chunk| {
+            vectorized(
+                #[inline(always)]
+                || tally.add(chunk),
+            )
+        });
         tally.log_sum()
     };
     let untempered_sum = log_sum(logits_v);

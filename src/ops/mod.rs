@@ -44,7 +44,8 @@ pub(crate) fn output(values: Vec<f32>, shape: impl Into<Shape>) -> Result<(CpuSt
     Ok((CpuStorage::F32(values), shape.into()))
 }
 
-/// Runs `f` compiled for the widest vectors this processor has; what is inlined into it is vectorized accordingly.
+/// Runs `f` compiled for the widest vectors this processor has. Only what is inlined into it is compiled that way, so the
+/// closure needs `#[inline(always)]`: left to itself the compiler shares one plain copy between the vector widths.
 #[inline(always)]
 pub(crate) fn vectorized<R>(f: impl FnOnce() -> R) -> R {
     pulp::Arch::new().dispatch(f)

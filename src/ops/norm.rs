@@ -37,12 +37,15 @@ impl CustomOp1 for RmsNorm {
         let mut y = vec![0.0; x.len()];
         with_values([&self.gain], |[gain]| {
             y.par_chunks_mut(width).zip(x.par_chunks(width)).for_each(|(y, x)| {
-                vectorized(|| {
-                    let inverse = self.inverse_rms(x);
-                    for ((y, x), gain) in y.iter_mut().zip(x).zip(gain) {
-                        *y = x * inverse * gain;
-                    }
-                });
+                vectorized(
+                    #[inline(always)]
+                    || {
+                        let inverse = self.inverse_rms(x);
+                        for ((y, x), gain) in y.iter_mut().zip(x).zip(gain) {
+                            *y = x * inverse * gain;
+                        }
+                    },
+                );
             });
         })?;
         output(y, layout.shape())
@@ -56,17 +59,20 @@ impl CustomOp1 for RmsNorm {
         with_values([x, &self.gain, &grad], |[x, gain, grad]| {
             let rows = x.par_chunks(width).zip(grad.par_chunks(width));
             dx.par_chunks_mut(width).zip(rows).for_each(|(dx, (x, grad))| {
-                vectorized(|| {
-                    let inverse = self.inverse_rms(x);
-                    let mut projection = 0.0;
-                    for ((x, grad), gain) in x.iter().zip(grad).zip(gain) {
-                        projection += f64::from(*x) * f64::from(grad * gain);
-                    }
-                    let pull = (projection / width as f64) as f32 * inverse * inverse;
-                    for (((dx, x), grad), gain) in dx.iter_mut().zip(x).zip(grad).zip(gain) {
-                        *dx = inverse * (grad * gain - x * pull);
-                    }
-                });
+                vectorized(
+                    #[inline(always)]
+                    || {
+                        let inverse = self.inverse_rms(x);
+                        let mut projection = 0.0;
+                        for ((x, grad), gain) in x.iter().zip(grad).zip(gain) {
+                            projection += f64::from(*x) * f64::from(grad * gain);
+                        }
+                        let pull = (projection / width as f64) as f32 * inverse * inverse;
+                        for (((dx, x), grad), gain) in dx.iter_mut().zip(x).zip(grad).zip(gain) {
+                            *dx = inverse * (grad * gain - x * pull);
+                        }
+                    },
+                );
             });
         })?;
         Ok(Some(Tensor::from_vec(dx, x.shape(), x.device())?))

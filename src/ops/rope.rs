@@ -47,16 +47,19 @@ impl Rope {
         let mut y = vec![0.0; x.len()];
         y.par_chunks_mut(width).zip(x.par_chunks(width)).enumerate().for_each(|(row, (y, x))| {
             let (cosines, sines) = (&cosines[row * half..][..*half], &sines[row * half..][..*half]);
-            vectorized(|| {
-                for (y, x) in y.chunks_exact_mut(2 * half).zip(x.chunks_exact(2 * half)) {
-                    let ((y1, y2), (x1, x2)) = (y.split_at_mut(*half), x.split_at(*half));
-                    for i in 0..*half {
-                        let (cosine, sine) = (cosines[i], direction * sines[i]);
-                        y1[i] = x1[i] * cosine - x2[i] * sine;
-                        y2[i] = x2[i] * cosine + x1[i] * sine;
+            vectorized(
+                #[inline(always)]
+                || {
+                    for (y, x) in y.chunks_exact_mut(2 * half).zip(x.chunks_exact(2 * half)) {
+                        let ((y1, y2), (x1, x2)) = (y.split_at_mut(*half), x.split_at(*half));
+                        for i in 0..*half {
+                            let (cosine, sine) = (cosines[i], direction * sines[i]);
+                            y1[i] = x1[i] * cosine - x2[i] * sine;
+                            y2[i] = x2[i] * cosine + x1[i] * sine;
+                        }
                     }
-                }
-            });
+                },
+            );
         });
         Ok(y)
     }

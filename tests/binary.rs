@@ -1,0 +1,359 @@
+//! The program itself on BoolQ's environment and the tiny model: exit codes and what is said where, a disk that fills up,
+//! ctrl-C, and kills at any instant.
+
+use std::fs::{self, File};
+use std::os::unix::fs::symlink;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use candor::random::SplitMix64;
+use serde_json::{Value, json};
+use tempfile::{TempDir, tempdir};
+
+use crate::toy::{changed, lines, model, rows_of};
+
+/// The tiny model never answers, so only the length of its completions, which stop strings cut, is rewarded.
+const BASE: &str = r#"
+name = "tiny"
+steps = 3
+
+[lora]
+rank = 2
+alpha = 4.0
+targets = ["v_proj"]
+
+[[environment]]
+name = "boolq"
+source = "rows"
+examples = "none"
+length = { mode = "soft", weight = 0.25 }
+
+[batch]
+prompts = 3
+group = 4
+micro_tokens = 1024
+
+[sampling]
+max_tokens = 10
+stop = ["t", "7", "e"]
+
+[learner]
+learning_rate = 2e-2
+schedule = "constant"
+warmup_steps = 0
+
+[evaluation]
+tasks = 3
+max_tokens = 10
+
+[checkpoint]
+every = 1
+"#;
+
+/// A folder to run the program in: `rows/` with questions of our own, `model/` with a longer context than the tiny model
+/// has, and `run.toml`.
+struct Place(TempDir);
+
+/// How a process ended: its exit code, `None` if a signal did it, and what it said.
+struct Ended {
+    code: Option<i32>,
+    stdout: String,
+    stderr: String,
+}
+
+impl Place {
+    fn new(changes: &str) -> Self {
+        let place = Self(tempdir().unwrap());
+        for folder in ["rows", "model"] {
+            fs::create_dir(place.path(folder)).unwrap();
+        }
+        fs::write(place.path("rows/train.jsonl"), questions(0..28)).unwrap();
+        fs::write(place.path("rows/dev.jsonl"), questions(28..40)).unwrap();
+        for entry in fs::read_dir(model()).unwrap() {
+            let name = entry.unwrap().file_name();
+            symlink(model().join(&name), place.path("model").join(&name)).unwrap();
+        }
+        let text = fs::read_to_string(model().join("config.json")).unwrap();
+        fs::remove_file(place.path("model/config.json")).unwrap();
+        let longer = text.replace("\"max_position_embeddings\": 256", "\"max_position_embeddings\": 1024");
+        assert_ne!(longer, text);
+        fs::write(place.path("model/config.json"), longer).unwrap();
+        place.configure(changes);
+        place
+    }
+
+    fn path(&self, relative: &str) -> PathBuf {
+        self.0.path().join(relative)
+    }
+
+    fn configure(&self, changes: &str) {
+        fs::write(self.path("run.toml"), changed(BASE, changes, "model")).unwrap();
+    }
+
+    /// Starts a command line in the folder, with its output in files.
+    fn start(&self, line: &[&str]) -> Child {
+        let file = |name: &str| Stdio::from(File::create(self.path(name)).unwrap());
+        let mut command = Command::new(line[0]);
+        command.args(&line[1..]).current_dir(self.0.path()).env_remove("RUST_LOG");
+        command.stdin(Stdio::null()).stdout(file("stdout")).stderr(file("stderr")).spawn().unwrap()
+    }
+
+    /// Waits for the end, a minute at most.
+    fn wait(&self, mut child: Child) -> Ended {
+        let started = Instant::now();
+        let status = loop {
+            if let Some(status) = child.try_wait().unwrap() {
+                break status;
+            }
+            if started.elapsed() > Duration::from_secs(60) {
+                child.kill().unwrap();
+                panic!("still running after a minute: {}", self.said());
+            }
+            thread::sleep(Duration::from_millis(2));
+        };
+        Ended { code: status.code(), stdout: fs::read_to_string(self.path("stdout")).unwrap(), stderr: self.said() }
+    }
+
+    /// What it has said on standard error so far.
+    fn said(&self) -> String {
+        fs::read_to_string(self.path("stderr")).unwrap()
+    }
+
+    fn candor(&self, arguments: &[&str]) -> Ended {
+        self.wait(self.start(&[&[CANDOR], arguments].concat()))
+    }
+
+    /// Runs or resumes to the end.
+    #[track_caller]
+    fn finish(&self, arguments: &[&str]) -> Ended {
+        let ended = self.candor(&[&["train", "run.toml"], arguments].concat());
+        assert_eq!(ended.code, Some(0), "{}", ended.stderr);
+        ended
+    }
+
+    fn rows(&self) -> Vec<Value> {
+        lines(&self.path("results/tiny/generations.jsonl"))
+    }
+
+    /// What a finished run leaves that does not depend on the time.
+    fn left(&self) -> (Vec<u8>, Vec<u8>, String) {
+        let run = self.path("results/tiny");
+        let newest = candor::checkpoint::newest(&run).unwrap().unwrap();
+        let tensors = |name: &str| fs::read(newest.join(name)).unwrap();
+        let text = fs::read_to_string(run.join("generations.jsonl")).unwrap();
+        (tensors("adapter_model.safetensors"), tensors("optimizer.safetensors"), text)
+    }
+}
+
+const CANDOR: &str = env!("CARGO_BIN_EXE_candor");
+
+/// Rows as BoolQ's, about half of which are true.
+fn questions(numbers: std::ops::Range<usize>) -> String {
+    let row = |number: usize| {
+        let (pens, asked) = (number % 7 + 2, number % 7 + 2 + number % 2);
+        json!({
+            "question": format!("does box {number} hold {asked} pens"),
+            "title": format!("Box {number}"),
+            "answer": pens == asked,
+            "passage": format!("Box {number} holds {pens} pens."),
+        })
+    };
+    numbers.map(|number| format!("{}\n", row(number))).collect()
+}
+
+/// Lines that a run says on standard error, by what they begin with.
+const MESSAGES: [&str; 6] = ["loading the model", "evaluation after", "step ", "only ", "resuming ", "results/"];
+
+#[test]
+fn a_run_says_its_progress_on_standard_error_and_its_summary_on_standard_output() {
+    let place = Place::new("");
+    let ended = place.finish(&[]);
+    for line in ended.stderr.lines() {
+        assert!(MESSAGES.iter().any(|message| line.starts_with(message)), "{line:?}");
+    }
+    assert_eq!(ended.stderr.lines().filter(|line| line.starts_with("step ")).count(), 3);
+    assert!(ended.stderr.contains("only 0.0% of the first rollouts could be read"), "{}", ended.stderr);
+    for word in ["boolq: 3 held-out tasks", "parse rate", "mean reward", "Brier", "AUROC", "s per step", "peak memory"] {
+        assert!(ended.stdout.contains(word), "{word}: {}", ended.stdout);
+    }
+    let rows = place.rows();
+    assert_eq!((rows.len(), rows_of(&rows, "eval", 0).len(), rows_of(&rows, "eval", 3).len()), (3 * 12 + 6, 3, 3));
+    for row in &rows {
+        let (train, parts) = (row["split"] == "train", row["parts"].as_object().unwrap());
+        assert_eq!((&row["environment"], &row["parse"]), (&"boolq".into(), &"missing".into()));
+        assert!(row["task"].as_str().unwrap().starts_with(if train { "boolq/train/" } else { "boolq/validation/" }));
+        assert_eq!(parts["unparsed"], -0.25);
+        assert_eq!(parts.contains_key("length"), train, "length is not shaped on held-out tasks");
+        assert_eq!(row["metrics"].get("confidence"), None, "there is no confidence where none was stated");
+    }
+    let metrics = lines(&place.path("results/tiny/metrics.jsonl"));
+    assert!(metrics.iter().all(|row| row["grad_norm"].as_f64().unwrap() > 0.0), "there is something to learn");
+    let summary: Value = serde_json::from_str(&fs::read_to_string(place.path("results/tiny/summary.json")).unwrap()).unwrap();
+    assert_eq!((&summary["steps"], &summary["comparisons"][0]["after"]["parsed"]), (&3.into(), &0.into()));
+}
+
+#[test]
+fn a_quiet_run_says_its_summary_only() {
+    let place = Place::new("steps = 1");
+    let ended = place.finish(&["--quiet"]);
+    assert_eq!(ended.stderr, "");
+    assert!(ended.stdout.contains("s per step"));
+}
+
+#[test]
+fn wrong_input_is_one_line_and_exit_code_2_and_leaves_nothing() {
+    let place = Place::new("");
+    let refused = |changes: &str, file: &str, says: &[&str]| {
+        place.configure(changes);
+        let ended = place.candor(&["train", file]);
+        assert_eq!((ended.code, ended.stdout.as_str()), (Some(2), ""), "{changes}: {}", ended.stderr);
+        let errors: Vec<&str> = ended.stderr.lines().filter(|line| !line.starts_with("loading the model")).collect();
+        assert!(matches!(errors[..], [error] if error.starts_with("error: ")), "{changes}: {}", ended.stderr);
+        assert!(says.iter().all(|says| errors[0].contains(says)), "{says:?}: {}", errors[0]);
+    };
+    refused("", "none.toml", &["none.toml", "No such file"]);
+    refused("learner.lerning_rate = 1.0", "run.toml", &["run.toml:", "lerning_rate"]);
+    refused("[[environment]]\nname = \"bolq\"", "run.toml", &["environment.0.name", "\"bolq\"", "known: boolq"]);
+    refused("[[environment]]\nname = \"boolq\"\nsource = \"rows\"\nlenght = 1", "run.toml", &["environment.0", "lenght"]);
+    refused("[[environment]]\nname = \"boolq\"\nsource = \"nowhere\"", "run.toml", &["environment.0 (boolq)", "nowhere"]);
+    refused("[lora]\nstart_from = \"nowhere\"", "run.toml", &["lora.start_from", "nowhere"]);
+    refused("sampling.async_level = 1", "run.toml", &["sampling.async_level", "not in this version"]);
+    fs::rename(place.path("model"), place.path("gone")).unwrap();
+    refused("", "run.toml", &["model.source", "\"model\" is neither a folder nor a file"]);
+    assert!(!place.path("results").exists(), "nothing is written before all input is found good");
+
+    fs::rename(place.path("gone"), place.path("model")).unwrap();
+    place.configure("steps = 1");
+    place.finish(&[]);
+    refused("steps = 1", "run.toml", &["results/tiny exists already", "--resume"]);
+    let ended = place.candor(&["tain", "run.toml"]);
+    assert_eq!((ended.code, ended.stdout.as_str()), (Some(2), ""));
+}
+
+#[test]
+fn help_names_the_commands() {
+    let place = Place(tempdir().unwrap());
+    let ended = place.candor(&["--help"]);
+    assert_eq!((ended.code, ended.stderr.as_str()), (Some(0), ""));
+    assert!(ended.stdout.contains("train"), "{}", ended.stdout);
+    assert!(place.candor(&["train", "--help"]).stdout.contains("--resume"));
+}
+
+/// Runs where no file may grow beyond so many blocks of 512 bytes: as if the disk were full.
+fn run_on_a_full_disk(place: &Place, blocks: usize) -> Ended {
+    let line = format!("trap '' XFSZ; ulimit -f {blocks}; exec {CANDOR} train run.toml");
+    place.wait(place.start(&["sh", "-c", &line]))
+}
+
+#[test]
+fn a_full_disk_ends_the_run_with_the_files_name_and_the_last_checkpoint_goes_on() {
+    let want = Place::new("steps = 4");
+    want.finish(&[]);
+    let place = Place::new("steps = 4");
+    let size = want.rows().len();
+    // Room for the evaluation and two steps or so, and for every checkpoint.
+    let bytes = fs::metadata(want.path("results/tiny/generations.jsonl")).unwrap().len() as usize;
+    let ended = run_on_a_full_disk(&place, bytes / 512 * (3 + 2 * 12 + 6) / size);
+    assert_eq!((ended.code, ended.stdout.as_str()), (Some(1), ""), "{}", ended.stderr);
+    let error = ended.stderr.lines().last().unwrap();
+    assert!(error.starts_with("error: results/tiny/generations.jsonl: cannot write: File too large"), "{error}");
+    let newest = candor::checkpoint::newest(&place.path("results/tiny")).unwrap().unwrap();
+    assert!(newest.ends_with("step-000002"), "{newest:?}");
+    let ended = place.finish(&["--resume"]);
+    assert!(ended.stderr.contains("dropped a torn last line"), "{}", ended.stderr);
+    assert!(place.left() == want.left());
+}
+
+#[test]
+fn a_checkpoint_that_does_not_fit_is_an_error_and_the_run_can_go_on() {
+    let changes = "steps = 2\nevaluation.tasks = 0\n[lora]\nrank = 64\ntargets = [\"q_proj\", \"o_proj\"]";
+    let want = Place::new(changes);
+    want.finish(&[]);
+    let place = Place::new(changes);
+    let ended = run_on_a_full_disk(&place, 200);
+    assert_eq!(ended.code, Some(1), "{}", ended.stderr);
+    let error = ended.stderr.lines().last().unwrap();
+    assert!(error.starts_with("error: results/tiny/checkpoints/.step-000001.new/adapter_model.safetensors"), "{error}");
+    assert_eq!(candor::checkpoint::newest(&place.path("results/tiny")).unwrap(), None);
+    place.finish(&["--resume"]);
+    assert!(place.left() == want.left());
+}
+
+fn signal(child: &Child, name: &str) {
+    let status = Command::new("kill").args([name, &child.id().to_string()]).status().unwrap();
+    assert!(status.success());
+}
+
+/// Waits until a running child has said something.
+fn wait_until_said(place: &Place, child: &mut Child, words: &str) {
+    let started = Instant::now();
+    while !place.said().contains(words) {
+        assert!(child.try_wait().unwrap().is_none() && started.elapsed() < Duration::from_secs(60), "{}", place.said());
+        thread::sleep(Duration::from_millis(1));
+    }
+}
+
+#[test]
+fn ctrl_c_finishes_the_step_saves_it_and_says_how_to_go_on() {
+    const STEPS: u64 = 8;
+    let changes = format!("steps = {STEPS}\ncheckpoint.every = 0");
+    let (want, place) = (Place::new(&changes), Place::new(&changes));
+    want.finish(&[]);
+    let mut child = place.start(&[CANDOR, "train", "run.toml"]);
+    wait_until_said(&place, &mut child, "step   2/");
+    signal(&child, "-INT");
+    let ended = place.wait(child);
+    assert_eq!((ended.code, ended.stdout.as_str()), (Some(130), ""), "{}", ended.stderr);
+    assert!(ended.stderr.ends_with("go on with: candor train run.toml --resume\n"), "{}", ended.stderr);
+    let newest = candor::checkpoint::newest(&place.path("results/tiny")).unwrap().unwrap();
+    let saved = candor::checkpoint::state(&newest).unwrap().next_step;
+    assert!((2..STEPS).contains(&saved));
+    let steps = lines(&place.path("results/tiny/metrics.jsonl")).len() as u64;
+    assert_eq!(steps, saved, "the step that ran is finished");
+    place.finish(&["--resume"]);
+    assert!(place.left() == want.left());
+}
+
+#[test]
+fn a_run_killed_at_any_instants_and_resumed_ends_as_if_nothing_had_happened() {
+    const KILLS: usize = 10;
+    let changes = "steps = 10\nevaluation.every = 3";
+    let want = Place::new(changes);
+    let started = Instant::now();
+    want.finish(&[]);
+    let whole = started.elapsed();
+
+    let place = Place::new(changes);
+    let mut random = SplitMix64::new(5);
+    let mut killed = 0;
+    for _ in 0..KILLS {
+        let resume: &[&str] = if place.path("results/tiny").exists() { &["--resume"] } else { &[] };
+        let mut child = place.start(&[&[CANDOR, "train", "run.toml"], resume].concat());
+        thread::sleep(whole.mul_f64(0.6 * random.next_f64()));
+        child.kill().unwrap();
+        let ended = place.wait(child);
+        assert!(matches!(ended.code, None | Some(0)), "{:?}: {}", ended.code, ended.stderr);
+        killed += usize::from(ended.code.is_none());
+    }
+    let resume: &[&str] = if place.path("results/tiny").exists() { &["--resume"] } else { &[] };
+    place.finish(resume);
+    eprintln!("{killed} kills within {whole:.1?} each");
+    assert!(killed >= KILLS / 2, "only {killed} of {KILLS} kills found a running process");
+    assert!(place.left() == want.left());
+}
+
+#[test]
+fn environments_can_name_no_tensor_no_token_and_no_device() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let mut command = Command::new(env!("CARGO"));
+    command.args(["tree", "--offline", "-p", "candor-environments", "-e", "normal", "--prefix", "none"]);
+    let output = command.current_dir(root).output().unwrap();
+    let tree = String::from_utf8(output.stdout).unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    assert!(tree.starts_with("candor-environments v") && tree.contains("serde v"), "{tree}");
+    for forbidden in ["candle", "tokenizers", "cudarc", "candor v"] {
+        assert!(!tree.lines().any(|line| line.starts_with(forbidden)), "{forbidden}: {tree}");
+    }
+}
