@@ -132,7 +132,16 @@ impl Console {
     }
 
     fn fail(&self, error: &anyhow::Error, code: u8) -> ExitCode {
-        self.line(&format!("error: {error:#}"));
+        let causes: Vec<String> = error.chain().map(without_backtrace).collect();
+        self.line(&format!("error: {}", causes.join(": ")));
         ExitCode::from(code)
+    }
+}
+
+/// candle prints a backtrace in the middle of its message when RUST_BACKTRACE is set; the message is what helps.
+fn without_backtrace(error: &(dyn std::error::Error + 'static)) -> String {
+    match error.downcast_ref::<candle_core::Error>() {
+        Some(candle_core::Error::WithBacktrace { inner, .. }) => without_backtrace(&**inner),
+        _ => error.to_string(),
     }
 }

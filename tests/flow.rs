@@ -3,7 +3,7 @@
 
 use std::collections::BTreeSet;
 
-use candor::rollout::{Choice, Source, choose_heldout, choose_tasks, shares};
+use candor::selection::{Choice, Source, choose_heldout, choose_tasks, shares};
 use candor_environments::{Environment, Message, Target, Task};
 use proptest::prelude::*;
 use serde_json::Value;

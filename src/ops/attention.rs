@@ -68,7 +68,7 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, heads: Heads, spans: &Arc<[
         span.queries.end <= queries
             && span.prefix.end <= keys
             && span.own.end <= keys
-            && span.queries.len() <= span.context()
+            && span.queries.len() <= span.own.len()
     };
     if let Some(span) = spans.iter().find(|span| !fits(span)) {
         bail!("attention: {span:?} points outside {queries} queries and {keys} keys");

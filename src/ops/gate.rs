@@ -1,6 +1,6 @@
 //! The gated activation of a feed-forward block: `activation(gate) · up` (Shazeer 2020, SwiGLU and GEGLU).
 
-use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor};
+use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 
 use super::{exp, output, values, vectorized, with_values};
@@ -40,6 +40,9 @@ impl Activation {
 /// # Errors
 /// If the shapes differ or a tensor is not f32.
 pub fn gated(gate: &Tensor, up: &Tensor, activation: Activation) -> Result<Tensor> {
+    if gate.dims() != up.dims() {
+        bail!("gated activation: a gate of {:?} for {:?}", gate.dims(), up.dims());
+    }
     gate.apply_op2(up, Gated(activation))
 }
 

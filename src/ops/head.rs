@@ -59,7 +59,7 @@ fn walk(
     }
 }
 
-/// Running maximum, Σ exp(z − max) and Σ exp(z − max) · z of one row.
+/// Running maximum m of one row, Σ exp(z − m) and Σ exp(z − m) · (z − m).
 #[derive(Clone, Copy)]
 struct Tally {
     max: f32,
@@ -73,28 +73,43 @@ impl Tally {
     #[inline(always)]
     fn add(&mut self, logits: &[f32]) {
         let max = logits.iter().copied().fold(self.max, f32::max);
-        let rescale = f64::from(self.max - max).exp();
         let (mut sums, mut weighted) = ([0.0f32; 16], [0.0f32; 16]);
         for chunk in logits.chunks(16) {
             for ((z, sum), weighted) in chunk.iter().zip(&mut sums).zip(&mut weighted) {
                 let e = exp(z - max);
                 *sum += e;
-                *weighted += e * z;
+                *weighted += e * (z - max);
             }
         }
         let total = |lanes: [f32; 16]| lanes.iter().map(|&lane| f64::from(lane)).sum::<f64>();
-        let carried = |value: f64| if value == 0.0 { 0.0 } else { value * rescale };
-        *self = Self { max, sum: carried(self.sum) + total(sums), weighted: carried(self.weighted) + total(weighted) };
+        if self.sum > 0.0 {
+            // What was summed up so far, seen from the new maximum.
+            let shift = f64::from(self.max - max);
+            self.weighted = (self.weighted + self.sum * shift) * shift.exp();
+            self.sum *= shift.exp();
+        }
+        self.max = max;
+        self.sum += total(sums);
+        self.weighted += total(weighted);
     }
 
     fn log_sum(&self) -> f32 {
         (f64::from(self.max) + self.sum.ln()) as f32
     }
 
-    /// −Σ p ln p = log-sum-exp − Σ p z.
+    /// −Σ p ln p = ln Σ exp(z − m) − Σ p (z − m).
     fn entropy(&self) -> f32 {
-        (f64::from(self.max) + self.sum.ln() - self.weighted / self.sum) as f32
+        (self.sum.ln() - self.weighted / self.sum) as f32
     }
+}
+
+/// Rows, width and vocabulary of a head's input and weight.
+fn dimensions(hidden: &Tensor, weight: &Tensor) -> Result<(usize, usize, usize)> {
+    let ((rows, width), (vocabulary, expected)) = (hidden.dims2()?, weight.dims2()?);
+    if width != expected {
+        bail!("head: rows of {width} values for a weight of {expected}");
+    }
+    Ok((rows, width, vocabulary))
 }
 
 /// Log-probabilities of given tokens, and what the backward and the metrics need beside them.
@@ -115,7 +130,7 @@ pub fn log_probabilities(
     targets: &[u32],
     logits: Logits,
 ) -> Result<LogProbabilities> {
-    let ((rows, _), (vocabulary, _)) = (hidden.dims2()?, weight.dims2()?);
+    let (rows, _, vocabulary) = dimensions(hidden, weight)?;
     if targets.len() != rows {
         bail!("head: {} targets for {rows} rows", targets.len());
     }
@@ -237,7 +252,7 @@ pub struct Chosen {
 /// # Errors
 /// If there is not one choice per row, a tensor is not f32, or a distribution has no finite sum.
 pub fn choose(hidden: &Tensor, weight: &Tensor, choices: &[Choice], logits: Logits) -> Result<Vec<Chosen>> {
-    let ((rows, width), (vocabulary, _)) = (hidden.dims2()?, weight.dims2()?);
+    let (rows, width, vocabulary) = dimensions(hidden, weight)?;
     if choices.len() != rows {
         bail!("head: {} choices for {rows} rows", choices.len());
     }

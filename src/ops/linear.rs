@@ -2,7 +2,7 @@
 //!
 //! W is never differentiated: candle's own backward would compute a gradient as large as the model and throw it away.
 
-use candle_core::{CpuStorage, CustomOp1, CustomOp3, Layout, Result, Shape, Tensor};
+use candle_core::{CpuStorage, CustomOp1, CustomOp3, Layout, Result, Shape, Tensor, bail};
 
 use super::matmul::{Matrix, Threads, matmul, product};
 use super::{output, values, with_values};
@@ -23,6 +23,12 @@ pub struct LowRank<'a> {
 /// # Errors
 /// If shapes disagree or a tensor is not f32.
 pub fn linear(x: &Tensor, weight: &Tensor, adapter: Option<LowRank>) -> Result<Tensor> {
+    let ((_, width), (wide, narrow)) = (x.dims2()?, weight.dims2()?);
+    let rank = adapter.map_or(Ok(0), |adapter| adapter.a.dim(0))?;
+    let misfit = |LowRank { a, b, .. }: LowRank| a.dims() != [rank, narrow] || b.dims() != [wide, rank];
+    if width != narrow || adapter.is_some_and(misfit) {
+        bail!("linear: rows of {width} do not fit a weight of {:?} and an adapter of rank {rank}", weight.dims());
+    }
     match adapter {
         None => x.apply_op1(Frozen { weight: weight.clone() }),
         Some(LowRank { a, b, scale }) => x.apply_op3(a, b, Adapted { weight: weight.clone(), scale }),

@@ -1,6 +1,6 @@
 //! RMS normalization with a frozen gain: `y = x / sqrt(mean(x²) + ε) · gain` (Zhang & Sennrich 2019, eq. 4).
 
-use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor};
+use candle_core::{CpuStorage, CustomOp1, D, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 
 use super::{output, values, vectorized, with_values};
@@ -10,6 +10,9 @@ use super::{output, values, vectorized, with_values};
 /// # Errors
 /// If the widths differ or a tensor is not f32.
 pub fn rms_norm(x: &Tensor, gain: &Tensor, epsilon: f64) -> Result<Tensor> {
+    if x.dim(D::Minus1)? != gain.elem_count() {
+        bail!("rms norm: rows of {:?} do not fit a gain of {:?}", x.dims(), gain.dims());
+    }
     x.apply_op1(RmsNorm { gain: gain.clone(), epsilon })
 }
 

@@ -30,6 +30,10 @@ impl Rotation {
 /// # Errors
 /// If the rotation was made for another number of rows or another head size.
 pub fn rope(x: &Tensor, rotation: &Rotation) -> Result<Tensor> {
+    let ((rows, width), half, angles) = (x.dims2()?, rotation.half, rotation.cosines.len());
+    if rows == 0 || rows * half != angles || !width.is_multiple_of(2 * half) {
+        bail!("rope: {rows} rows of {width} values, angles for {} rows and heads of {}", angles / half, 2 * half);
+    }
     x.apply_op1(Rope(rotation.clone()))
 }
 
@@ -37,13 +41,9 @@ struct Rope(Rotation);
 
 impl Rope {
     /// Rotates by the angle times `direction`: 1 forward, −1 backward (a rotation's transpose is its inverse).
-    fn rotate(&self, x: &[f32], direction: f32) -> Result<Vec<f32>> {
+    fn rotate(&self, x: &[f32], direction: f32) -> Vec<f32> {
         let Rotation { cosines, sines, half } = &self.0;
-        let rows = cosines.len() / half;
-        if rows == 0 || !x.len().is_multiple_of(rows * 2 * half) {
-            bail!("rope: {} values are not whole heads of {} for {rows} rows", x.len(), 2 * half);
-        }
-        let width = x.len() / rows;
+        let width = x.len() * half / cosines.len();
         let mut y = vec![0.0; x.len()];
         y.par_chunks_mut(width).zip(x.par_chunks(width)).enumerate().for_each(|(row, (y, x))| {
             let (cosines, sines) = (&cosines[row * half..][..*half], &sines[row * half..][..*half]);
@@ -61,7 +61,7 @@ impl Rope {
                 },
             );
         });
-        Ok(y)
+        y
     }
 }
 
@@ -71,12 +71,12 @@ impl CustomOp1 for Rope {
     }
 
     fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        output(self.rotate(values(x, layout)?, 1.0)?, layout.shape())
+        output(self.rotate(values(x, layout)?, 1.0), layout.shape())
     }
 
     fn bwd(&self, x: &Tensor, _y: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
         let grad = grad.contiguous()?;
-        let dx = with_values([&grad], |[grad]| self.rotate(grad, -1.0))??;
+        let dx = with_values([&grad], |[grad]| self.rotate(grad, -1.0))?;
         Ok(Some(Tensor::from_vec(dx, x.shape(), x.device())?))
     }
 }

@@ -169,6 +169,7 @@ impl Sampler for LocalSampler {
         for (group, request) in requests.iter().enumerate() {
             let (tokens, context) = (request.prompt_ids.len() + settings.max_tokens, self.model.architecture.context);
             ensure!(!request.prompt_ids.is_empty(), "group {group}: the prompt has no tokens");
+            ensure!(request.rollouts > 0, "group {group}: no completion is asked for");
             ensure!(
                 tokens <= context,
                 "group {group}: prompt and completion take {tokens} tokens, the model's context is {context}"
