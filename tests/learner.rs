@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use candle_core::{Device, Tensor};
 use candor::config::{Learner as Settings, Lora, Schedule};
+use candor::learner::optimizer::learning_rate;
 use candor::learner::tree::{Branch, Tree};
 use candor::learner::{Learner, StepShape, completion_logprobs};
 use candor::model::Model;
@@ -285,4 +286,18 @@ fn a_gradient_that_is_not_finite_is_an_error() {
             "{name} was updated"
         );
     }
+}
+
+#[test]
+fn learning_rates_warm_up_and_follow_their_schedule() {
+    let rates = |schedule, warmup_steps| {
+        let settings = Settings { learning_rate: 8.0, schedule, warmup_steps, ..Settings::default() };
+        (0..6).map(|step| learning_rate(&settings, step, 6)).collect::<Vec<_>>()
+    };
+    assert_eq!(rates(Schedule::Constant, 2), [4.0, 8.0, 8.0, 8.0, 8.0, 8.0]);
+    assert_eq!(rates(Schedule::Linear, 2), [4.0, 8.0, 8.0, 6.0, 4.0, 2.0]);
+    let cosine = [8.0, 8.0 * 0.5 * (1.0 + 0.5 * 3f64.sqrt()), 6.0, 4.0, 2.0, 8.0 * 0.5 * (1.0 - 0.5 * 3f64.sqrt())];
+    check::all_close("cosine", &rates(Schedule::Cosine, 0), &cosine, 1e-12);
+    let all_warmup = rates(Schedule::Cosine, 100);
+    assert!(all_warmup.windows(2).all(|pair| pair[0] < pair[1]), "{all_warmup:?}");
 }

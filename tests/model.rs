@@ -168,3 +168,51 @@ fn golden_smollm2_logits_continuations_and_adapter() {
     let got = completion_logprobs(&model, Some(&adapter), &[tree], 4096, 1.0).unwrap();
     check::all_close("banana", &got[0], &check::floats(&golden["completion_logps_with_adapter"]), 1e-4);
 }
+
+/// A call may mix adapters by row ranges, as an asynchronous sampler does: each row must see its own and no other.
+#[test]
+fn rows_of_one_call_may_have_different_adapters() {
+    let Some(folder) = check::golden("tiny/llama") else { return };
+    let model = Model::open(&folder, &Device::Cpu).unwrap();
+    let (one, _) = adapter(&model, &folder.join("adapter_lora"));
+    let (two, _) = adapter(&model, &folder.join("adapter_lora_all_rs"));
+    let golden = tensors(&folder.join("golden_logits.safetensors"));
+    let sequences = [ids(&golden["ids_a"]), ids(&golden["ids_b"]), ids(&golden["ids_a"])];
+    let adapters = [Some(&one), None, Some(&two)];
+    let (mut all, mut positions, mut spans, mut ranges) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+    for (sequence, adapter) in sequences.iter().zip(adapters) {
+        let rows = all.len()..all.len() + sequence.len();
+        spans.push(Span { queries: rows.clone(), prefix: 0..0, own: rows.clone() });
+        ranges.push((rows, adapter));
+        positions.extend(0..sequence.len());
+        all.extend(sequence);
+    }
+    let call = Call { ids: &all, positions: &positions, spans: spans.into(), adapters: &ranges, store: None };
+    let rows: Vec<u32> = (0..all.len() as u32).collect();
+    let mixed = model.select(&model.forward(&call).unwrap(), &rows).unwrap();
+    let mixed = values(&mixed.matmul(&model.head().t().unwrap()).unwrap());
+    let apart: Vec<f64> =
+        sequences.iter().zip(adapters).flat_map(|(s, a)| logits(&model, std::slice::from_ref(s), a)).collect();
+    check::all_close("mixed adapters", &mixed, &apart, 1e-5);
+    let gap = Call { adapters: &ranges[1..], ..call };
+    assert!(model.forward(&gap).unwrap_err().to_string().contains("adapters do not cover"));
+}
+
+/// A fresh adapter changes nothing, is the same for the same seed, and fills PEFT's range for A.
+#[test]
+fn a_fresh_adapter_is_the_identity() {
+    let Some(folder) = check::golden("tiny/llama") else { return };
+    let model = Model::open(&folder, &Device::Cpu).unwrap();
+    let fresh = |seed| Adapter::initialize(&model.architecture, &Lora::default(), seed, &Device::Cpu).unwrap();
+    let flat = |adapter: &Adapter| adapter.tensors().iter().map(|(_, tensor)| values(tensor)).collect::<Vec<_>>();
+    assert_eq!(flat(&fresh(1)), flat(&fresh(1)));
+    assert_ne!(flat(&fresh(1)), flat(&fresh(2)));
+    let tokens: Vec<u32> = (10..40).collect();
+    let with = logits(&model, std::slice::from_ref(&tokens), Some(&fresh(1)));
+    assert_eq!(with, logits(&model, &[tokens], None));
+    for (name, tensor) in fresh(1).tensors() {
+        let largest = values(&tensor).into_iter().fold(0.0, |most: f64, value| most.max(value.abs()));
+        let bound = if name.contains("lora_B") { 0.0 } else { 1.0 / (tensor.dims()[1] as f64).sqrt() };
+        assert!(largest <= bound && largest >= 0.95 * bound, "{name}: {largest}, bound {bound}");
+    }
+}
