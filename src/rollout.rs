@@ -103,7 +103,11 @@ impl Collector<'_> {
         settings: &Settings,
     ) -> Result<Vec<Group>> {
         let mut groups = choices.iter().map(|&choice| self.group(choice, adapter)).collect::<Result<Vec<_>>>()?;
-        let request = |group: &Group| Request { prompt_ids: group.prompt_ids.clone(), rollouts };
+        let request = |group: &Group| Request {
+            name: format!("task {}", group.task.id),
+            prompt_ids: group.prompt_ids.clone(),
+            rollouts,
+        };
         let requests: Vec<Request> = groups.iter().map(request).collect();
         let (ended_sender, ended) = unbounded::<ToScore>();
         let (scored_sender, scored) = unbounded::<(Ended, Result<Score, ScoreError>)>();

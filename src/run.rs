@@ -117,17 +117,36 @@ pub struct RunFolder {
 }
 
 impl RunFolder {
+    /// Refuses what [`create`](Self::create) or [`resume`](Self::resume) could not go on with, before anything is loaded.
+    ///
+    /// # Errors
+    /// If a new run's folder exists, or a resumed run's does not or has another config.
+    pub fn check(results: &Path, config: &Config, resume: bool) -> Result<()> {
+        let path = results.join(&config.name);
+        if !resume {
+            ensure!(
+                !path.exists(),
+                "{} exists already: continue that run with --resume, or give this one another `name`",
+                path.display()
+            );
+            return Ok(());
+        }
+        let saved = path.join("config.toml");
+        ensure!(saved.exists(), "{}: there is no run to resume; start it without --resume", path.display());
+        ensure!(
+            Config::load(&saved)? == *config,
+            "{}: the run was started with another config; resume it with that file, or give this run another `name`",
+            saved.display()
+        );
+        Ok(())
+    }
+
     /// Makes `results/<name>/` with the resolved config.
     ///
     /// # Errors
-    /// If it exists already, or the disk fails.
+    /// If it exists already (see [`check`](Self::check)), or the disk fails.
     pub fn create(results: &Path, config: &Config) -> Result<Self> {
         let path = results.join(&config.name);
-        ensure!(
-            !path.exists(),
-            "{} exists already: continue that run with --resume, or give this one another `name`",
-            path.display()
-        );
         let unfinished = results.join(format!(".{}.new", config.name));
         if unfinished.exists() {
             fs::remove_dir_all(&unfinished).with_context(|| format!("{}: cannot remove", unfinished.display()))?;
@@ -143,16 +162,9 @@ impl RunFolder {
     /// `interrupted-<n>.jsonl`. Returns what was moved or dropped, in words.
     ///
     /// # Errors
-    /// If there is no such run, its config is another one, a row cannot be read, or the disk fails.
+    /// If a row cannot be read, or the disk fails.
     pub fn resume(results: &Path, config: &Config, next_step: u64) -> Result<(Self, Vec<String>)> {
         let path = results.join(&config.name);
-        let saved = path.join("config.toml");
-        ensure!(saved.exists(), "{}: there is no run to resume; start it without --resume", path.display());
-        ensure!(
-            Config::load(&saved)? == *config,
-            "{}: the run was started with another config; resume it with that file, or give this run another `name`",
-            saved.display()
-        );
         let aside = (1..).map(|n| path.join(format!("interrupted-{n}.jsonl"))).find(|path| !path.exists());
         let aside = aside.context("no free name for interrupted rows")?;
         let mut notes = Vec::new();

@@ -58,12 +58,7 @@ impl Run {
     /// # Errors
     /// If a source, the model, an environment or the run folder is not what the config says.
     pub fn prepare(config: Config, options: &Options) -> Result<Self> {
-        let path = options.results.join(&config.name);
-        ensure!(
-            options.resume || !path.exists(),
-            "{} exists already: continue that run with --resume, or give this one another `name`",
-            path.display()
-        );
+        RunFolder::check(options.results, &config, options.resume)?;
         let training = load_sources(&config.environments, Split::Train, options)?;
         check_shares(&training, config.batch.prompts)?;
         let mut heldout = Vec::new();

@@ -55,22 +55,23 @@ impl Evaluated {
         let pair =
             |row: &&Row| Some((row.metrics.get("confidence")?.as_f64()?, row.metrics.get("correct")?.as_f64()? == 1.0));
         let (confidences, correct): (Vec<f64>, Vec<bool>) = rows.iter().filter_map(pair).unzip();
-        let predictions = Predictions::new(confidences, correct)?;
+        let predictions = (!confidences.is_empty()).then(|| Predictions::new(confidences, correct)).transpose()?;
+        let parsed = predictions.as_ref().map_or(0, Predictions::len);
         let gold: Vec<f64> = rows.iter().filter_map(|row| row.metrics.get("y")?.as_f64()).collect();
         let base_rate = gold.iter().sum::<f64>() / gold.len() as f64;
-        let some = |f: fn(&Predictions) -> f64| (predictions.len() > 0).then(|| f(&predictions));
+        let some = |f: fn(&Predictions) -> f64| predictions.as_ref().map(f);
         Ok(Self {
             tasks: rows.len(),
             scored: outcomes.len(),
-            parsed: predictions.len(),
+            parsed,
             reward: (!outcomes.is_empty()).then(|| outcomes.values().sum::<f64>() / outcomes.len() as f64),
             accuracy: some(accuracy),
             brier: some(brier),
-            brier_skill: brier_skill(&predictions),
+            brier_skill: predictions.as_ref().and_then(brier_skill),
             constant_accuracy_brier: some(base_rate_brier),
-            constant_base_rate_brier: (!gold.is_empty() && gold.len() == predictions.len())
+            constant_base_rate_brier: (!gold.is_empty() && gold.len() == parsed)
                 .then_some(base_rate * (1.0 - base_rate)),
-            auroc: auroc(&predictions),
+            auroc: predictions.as_ref().and_then(auroc),
             outcomes,
         })
     }

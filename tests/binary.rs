@@ -175,7 +175,8 @@ fn a_run_says_its_progress_on_standard_error_and_its_summary_on_standard_output(
     }
     assert_eq!(ended.stderr.lines().filter(|line| line.starts_with("step ")).count(), 3);
     assert!(ended.stderr.contains("only 0.0% of the first rollouts could be read"), "{}", ended.stderr);
-    for word in ["boolq: 3 held-out tasks", "parse rate", "mean reward", "Brier", "AUROC", "s per step", "peak memory"] {
+    for word in ["boolq: 3 held-out tasks", "parse rate", "mean reward", "Brier", "AUROC", "s per step", "peak memory"]
+    {
         assert!(ended.stdout.contains(word), "{word}: {}", ended.stdout);
     }
     let rows = place.rows();
@@ -190,7 +191,8 @@ fn a_run_says_its_progress_on_standard_error_and_its_summary_on_standard_output(
     }
     let metrics = lines(&place.path("results/tiny/metrics.jsonl"));
     assert!(metrics.iter().all(|row| row["grad_norm"].as_f64().unwrap() > 0.0), "there is something to learn");
-    let summary: Value = serde_json::from_str(&fs::read_to_string(place.path("results/tiny/summary.json")).unwrap()).unwrap();
+    let summary: Value =
+        serde_json::from_str(&fs::read_to_string(place.path("results/tiny/summary.json")).unwrap()).unwrap();
     assert_eq!((&summary["steps"], &summary["comparisons"][0]["after"]["parsed"]), (&3.into(), &0.into()));
 }
 
@@ -216,8 +218,16 @@ fn wrong_input_is_one_line_and_exit_code_2_and_leaves_nothing() {
     refused("", "none.toml", &["none.toml", "No such file"]);
     refused("learner.lerning_rate = 1.0", "run.toml", &["run.toml:", "lerning_rate"]);
     refused("[[environment]]\nname = \"bolq\"", "run.toml", &["environment.0.name", "\"bolq\"", "known: boolq"]);
-    refused("[[environment]]\nname = \"boolq\"\nsource = \"rows\"\nlenght = 1", "run.toml", &["environment.0", "lenght"]);
-    refused("[[environment]]\nname = \"boolq\"\nsource = \"nowhere\"", "run.toml", &["environment.0 (boolq)", "nowhere"]);
+    refused(
+        "[[environment]]\nname = \"boolq\"\nsource = \"rows\"\nlenght = 1",
+        "run.toml",
+        &["environment.0", "lenght"],
+    );
+    refused(
+        "[[environment]]\nname = \"boolq\"\nsource = \"nowhere\"",
+        "run.toml",
+        &["environment.0 (boolq)", "nowhere"],
+    );
     refused("[lora]\nstart_from = \"nowhere\"", "run.toml", &["lora.start_from", "nowhere"]);
     refused("sampling.async_level = 1", "run.toml", &["sampling.async_level", "not in this version"]);
     fs::rename(place.path("model"), place.path("gone")).unwrap();

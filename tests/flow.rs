@@ -38,7 +38,7 @@ fn the_reward_rises_above_that_of_the_untrained_policy_on_the_same_seeds() {
     assert_eq!((trained[0], before), (untrained[0], same), "both start from the same policy");
     assert_eq!(same, still);
     let (first, last, control) = (mean(&trained[..3]), mean(&trained[12..]), mean(&untrained[12..]));
-    // The untrained policy earns about 0.1 with a deviation of 0.02 between steps.
+    // The untrained policy earns between 0.04 and 0.16 in every step.
     assert!(last > first + 0.3 && last > control + 0.3, "first {first:.3}, last {last:.3}, untrained {control:.3}");
     assert!(after > before + 0.3, "held out: {before:.3} before, {after:.3} after");
 }
@@ -108,12 +108,18 @@ fn assert_contract(row: &Value) {
     assert_eq!(row.as_object().unwrap().keys().collect::<Vec<_>>(), KEYS);
     let train = row["split"] == "train";
     let text = row["completion"].as_str().unwrap();
-    assert_eq!((&row["schema"], &row["environment"], &row["judge"], &row["error"]), (&1.into(), &"toy".into(), &Value::Null, &Value::Null));
+    assert_eq!(
+        (&row["schema"], &row["environment"], &row["judge"], &row["error"]),
+        (&1.into(), &"toy".into(), &Value::Null, &Value::Null)
+    );
     assert!(row["task"].as_str().unwrap().starts_with(if train { "toy/train/" } else { "toy/heldout/" }));
     assert_eq!(row["prompt"].as_array().unwrap().len(), 1);
     assert_eq!(row["prompt"][0].as_object().unwrap().keys().collect::<Vec<_>>(), ["role", "content"]);
     assert_eq!(row["prompt"][0]["role"], "user");
-    assert!(!text.contains("<|") && !text.contains('t') && !text.contains('7'), "end tokens and stop strings are cut: {text}");
+    assert!(
+        !text.contains("<|") && !text.contains('t') && !text.contains('7'),
+        "end tokens and stop strings are cut: {text}"
+    );
     let (tokens, limit) = (row["tokens"].as_u64().unwrap(), if train { 9 } else { 12 });
     assert!((1..=limit).contains(&tokens));
     assert!(row["finish"] == "stop" || (row["finish"] == "length" && tokens == limit));
@@ -200,7 +206,8 @@ proptest! {
         // Nothing is remembered: any step can be asked for first, and another seed chooses otherwise.
         prop_assert_eq!(&choose_tasks(&sources, prompts, seed, 41), &steps[41]);
         let other: Vec<Vec<Choice>> = (0..60).map(|step| choose_tasks(&sources, prompts, seed ^ 1, step)).collect();
-        prop_assert!(other != steps || known.iter().all(|(tasks, _)| *tasks < 12));
+        let many = known.iter().zip(shares(&weights, prompts)).any(|((tasks, _), share)| *tasks >= 12 && share > 0);
+        prop_assert!(!many || other != steps);
     }
 
     #[test]

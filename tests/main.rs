@@ -3,10 +3,13 @@
 #![allow(clippy::unwrap_used, missing_docs)]
 
 mod advantage;
+mod binary;
 mod boolq;
 mod check;
 mod config;
 mod evaluation;
+mod failures;
+mod flow;
 mod head;
 mod learner;
 mod model;
@@ -15,7 +18,9 @@ mod objective_identities;
 mod ops;
 mod parsing;
 mod random;
+mod resume;
 mod sampler;
 mod scoring;
 mod source;
 mod tokenizer;
+mod toy;

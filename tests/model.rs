@@ -140,8 +140,10 @@ fn golden_smollm2_logits_continuations_and_adapter() {
     let rows = check::json(&folder.join("greedy.json"))["rows"].clone();
     let rows = rows.as_array().unwrap();
     let ids = |value: &serde_json::Value| check::floats(value).into_iter().map(|id| id as u32).collect::<Vec<_>>();
-    let requests: Vec<Request> =
-        rows.iter().map(|row| Request { prompt_ids: ids(&row["prompt_ids"]), rollouts: 1 }).collect();
+    let requests: Vec<Request> = rows
+        .iter()
+        .map(|row| Request { name: row["prompt"].to_string(), prompt_ids: ids(&row["prompt_ids"]), rollouts: 1 })
+        .collect();
     let settings = Settings { max_tokens: 64, temperature: 0.0, stop: Vec::new(), seed: 0, step: 0 };
     let mut sampler = LocalSampler::new(model.clone(), tokenizer);
     let mut count = 0;

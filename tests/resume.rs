@@ -4,7 +4,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use candle_core::{Device, safetensors};
 use candor::config::Config;
@@ -13,7 +13,7 @@ use candor::train::Outcome;
 use serde_json::Value;
 use tempfile::tempdir;
 
-use crate::toy::{Counter, changed, config, failure, generations, lines, model, rows_of, run, start};
+use crate::toy::{changed, config, failure, generations, lines, model, rows_of, run, start};
 
 /// Evaluations in between, checkpoints not after every step, and the moments matter.
 const CHANGES: &str = "steps = 5\nevaluation.every = 2\ncheckpoint.every = 2\nlearner.schedule = \"cosine\"";
@@ -132,9 +132,9 @@ fn copy_folder(from: &Path, to: &Path) {
 /// Runs to the end, and gives copies of the results as they were at some events: what is left when the process dies there.
 fn dead(config: &Config) -> Vec<(String, tempfile::TempDir)> {
     let results = tempdir().unwrap();
-    let (copies, counter) = (Mutex::new(Vec::new()), Counter::default());
+    let (copies, counter) = (Mutex::new(Vec::new()), AtomicUsize::new(0));
     let observer = |event: Event| {
-        let (number, folder) = (counter.next(), results.path().join("toy"));
+        let (number, folder) = (counter.fetch_add(1, Ordering::Relaxed), results.path().join("toy"));
         // Every seventh rollout, and between a step's rows and its checkpoint.
         let due = matches!(event, Event::Progress { .. }) && number % 7 == 0
             || matches!(event, Event::Line(line) if line.starts_with("step"));
@@ -173,7 +173,8 @@ fn a_run_that_died_anywhere_and_is_resumed_is_the_same_run_and_no_row_is_lost() 
         assert!(moved.iter().all(|row| !stays(row)), "{what}");
         assert_eq!(kept + moved.len(), rows_before, "{what}");
         assert_eq!(moved.is_empty(), !said.iter().any(|line| line.contains("moved")), "{what}: {said:?}");
-        moved_somewhere |= moved.iter().any(|row| row["split"] == "train") && moved.iter().any(|row| row["loss"].is_f64());
+        moved_somewhere |=
+            moved.iter().any(|row| row["split"] == "train") && moved.iter().any(|row| row["loss"].is_f64());
     }
     assert!(moved_somewhere);
 }
@@ -206,14 +207,14 @@ fn a_second_resume_puts_its_rows_into_another_file() {
     let config = config(CHANGES);
     let copies = dead(&config);
     let (_, results) = copies.last().unwrap();
-    let torn = |number: u64| {
+    let append_row_of = |step: u64| {
         let path = results.path().join("toy/generations.jsonl");
-        let row = format!("{{\"step\":{number}}}\n");
+        let row = format!("{{\"step\":{step}}}\n");
         fs::write(&path, fs::read_to_string(&path).unwrap() + &row).unwrap();
     };
-    torn(90);
+    append_row_of(90);
     resume(results.path(), &config);
-    torn(91);
+    append_row_of(91);
     resume(results.path(), &config);
     let last = |number: u64| lines(&results.path().join(format!("toy/interrupted-{number}.jsonl")));
     assert!(last(1).iter().any(|row| row["step"] == 90) && last(1).iter().all(|row| row["step"] != 91));
@@ -247,7 +248,6 @@ fn what_cannot_be_resumed_or_started_is_refused_and_left_alone() {
 }
 
 #[test]
-#[ignore = "the adapter and the folder of checkpoints are looked at before config.toml is"]
 fn resuming_another_adapter_or_no_run_at_all_says_so() {
     let results = tempdir().unwrap();
     run(results.path(), &config("steps = 2"));
@@ -259,7 +259,11 @@ fn resuming_another_adapter_or_no_run_at_all_says_so() {
 
 #[test]
 fn the_newest_checkpoints_are_kept_and_nothing_else() {
-    for (every, keep, kept) in [(1, 2, &["step-000004", "step-000005"][..]), (2, 9, &["step-000002", "step-000004", "step-000005"]), (0, 1, &["step-000005"])] {
+    for (every, keep, kept) in [
+        (1, 2, &["step-000004", "step-000005"][..]),
+        (2, 9, &["step-000002", "step-000004", "step-000005"]),
+        (0, 1, &["step-000005"]),
+    ] {
         let results = tempdir().unwrap();
         run(results.path(), &config(&format!("steps = 5\ncheckpoint.every = {every}\ncheckpoint.keep = {keep}")));
         let entries = fs::read_dir(results.path().join("toy/checkpoints")).unwrap();
@@ -293,7 +297,8 @@ fn an_adapter_to_start_from_is_the_adapter_that_was_saved() {
     let (before, after) = (generations(first.path()), generations(straight.path()));
     assert_eq!(sampled(&before, 4), sampled(&after, 0));
     assert_ne!(sampled(&before, 0), sampled(&after, 0), "the adapter does something");
-    let kl: Vec<f64> = left(straight.path()).metrics.iter().map(|row| row["objective"]["kl_reference"].as_f64().unwrap()).collect();
+    let kl: Vec<f64> =
+        left(straight.path()).metrics.iter().map(|row| row["objective"]["kl_reference"].as_f64().unwrap()).collect();
     assert!(kl[0].abs() < 1e-6 && kl[3] > 1e-3, "{kl:?}");
 
     for (change, key) in [
@@ -318,12 +323,14 @@ fn a_checkpoint_is_an_adapter_as_peft_writes_them() {
     let ours = safetensors::load(folder.join("adapter_model.safetensors"), &Device::Cpu).unwrap();
     let theirs = safetensors::load(model().join("adapter_lora/adapter_model.safetensors"), &Device::Cpu).unwrap();
     let shapes = |tensors: &std::collections::HashMap<String, candle_core::Tensor>| {
-        let named = tensors.iter().map(|(name, tensor)| (name.clone(), tensor.dims().to_vec(), tensor.dtype().as_str()));
+        let named =
+            tensors.iter().map(|(name, tensor)| (name.clone(), tensor.dims().to_vec(), tensor.dtype().as_str()));
         named.collect::<std::collections::BTreeSet<_>>()
     };
     assert_eq!(shapes(&ours), shapes(&theirs));
     let config: Value = serde_json::from_slice(&fs::read(folder.join("adapter_config.json")).unwrap()).unwrap();
-    let peft: Value = serde_json::from_slice(&fs::read(model().join("adapter_lora/adapter_config.json")).unwrap()).unwrap();
+    let peft: Value =
+        serde_json::from_slice(&fs::read(model().join("adapter_lora/adapter_config.json")).unwrap()).unwrap();
     for key in ["peft_type", "task_type", "r", "lora_alpha", "use_rslora", "lora_dropout", "bias", "fan_in_fan_out"] {
         assert_eq!(config[key], peft[key], "{key}");
     }
@@ -332,7 +339,6 @@ fn a_checkpoint_is_an_adapter_as_peft_writes_them() {
 /// Rows that an evaluation reserved must not change how many groups of a step are sampled together: a resumed run does not
 /// evaluate first. The model's context is made longer, so that an evaluation can ask for more rows than are kept usually.
 #[test]
-#[ignore = "the sampler keeps a store that is larger than the step's own would be"]
 fn an_evaluation_with_room_for_longer_completions_changes_nothing_of_a_step() {
     let folder = tempdir().unwrap();
     copy_folder(&model(), folder.path());

@@ -48,7 +48,11 @@ fn settings(max_tokens: usize, temperature: f64) -> Settings {
 
 /// A prompt of its own for every `number`.
 fn request(number: usize, length: usize, rollouts: usize) -> Request {
-    Request { prompt_ids: (0..length).map(|i| ((number * 53 + i * 37) % 300 + 4) as u32).collect(), rollouts }
+    Request {
+        name: format!("group {number}"),
+        prompt_ids: (0..length).map(|i| ((number * 53 + i * 37) % 300 + 4) as u32).collect(),
+        rollouts,
+    }
 }
 
 /// Samples, and sorts what was handed over by group and rollout.
@@ -102,7 +106,7 @@ fn golden_greedy_continuations() {
         let end = ids.iter().position(|id| tokenizer.end_tokens().contains(id)).map_or(ids.len(), |end| end + 1);
         let sure = margins.iter().position(|margin| *margin <= 1e-3).unwrap_or(ids.len()).min(end);
         assert!(sure > 5, "{}: only {sure} golden tokens can be compared", folder.display());
-        let request = Request { prompt_ids: tokens("prompt_ids"), rollouts: 2 };
+        let request = Request { name: "golden".into(), prompt_ids: tokens("prompt_ids"), rollouts: 2 };
         for generation in sample(&mut sampler, &[request], None, &settings(ids.len(), 0.0)) {
             assert_eq!(generation.ids[..sure], ids[..sure], "{}", folder.display());
             for logprobs_t in [&generation.behavior_t, &generation.untempered_t] {
@@ -252,7 +256,8 @@ fn requests_that_cannot_be_sampled_are_named() {
     assert!(message.contains("group 1") && message.contains(&context.to_string()), "{message}");
     assert!(error(request(1, 0, 1)).contains("group 1"));
     assert!(error(request(1, 9, 0)).contains("group 1"));
-    let broken = Request { prompt_ids: vec![5, model.architecture.vocabulary as u32], rollouts: 1 };
+    let broken =
+        Request { name: "broken".into(), prompt_ids: vec![5, model.architecture.vocabulary as u32], rollouts: 1 };
     assert!(error(broken).contains("outside the model's vocabulary"));
     // The longest that fits is sampled to its last position.
     let longest = sample(&mut sampler, &[request(1, context - 8, 2)], None, &settings(8, 0.0));

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::AtomicBool;
 use std::sync::mpsc;
 use std::thread;
 use std::time::Duration;
@@ -257,16 +257,5 @@ impl Environment for Toy {
         };
         let forgotten = usize::from(self.options.behavior == Behavior::ForgetsOne);
         completions.iter().enumerate().skip(forgotten).map(placed).collect()
-    }
-}
-
-/// Counts events and says when the one it waits for has come.
-#[derive(Default)]
-pub struct Counter(AtomicUsize);
-
-impl Counter {
-    /// Counts one more; gives its number, from 0.
-    pub fn next(&self) -> usize {
-        self.0.fetch_add(1, Ordering::Relaxed)
     }
 }

@@ -40,6 +40,12 @@ impl KeyValueStore {
         self.rows
     }
 
+    /// From now on only the first `rows` rows are handed out; all must have been given back. How many sequences run
+    /// together must not depend on what an earlier, larger call needed.
+    pub fn restrict(&mut self, rows: usize) {
+        self.free = std::iter::once(0..rows.min(self.rows)).collect();
+    }
+
     /// Takes `count` consecutive rows, the first that fit, or `None` if there are none.
     pub fn take(&mut self, count: usize) -> Option<Range<usize>> {
         let index = self.free.iter().position(|free| free.len() >= count)?;

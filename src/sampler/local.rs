@@ -76,7 +76,10 @@ impl LocalSampler {
         let largest = sizes().max().unwrap_or(0);
         let rows = sizes().sum::<usize>().min(STORED_TOKENS).max(largest);
         match self.store.take().filter(|store| store.rows() >= rows) {
-            Some(store) => Ok(store),
+            Some(mut store) => {
+                store.restrict(rows);
+                Ok(store)
+            }
             None => Ok(KeyValueStore::new(&self.model.architecture, rows, &self.model.device)?),
         }
     }
@@ -166,13 +169,14 @@ impl Sampler for LocalSampler {
         settings: &Settings,
         finished: &mut dyn FnMut(Generation) -> Result<()>,
     ) -> Result<()> {
-        for (group, request) in requests.iter().enumerate() {
-            let (tokens, context) = (request.prompt_ids.len() + settings.max_tokens, self.model.architecture.context);
-            ensure!(!request.prompt_ids.is_empty(), "group {group}: the prompt has no tokens");
-            ensure!(request.rollouts > 0, "group {group}: no completion is asked for");
+        for request in requests {
+            let (name, prompt, context) = (&request.name, request.prompt_ids.len(), self.model.architecture.context);
+            ensure!(prompt > 0, "{name}: the prompt has no tokens");
+            ensure!(request.rollouts > 0, "{name}: no completion is asked for");
             ensure!(
-                tokens <= context,
-                "group {group}: prompt and completion take {tokens} tokens, the model's context is {context}"
+                prompt + settings.max_tokens <= context,
+                "{name}: a prompt of {prompt} tokens leaves no room for {}, the model's context is {context}",
+                settings.max_tokens
             );
         }
         let mut store = self.prepare_store(requests, settings)?;

@@ -12,6 +12,8 @@ use crate::policy::Adapter;
 /// A prompt to continue several times.
 #[derive(Clone, Debug)]
 pub struct Request {
+    /// What errors call it: the task's id.
+    pub name: String,
     /// Tokens of the prompt.
     pub prompt_ids: Vec<u32>,
     /// Completions to sample.
