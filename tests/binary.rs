@@ -329,27 +329,28 @@ fn ctrl_c_finishes_the_step_saves_it_and_says_how_to_go_on() {
 #[test]
 fn a_run_killed_at_any_instants_and_resumed_ends_as_if_nothing_had_happened() {
     const KILLS: usize = 10;
-    let changes = "steps = 10\nevaluation.every = 3";
-    let want = Place::new(changes);
-    let started = Instant::now();
+    let changes = "steps = 20\nevaluation.every = 3";
+    let (want, place) = (Place::new(changes), Place::new(changes));
     want.finish(&[]);
-    let whole = started.elapsed();
 
-    let place = Place::new(changes);
+    let resume = || if place.path("results/tiny").exists() { &["--resume"][..] } else { &[] };
     let mut random = SplitMix64::new(5);
     let mut killed = 0;
     for _ in 0..KILLS {
-        let resume: &[&str] = if place.path("results/tiny").exists() { &["--resume"] } else { &[] };
-        let mut child = place.start(&[&[CANDOR, "train", "run.toml"], resume].concat());
-        thread::sleep(whole.mul_f64(0.6 * random.next_f64()));
+        let mut child = place.start(&[&[CANDOR, "train", "run.toml"], resume()].concat());
+        // Anywhere while it loads, or within or between its first steps, however fast they are.
+        let steps = random.below(3);
+        let done = || place.said().lines().filter(|line| line.starts_with("step ")).count();
+        while done() < steps && child.try_wait().unwrap().is_none() {
+            thread::sleep(Duration::from_millis(1));
+        }
+        thread::sleep(Duration::from_secs_f64(0.08 * random.next_f64()));
         child.kill().unwrap();
         let ended = place.wait(child);
         assert!(matches!(ended.code, None | Some(0)), "{:?}: {}", ended.code, ended.stderr);
         killed += usize::from(ended.code.is_none());
     }
-    let resume: &[&str] = if place.path("results/tiny").exists() { &["--resume"] } else { &[] };
-    place.finish(resume);
-    eprintln!("{killed} kills within {whole:.1?} each");
+    place.finish(resume());
     assert!(killed >= KILLS / 2, "only {killed} of {KILLS} kills found a running process");
     assert!(place.left() == want.left());
 }

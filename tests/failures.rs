@@ -50,14 +50,9 @@ fn tasks_that_carry_completions_or_are_too_long_or_absent_are_refused_by_name() 
         &["environment.0 (toy): there are no tasks"],
     );
     assert_eq!(fs::read_dir(empty.path()).unwrap().count(), 0, "nothing is written before all input is found good");
-    assert_says(&odd_failure(&(odd("plain") + "prompt = 900")), &["the model's context is 256"]);
+    assert_says(&odd_failure(&(odd("plain") + "prompt = 900")), &["task toy/train/", "context", "256"]);
     let small = format!("batch.micro_tokens = 13\n{}", odd("plain"));
     assert_says(&odd_failure(&small), &["batch.micro_tokens = 13", "raise it"]);
-}
-
-#[test]
-fn a_prompt_longer_than_the_context_is_named() {
-    assert_says(&odd_failure(&(odd("plain") + "prompt = 900")), &["task toy/train/"]);
 }
 
 #[test]

@@ -229,7 +229,7 @@ impl Environment for Toy {
             Behavior::JudgeFails if self.number(index) % 4 < JUDGE_FAILS[index] => {
                 return Err(ScoreError::Judge { attempts: 3, cause: "connection reset".to_string() });
             }
-            Behavior::NotANumber if self.number(index) % 4 == 0 => parts.push(("odd", f64::NAN)),
+            Behavior::NotANumber if self.number(index).is_multiple_of(4) => parts.push(("odd", f64::NAN)),
             Behavior::Huge => parts.iter_mut().for_each(|(_, value)| *value *= 1e300),
             _ => {}
         }
