@@ -65,15 +65,19 @@ pub fn newest(run: &Path) -> Result<Option<PathBuf>> {
     Ok(list(run)?.pop())
 }
 
-/// Complete checkpoints, oldest first.
+/// Complete checkpoints, oldest first; none where there is no run.
 fn list(run: &Path) -> Result<Vec<PathBuf>> {
     let folder = run.join("checkpoints");
+    if !folder.exists() {
+        return Ok(Vec::new());
+    }
     let entries = fs::read_dir(&folder).with_context(|| format!("{}: cannot list", folder.display()))?;
     let paths = entries.map(|entry| Ok(entry?.path())).collect::<std::io::Result<Vec<_>>>()?;
     let is_checkpoint =
         |path: &PathBuf| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("step-"));
     let mut paths: Vec<PathBuf> = paths.into_iter().filter(is_checkpoint).collect();
-    paths.sort();
+    // By number: beyond a million steps the names are no longer of one length.
+    paths.sort_by_key(|path| (path.as_os_str().len(), path.clone()));
     Ok(paths)
 }
 

@@ -7,6 +7,7 @@
 //! * [`setup`]: everything that is loaded before its first step
 //! * [`selection`]: which tasks a step takes
 //! * [`rollout`]: tasks are sampled and scored, and become groups
+//! * [`scorers`]: completions are scored as they end
 //! * [`advantage`]: the rewards of a group become advantages
 //! * [`objective`]: log-probabilities become a loss and its derivative, in plain floats
 //! * [`learner`]: trees of completions become one optimizer step
@@ -35,6 +36,7 @@ pub mod report;
 pub mod rollout;
 pub mod run;
 pub mod sampler;
+pub mod scorers;
 pub mod selection;
 pub mod setup;
 pub mod source;

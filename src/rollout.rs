@@ -1,28 +1,23 @@
 //! Rollouts: chosen tasks are sampled and scored, and become the groups of a batch.
 //!
-//! The sampler runs on the calling thread, scores are computed beside it by a few threads as completions end. Ownership
-//! is the shutdown protocol: when one side fails it drops its end of the channel, and the other side stops.
+//! The sampler runs on the calling thread; each completion is handed to the scorers as it ends.
 
 use std::collections::VecDeque;
-use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use candor_environments::{Completion, Finish, Score, ScoreError, Target, Task};
-use crossbeam::channel::{Receiver, RecvTimeoutError, Sender, unbounded};
 
 use crate::event::{Event, Observer};
 use crate::learner::tree::{Branch, Tree};
 use crate::policy::Adapter;
 use crate::sampler::{Generation, Request, Sampler, Settings};
+use crate::scorers::{Ended, Scorers, Scoring, no_panic};
 use crate::selection::{Choice, Source};
 use crate::tokenizer::Tokenizer;
 
-/// Threads that score completions. Scoring is cheap or waits for somebody else, so it needs no core of its own.
-const SCORERS: usize = 8;
-/// How long the batch waits for a score after the last completion has been sampled.
-const SCORE_TIMEOUT: Duration = Duration::from_secs(600);
+/// How long a run waits for a score: longer than any judge with its retries.
+pub const SCORE_TIMEOUT: Duration = Duration::from_secs(600);
 
 /// One completion with what became of it.
 #[derive(Clone, Debug)]
@@ -74,18 +69,8 @@ pub struct Collector<'a> {
     pub tokenizer: &'a Tokenizer,
     /// Who hears how far it is.
     pub observer: Observer<'a>,
-}
-
-/// What the scorers are given: one completion, or all of a group in order.
-enum ToScore {
-    One(Ended),
-    Group(Vec<Ended>),
-}
-
-/// A completion that has ended, with its text.
-struct Ended {
-    generation: Generation,
-    completion: Completion,
+    /// How long to wait for the next score once everything has been sampled.
+    pub patience: Duration,
 }
 
 impl Collector<'_> {
@@ -109,32 +94,15 @@ impl Collector<'_> {
             rollouts,
         };
         let requests: Vec<Request> = groups.iter().map(request).collect();
-        let (ended_sender, ended) = unbounded::<ToScore>();
-        let (scored_sender, scored) = unbounded::<(Ended, Result<Score, ScoreError>)>();
-        let mut all = thread::scope(|scope| {
-            let scorers: Vec<_> = (0..SCORERS)
-                .map(|_| {
-                    let (ended, scored_sender) = (ended.clone(), scored_sender.clone());
-                    scope.spawn(move || self.score_all(choices, &ended, &scored_sender))
-                })
-                .collect();
-            drop((ended, scored_sender));
-            let sampled = self.sample(&requests, choices, sampler, adapter, settings, &ended_sender);
-            drop(ended_sender);
-            let rollouts = sampled.and_then(|()| receive(&scored, choices.len() * rollouts));
-            // Whoever still scores finds the channel closed; an environment that panicked says so here.
-            drop(scored);
-            for scorer in scorers {
-                scorer.join().unwrap_or_else(|_| bail!("a scoring thread panicked"))?;
-            }
-            rollouts
-        })?;
-        ensure!(
-            all.len() == choices.len() * rollouts,
-            "only {} of {} completions were scored",
-            all.len(),
-            choices.len() * rollouts
-        );
+        let scoring = choices.iter().map(|&(source, index)| {
+            let Source { name, environment, .. } = &self.sources[source];
+            Scoring { name: name.clone(), environment: environment.clone(), index }
+        });
+        let scorers = Scorers::start(scoring.collect());
+        let mut all = match self.sample(&requests, choices, sampler, adapter, settings, &scorers) {
+            Ok(()) => scorers.finish(choices.len() * rollouts, self.patience)?,
+            Err(error) => return Err(scorers.failure().unwrap_or(error)),
+        };
         all.sort_by_key(|(ended, _)| (ended.generation.group, ended.generation.rollout));
         for (Ended { generation, completion }, score) in all {
             let group = &mut groups[generation.group];
@@ -145,7 +113,7 @@ impl Collector<'_> {
 
     fn group(&self, (source, index): Choice, adapter: Option<&Adapter>) -> Result<Group> {
         let Source { name, environment, .. } = &self.sources[source];
-        let task = environment.task(index);
+        let task = no_panic(name, index, || environment.task(index))?;
         ensure!(
             task.target == Target::Reward,
             "task {} of {name} carries its completion; this version trains on sampled ones only",
@@ -164,7 +132,7 @@ impl Collector<'_> {
         sampler: &mut dyn Sampler,
         adapter: Option<&Adapter>,
         settings: &Settings,
-        ended: &Sender<ToScore>,
+        scorers: &Scorers,
     ) -> Result<()> {
         let total = requests.iter().map(|request| request.rollouts).sum();
         let mut done = 0;
@@ -174,18 +142,16 @@ impl Collector<'_> {
             let one = self.ended(generation, settings);
             done += 1;
             (self.observer)(Event::Progress { what: "rollouts", done, total });
-            let to_score = if self.sources[choices[group].0].environment.compares() {
-                waiting[group].push(one);
-                if waiting[group].len() < requests[group].rollouts {
-                    return Ok(());
-                }
-                let mut group = std::mem::take(&mut waiting[group]);
-                group.sort_by_key(|ended| ended.generation.rollout);
-                ToScore::Group(group)
-            } else {
-                ToScore::One(one)
-            };
-            ended.send(to_score).ok().context("scoring stopped")
+            if !self.sources[choices[group].0].environment.compares() {
+                return scorers.score(vec![one]);
+            }
+            waiting[group].push(one);
+            if waiting[group].len() < requests[group].rollouts {
+                return Ok(());
+            }
+            let mut group = std::mem::take(&mut waiting[group]);
+            group.sort_by_key(|ended| ended.generation.rollout);
+            scorers.score(group)
         })
     }
 
@@ -200,69 +166,6 @@ impl Collector<'_> {
         };
         Ended { generation, completion }
     }
-
-    /// One scorer: until there is nothing more to score, or nobody wants to know.
-    fn score_all(
-        &self,
-        choices: &[Choice],
-        ended: &Receiver<ToScore>,
-        scored: &Sender<(Ended, Result<Score, ScoreError>)>,
-    ) -> Result<()> {
-        for to_score in ended {
-            let all = match to_score {
-                ToScore::One(one) => vec![one],
-                ToScore::Group(group) => group,
-            };
-            let Some(first) = all.first() else { continue };
-            let (source, index) = choices[first.generation.group];
-            let Source { name, environment, .. } = &self.sources[source];
-            let completions: Vec<Completion> = all.iter().map(|ended| ended.completion.clone()).collect();
-            // A panic is the environment author's bug: it ends the run with the task's name instead of a hang.
-            let scores = catch_unwind(AssertUnwindSafe(|| match completions.as_slice() {
-                [one] if !environment.compares() => vec![environment.score(index, one)],
-                group => environment.score_group(index, group),
-            }));
-            let Ok(scores) = scores else { bail!("environment {name:?} panicked on task {index}") };
-            ensure!(
-                scores.len() == all.len(),
-                "environment {name:?} gave {} scores for the {} completions of task {index}",
-                scores.len(),
-                all.len()
-            );
-            for (ended, score) in all.into_iter().zip(scores) {
-                if scored.send((ended, score.and_then(checked))).is_err() {
-                    return Ok(());
-                }
-            }
-        }
-        Ok(())
-    }
-}
-
-/// A reward that is not a number would poison its whole group.
-fn checked(score: Score) -> Result<Score, ScoreError> {
-    let bad = score.metrics.iter().chain(&score.parts).find(|(_, value)| !value.is_finite());
-    match bad {
-        _ if !score.reward.is_finite() => Err(ScoreError::Environment(format!("the reward is {}", score.reward))),
-        Some((name, value)) => Err(ScoreError::Environment(format!("{name} is {value}"))),
-        None => Ok(score),
-    }
-}
-
-/// Waits for `count` scores.
-fn receive<T>(scored: &Receiver<T>, count: usize) -> Result<Vec<T>> {
-    let mut all = Vec::with_capacity(count);
-    while all.len() < count {
-        match scored.recv_timeout(SCORE_TIMEOUT) {
-            Ok(one) => all.push(one),
-            // The scorers stopped early; joining them tells why.
-            Err(RecvTimeoutError::Disconnected) => break,
-            Err(RecvTimeoutError::Timeout) => {
-                bail!("waited {} s for the scores of {} completions", SCORE_TIMEOUT.as_secs(), count - all.len())
-            }
-        }
-    }
-    Ok(all)
 }
 
 /// The trees of a batch: every rollout that has an advantage. Groups without one are left out.
@@ -285,10 +188,11 @@ pub fn trees(groups: &[Group], tokenizer: &Tokenizer) -> Result<Vec<Tree>> {
             };
             ensure!(mask_t.contains(&true), "task {}: the score trains on bytes that no token covers", group.task.id);
             let behavior_t = rollout.generation.behavior_t.iter().map(|&logprob| f64::from(logprob)).collect();
-            branches.push(Branch { ids, behavior_t, mask_t, advantage });
+            branches.push(Branch { rollout: rollout.generation.rollout, ids, behavior_t, mask_t, advantage });
         }
         if !branches.is_empty() {
-            trees.push(Tree { prompt_ids: group.prompt_ids.clone(), branches });
+            let name = format!("task {}", group.task.id);
+            trees.push(Tree { name, prompt_ids: group.prompt_ids.clone(), branches });
         }
     }
     Ok(trees)

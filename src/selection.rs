@@ -1,5 +1,7 @@
 //! Which tasks a step takes: a function of the config, the seed and the step, and of nothing that happened before.
 
+use std::sync::Arc;
+
 use candor_environments::Environment;
 
 use crate::random::{self, Purpose, SplitMix64};
@@ -11,7 +13,7 @@ pub struct Source {
     /// Its share of the prompts, relative to the others'.
     pub weight: f64,
     /// The environment itself.
-    pub environment: Box<dyn Environment>,
+    pub environment: Arc<dyn Environment>,
 }
 
 /// Which task of which source: (source, task).
@@ -52,8 +54,10 @@ pub fn choose_heldout(sources: &[Source], tasks: usize, seed: u64) -> Vec<Choice
 
 /// Whole shares of `total` in proportion to the weights; what is left goes to the largest remainders, the first among equals.
 pub fn shares(weights: &[f64], total: usize) -> Vec<usize> {
-    let sum: f64 = weights.iter().sum();
-    let exact: Vec<f64> = weights.iter().map(|weight| weight / sum * total as f64).collect();
+    // Divided by the largest first: huge weights must not overflow their sum.
+    let largest = weights.iter().copied().fold(0.0, f64::max);
+    let sum: f64 = weights.iter().map(|weight| weight / largest).sum();
+    let exact: Vec<f64> = weights.iter().map(|weight| weight / largest / sum * total as f64).collect();
     let mut shares: Vec<usize> = exact.iter().map(|share| share.floor() as usize).collect();
     let mut order: Vec<usize> = (0..weights.len()).collect();
     order.sort_by(|&a, &b| exact[b].fract().total_cmp(&exact[a].fract()).then(a.cmp(&b)));

@@ -118,7 +118,7 @@ fn load_sources(environments: &[config::Environment], split: Split, options: &Op
         };
         let loaded = load(&context).with_context(|| format!("environment.{index} ({name})"))?;
         ensure!(loaded.num_tasks() > 0, "environment.{index} ({name}): there are no tasks");
-        Ok(Source { name: name.to_string(), weight: environment.weight, environment: loaded })
+        Ok(Source { name: name.to_string(), weight: environment.weight, environment: loaded.into() })
     };
     environments.iter().enumerate().map(load).collect()
 }
@@ -137,26 +137,28 @@ fn check_shares(sources: &[Source], prompts: usize) -> Result<()> {
 /// The run folder and the learner, fresh or as the newest checkpoint left them.
 fn begin(config: &Config, model: &Arc<Model>, options: &Options) -> Result<(RunFolder, Learner, u64)> {
     let (architecture, device) = (&model.architecture, &model.device);
-    let start = match &config.lora.start_from {
-        Some(folder) => checkpoint::load_adapter(Path::new(folder), architecture, &config.lora, device)
-            .context("lora.start_from")?,
-        None => Adapter::initialize(architecture, &config.lora, config.seed, device)?,
+    let start = || match &config.lora.start_from {
+        Some(folder) => {
+            checkpoint::load_adapter(Path::new(folder), architecture, &config.lora, device).context("lora.start_from")
+        }
+        None => Adapter::initialize(architecture, &config.lora, config.seed, device),
     };
     let reference = match config.reference() {
-        Reference::Base => None,
-        Reference::Start => Some(start.publish(0)?),
+        Reference::Start if config.learner.kl > 0.0 => Some(start()?),
+        Reference::Start | Reference::Base => None,
     };
-    let run = options.results.join(&config.name);
-    let newest = if options.resume { checkpoint::newest(&run)? } else { None };
-    let Some(newest) = newest else {
+    let learner = |adapter: &Adapter| Learner::new(model.clone(), adapter, reference, &config.learner);
+    let newest = checkpoint::newest(&options.results.join(&config.name))?;
+    let Some(newest) = newest.filter(|_| options.resume) else {
+        let learner = learner(&start()?)?;
         let folder =
             if options.resume { resumed(options, config, 0)? } else { RunFolder::create(options.results, config)? };
-        return Ok((folder, Learner::new(model.clone(), &start, reference, &config.learner)?, 0));
+        return Ok((folder, learner, 0));
     };
     let state = checkpoint::state(&newest)?;
     let mut adapter = checkpoint::load_adapter(&newest, architecture, &config.lora, device)?;
     adapter.version = state.updates;
-    let mut learner = Learner::new(model.clone(), &adapter, reference, &config.learner)?;
+    let mut learner = learner(&adapter)?;
     checkpoint::restore_moments(&newest, &mut learner, &state)?;
     Ok((resumed(options, config, state.next_step)?, learner, state.next_step))
 }

@@ -10,7 +10,7 @@ use crate::checkpoint;
 use crate::event::{Event, Observer};
 use crate::learner::{StepShape, optimizer::learning_rate};
 use crate::report::{self, StepRecord, Timing};
-use crate::rollout::{Collector, Group, ScoreErrors, trees};
+use crate::rollout::{Collector, Group, SCORE_TIMEOUT, ScoreErrors, trees};
 use crate::run::RowSplit;
 use crate::sampler::Settings;
 use crate::selection::{choose_heldout, choose_tasks};
@@ -38,10 +38,11 @@ pub fn train(run: &mut Run, observer: Observer, interrupted: &AtomicBool) -> Res
         let started = Instant::now();
         let adapter = run.learner.adapter().publish(step)?;
         let chosen = choose_tasks(&run.training, run.config.batch.prompts, run.config.seed, step);
-        let collector = Collector { sources: &run.training, tokenizer: &run.tokenizer, observer };
+        let collector =
+            Collector { sources: &run.training, tokenizer: &run.tokenizer, observer, patience: SCORE_TIMEOUT };
         let sampling = training_settings(run, step);
-        let mut groups =
-            collector.collect(&chosen, run.config.batch.group, &mut *run.sampler, Some(&adapter), &sampling)?;
+        let groups = collector.collect(&chosen, run.config.batch.group, &mut *run.sampler, Some(&adapter), &sampling);
+        let mut groups = groups.with_context(|| format!("step {step}: sampling"))?;
         let sampled = started.elapsed();
         give_advantages(&mut groups, run);
         run.folder.record_generations(RowSplit::Train, step, &groups)?;
@@ -79,13 +80,14 @@ fn evaluate(run: &mut Run, step: u64, observer: Observer) -> Result<()> {
     }
     let adapter = run.learner.adapter().publish(step)?;
     let chosen = choose_heldout(&run.heldout, config.evaluation.tasks, config.seed);
-    let collector = Collector { sources: &run.heldout, tokenizer: &run.tokenizer, observer };
+    let collector = Collector { sources: &run.heldout, tokenizer: &run.tokenizer, observer, patience: SCORE_TIMEOUT };
     let settings = Settings {
         max_tokens: config.evaluation.max_tokens,
         temperature: config.evaluation.temperature,
         ..training_settings(run, step)
     };
-    let groups = collector.collect(&chosen, 1, &mut *run.sampler, Some(&adapter), &settings)?;
+    let groups = collector.collect(&chosen, 1, &mut *run.sampler, Some(&adapter), &settings);
+    let groups = groups.with_context(|| format!("evaluation after {step} steps"))?;
     run.folder.record_generations(RowSplit::Eval, step, &groups)?;
     observer(Event::Line(&report::evaluation_line(step, &groups)));
     Ok(())

@@ -3,16 +3,21 @@
 
 use std::fs;
 use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
 
 use candle_core::{Device, Tensor, safetensors};
-use candor::rollout::{Group, Rollout, ScoreErrors};
-use candor::sampler::Generation;
-use candor_environments::{Finish, ParseStatus, Score, ScoreError, Target, Task};
+use candor::rollout::{Collector, Group, Rollout, ScoreErrors};
+use candor::sampler::local::LocalSampler;
+use candor::sampler::{Generation, Settings};
+use candor::selection::Source;
+use candor::setup::load_model;
+use candor_environments::{Completion, Environment, Finish, Message, ParseStatus, Score, ScoreError, Target, Task};
 use serde_json::Value;
 use tempfile::tempdir;
 
 use crate::check::close;
-use crate::toy::{JUDGE_FAILS, config, failure, generations, lines, rows_of, run, within};
+use crate::toy::{JUDGE_FAILS, config, failure, generations, lines, model, rows_of, run, within};
 
 /// A toy of which only the behavior and perhaps the number of its tasks are not as usual.
 fn odd(behavior: &str) -> String {
@@ -206,4 +211,51 @@ fn an_adapter_with_an_infinite_weight_is_no_start() {
 fn the_watchdog_of_these_tests_barks() {
     let hung = std::panic::catch_unwind(|| within(0, || std::thread::sleep(std::time::Duration::from_millis(300))));
     assert!(hung.is_err());
+}
+
+/// An environment that never comes back, or that panics when it is asked for a task.
+struct Broken {
+    panics: bool,
+}
+
+impl Environment for Broken {
+    fn num_tasks(&self) -> usize {
+        1
+    }
+
+    fn task(&self, _index: usize) -> Task {
+        assert!(!self.panics, "this environment has no tasks after all");
+        Task { id: "broken/0".into(), prompt: vec![Message::user("a")], target: Target::Reward }
+    }
+
+    fn score(&self, _index: usize, _completion: &Completion) -> Result<Score, ScoreError> {
+        loop {
+            std::thread::park();
+        }
+    }
+}
+
+/// Why a batch of one broken task fails when a score may take a fifth of a second.
+fn broken_batch(panics: bool) -> String {
+    within(60, move || {
+        let (model, tokenizer) = load_model(model().to_str().unwrap(), &Device::Cpu, &|_| {}).unwrap();
+        let environment = Arc::new(Broken { panics });
+        let sources = [Source { name: "broken".into(), weight: 1.0, environment }];
+        let patience = Duration::from_millis(200);
+        let collector = Collector { sources: &sources, tokenizer: &tokenizer, observer: &|_| {}, patience };
+        let mut sampler = LocalSampler::new(model, tokenizer.clone());
+        let settings = Settings { max_tokens: 2, temperature: 1.0, stop: Vec::new(), seed: 0, step: 0 };
+        collector.collect(&[(0, 0)], 2, &mut sampler, None, &settings).unwrap_err().to_string()
+    })
+}
+
+/// Catches a batch that waits for the thread that never ends, and not only for its score.
+#[test]
+fn a_score_that_never_comes_ends_the_batch() {
+    assert_says(&broken_batch(false), &["waited", "for the score of 2 completions"]);
+}
+
+#[test]
+fn an_environment_that_panics_when_asked_for_a_task_is_named() {
+    assert_says(&broken_batch(true), &["environment \"broken\" panicked on task 0"]);
 }

@@ -2,6 +2,7 @@
 //! function of seed and step.
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
 
 use candor::selection::{Choice, Source, choose_heldout, choose_tasks, shares};
 use candor_environments::{Environment, Message, Target, Task};
@@ -151,7 +152,7 @@ fn sources(tasks_and_weights: &[(usize, f64)]) -> Vec<Source> {
     let source = |&(tasks, weight): &(usize, f64)| Source {
         name: "counted".to_string(),
         weight,
-        environment: Box::new(Counted(tasks)),
+        environment: Arc::new(Counted(tasks)),
     };
     tasks_and_weights.iter().map(source).collect()
 }

@@ -31,12 +31,12 @@ fn shape() -> StepShape {
 }
 
 fn branch(ids: &[u32], advantage: f64) -> Branch {
-    Branch { ids: ids.to_vec(), behavior_t: vec![0.0; ids.len()], mask_t: vec![true; ids.len()], advantage }
+    Branch { rollout: 0, ids: ids.to_vec(), behavior_t: vec![0.0; ids.len()], mask_t: vec![true; ids.len()], advantage }
 }
 
 /// A sequence whose every token but the first is to be imitated: supervised fine-tuning is advantage 1 on policy.
 fn imitation(ids: &[u32]) -> Tree {
-    Tree { prompt_ids: vec![ids[0]], branches: vec![branch(&ids[1..], 1.0)] }
+    Tree { name: "imitation".into(), prompt_ids: vec![ids[0]], branches: vec![branch(&ids[1..], 1.0)] }
 }
 
 /// Sets the behavior log-probabilities to the adapter's own, so that every ratio is 1.
@@ -115,7 +115,7 @@ fn trl_trees(step: &serde_json::Value) -> Vec<Tree> {
         let branch = branch(&masked(&step["completion_ids"][row], &step["completion_mask"][row]), advantage);
         match trees.last_mut() {
             Some(tree) if tree.prompt_ids == prompt_ids => tree.branches.push(branch),
-            _ => trees.push(Tree { prompt_ids, branches: vec![branch] }),
+            _ => trees.push(Tree { name: "trl".into(), prompt_ids, branches: vec![branch] }),
         }
     }
     trees
@@ -176,13 +176,14 @@ fn tiny() -> Option<(Arc<Model>, Adapter)> {
 fn forest(model: &Model, adapter: &Adapter) -> Vec<Tree> {
     let token = |seed: usize, i: usize| ((seed * 37 + i * 101 + 11) % 320) as u32;
     let tree = |seed: usize, prompt: usize, branches: &[usize]| Tree {
+        name: format!("group {seed}"),
         prompt_ids: (0..prompt).map(|i| token(seed, i)).collect(),
         branches: branches
             .iter()
             .enumerate()
             .map(|(b, &length)| {
                 let ids: Vec<u32> = (0..length).map(|i| token(seed * 10 + b + 1, i)).collect();
-                branch(&ids, (b as f64 - 0.7) * (seed as f64 + 0.5))
+                Branch { rollout: b, ..branch(&ids, (b as f64 - 0.7) * (seed as f64 + 0.5)) }
             })
             .collect(),
     };
@@ -214,7 +215,7 @@ fn the_gradient_does_not_depend_on_trees_or_micro_batches() {
         assert_same_gradient(&format!("micro_tokens {micro_tokens}"), &learner, &got, &want);
     }
     let alone = |tree: &Tree| {
-        let single = |branch: &Branch| Tree { prompt_ids: tree.prompt_ids.clone(), branches: vec![branch.clone()] };
+        let single = |branch: &Branch| Tree { branches: vec![branch.clone()], ..tree.clone() };
         tree.branches.iter().map(single).collect::<Vec<_>>()
     };
     let rows: Vec<Tree> = trees.iter().flat_map(alone).collect();

@@ -165,11 +165,21 @@ fn the_learner_recomputes_the_sampled_log_probabilities() {
             let generations = sample(&mut sampler, &requests, adapter, &settings(33, temperature));
             let mut trees: Vec<Tree> = requests
                 .iter()
-                .map(|request| Tree { prompt_ids: request.prompt_ids.clone(), branches: Vec::new() })
+                .map(|request| Tree {
+                    name: request.name.clone(),
+                    prompt_ids: request.prompt_ids.clone(),
+                    branches: Vec::new(),
+                })
                 .collect();
             for Generation { group, ids, .. } in &generations {
                 let (behavior_t, mask_t) = (vec![0.0; ids.len()], vec![true; ids.len()]);
-                trees[*group].branches.push(Branch { ids: ids.clone(), behavior_t, mask_t, advantage: 1.0 });
+                trees[*group].branches.push(Branch {
+                    rollout: 0,
+                    ids: ids.clone(),
+                    behavior_t,
+                    mask_t,
+                    advantage: 1.0,
+                });
             }
             let behavior = completion_logprobs(&model, adapter, &trees, 128, temperature).unwrap();
             let untempered = completion_logprobs(&model, adapter, &trees, 1024, 1.0).unwrap();

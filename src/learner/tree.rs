@@ -10,6 +10,8 @@ use crate::ops::attention::Span;
 /// One prompt and the completions that continue it.
 #[derive(Clone, Debug)]
 pub struct Tree {
+    /// What errors call it: the task's id.
+    pub name: String,
     /// Tokens of the prompt.
     pub prompt_ids: Vec<u32>,
     /// The completions.
@@ -19,6 +21,8 @@ pub struct Tree {
 /// One completion, with one entry per token in every list.
 #[derive(Clone, Debug)]
 pub struct Branch {
+    /// Its index among the rollouts of the task; those without a score are not here.
+    pub rollout: usize,
     /// Its tokens.
     pub ids: Vec<u32>,
     /// The sampler's log-probability of each token.
@@ -53,15 +57,17 @@ pub struct MicroBatch<'a> {
 /// If a prompt or a completion is empty, or a prompt with one branch exceeds the budget; tree and branch are named.
 pub fn pack(trees: &[Tree], budget: usize) -> Result<Vec<MicroBatch<'_>>> {
     let mut pieces: Vec<(&Tree, Range<usize>, usize)> = Vec::new();
-    for (number, tree) in trees.iter().enumerate() {
-        ensure!(!tree.prompt_ids.is_empty(), "group {number}: the prompt has no tokens");
+    for tree in trees {
+        ensure!(!tree.prompt_ids.is_empty(), "{}: the prompt has no tokens", tree.name);
         let mut open: Option<(usize, usize)> = None;
         for (index, branch) in tree.branches.iter().enumerate() {
-            ensure!(!branch.ids.is_empty(), "group {number}, rollout {index}: the completion has no tokens");
+            ensure!(!branch.ids.is_empty(), "{}, rollout {}: the completion has no tokens", tree.name, branch.rollout);
             let (prompt, rows) = (tree.prompt_ids.len(), branch.ids.len() - 1);
             ensure!(
                 prompt + rows <= budget,
-                "group {number}, rollout {index}: {} tokens do not fit into batch.micro_tokens = {budget}; raise it, or shorten prompts or sampling.max_tokens",
+                "{}, rollout {}: {} tokens do not fit into batch.micro_tokens = {budget}; raise it, or shorten prompts or sampling.max_tokens",
+                tree.name,
+                branch.rollout,
                 prompt + rows
             );
             open = match open {

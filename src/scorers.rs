@@ -1,0 +1,145 @@
+//! The scorers: a few threads that score completions as they end, beside the sampler.
+//!
+//! Ownership is the shutdown protocol. When the sender is dropped the scorers finish what is left and stop; when one fails
+//! the next completion cannot be sent; a scorer that never returns is left behind after a limit, not waited for.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use anyhow::{Error, Result, bail, ensure};
+use candor_environments::{Completion, Environment, Score, ScoreError};
+use crossbeam::channel::{Receiver, RecvTimeoutError, Sender, unbounded};
+
+use crate::sampler::Generation;
+
+/// Threads that score. Scoring is cheap or waits for somebody else, so it needs no core of its own.
+const THREADS: usize = 8;
+
+/// What the completions of one group are scored by.
+#[derive(Clone)]
+pub struct Scoring {
+    /// The environment's name.
+    pub name: String,
+    /// The environment.
+    pub environment: Arc<dyn Environment>,
+    /// The task's index in it.
+    pub index: usize,
+}
+
+/// A completion that has ended, with its text.
+pub struct Ended {
+    /// What the sampler recorded.
+    pub generation: Generation,
+    /// What the environment is told.
+    pub completion: Completion,
+}
+
+/// A completion with its score, or why there is none.
+pub type Scored = (Ended, Result<Score, ScoreError>);
+
+/// Running scorers.
+pub struct Scorers {
+    work: Sender<Vec<Ended>>,
+    scored: Receiver<Scored>,
+    threads: Vec<JoinHandle<Result<()>>>,
+}
+
+impl Scorers {
+    /// Starts the threads; `tasks` are by group.
+    pub fn start(tasks: Vec<Scoring>) -> Self {
+        let tasks: Arc<[Scoring]> = tasks.into();
+        let (work, to_score) = unbounded::<Vec<Ended>>();
+        let (results, scored) = unbounded();
+        let scorer = |_| {
+            let (tasks, to_score, results) = (tasks.clone(), to_score.clone(), results.clone());
+            thread::spawn(move || score_all(&tasks, &to_score, &results))
+        };
+        Self { work, scored, threads: (0..THREADS).map(scorer).collect() }
+    }
+
+    /// Has completions of one group scored: one, or all of them in order where they are compared.
+    ///
+    /// # Errors
+    /// If a scorer has stopped; [`Scorers::failure`] says why.
+    pub fn score(&self, completions: Vec<Ended>) -> Result<()> {
+        ensure!(!self.threads.iter().any(JoinHandle::is_finished), "scoring stopped");
+        Ok(self.work.send(completions)?)
+    }
+
+    /// Why a scorer stopped, if one did.
+    pub fn failure(self) -> Option<Error> {
+        self.threads.into_iter().filter(JoinHandle::is_finished).find_map(|thread| join(thread).err())
+    }
+
+    /// Waits for `count` scores, at most `patience` for each next one.
+    ///
+    /// # Errors
+    /// If an environment panicked or gave the wrong number of scores, or no score came in time.
+    pub fn finish(self, count: usize, patience: Duration) -> Result<Vec<Scored>> {
+        drop(self.work);
+        let mut all = Vec::with_capacity(count);
+        while all.len() < count {
+            match self.scored.recv_timeout(patience) {
+                Ok(one) => all.push(one),
+                // All scorers have stopped: joining them tells why.
+                Err(RecvTimeoutError::Disconnected) => break,
+                Err(RecvTimeoutError::Timeout) => {
+                    bail!("waited {} s for the score of {} completions", patience.as_secs(), count - all.len())
+                }
+            }
+        }
+        self.threads.into_iter().try_for_each(join)?;
+        ensure!(all.len() == count, "only {} of {count} completions were scored", all.len());
+        Ok(all)
+    }
+}
+
+fn join(thread: JoinHandle<Result<()>>) -> Result<()> {
+    thread.join().unwrap_or_else(|_| bail!("a scoring thread panicked"))
+}
+
+/// One scorer: until there is nothing more to score, or nobody wants to know.
+fn score_all(tasks: &[Scoring], to_score: &Receiver<Vec<Ended>>, results: &Sender<Scored>) -> Result<()> {
+    for all in to_score {
+        let Some(first) = all.first() else { continue };
+        let Scoring { name, environment, index } = &tasks[first.generation.group];
+        let completions: Vec<Completion> = all.iter().map(|ended| ended.completion.clone()).collect();
+        let scores = no_panic(name, *index, || match completions.as_slice() {
+            [one] if !environment.compares() => vec![environment.score(*index, one)],
+            group => environment.score_group(*index, group),
+        })?;
+        ensure!(
+            scores.len() == all.len(),
+            "environment {name:?} gave {} scores for the {} completions of task {index}",
+            scores.len(),
+            all.len()
+        );
+        for (ended, score) in all.into_iter().zip(scores) {
+            if results.send((ended, score.and_then(checked))).is_err() {
+                return Ok(());
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Calls an environment. A panic is its author's bug: it ends the run with the task's name.
+///
+/// # Errors
+/// If it panicked.
+pub fn no_panic<R>(name: &str, index: usize, f: impl FnOnce() -> R) -> Result<R> {
+    let caught = catch_unwind(AssertUnwindSafe(f));
+    caught.map_err(|_| anyhow::anyhow!("environment {name:?} panicked on task {index}"))
+}
+
+/// A reward that is not a number would poison its whole group.
+fn checked(score: Score) -> Result<Score, ScoreError> {
+    let bad = score.metrics.iter().chain(&score.parts).find(|(_, value)| !value.is_finite());
+    match bad {
+        _ if !score.reward.is_finite() => Err(ScoreError::Environment(format!("the reward is {}", score.reward))),
+        Some((name, value)) => Err(ScoreError::Environment(format!("{name} is {value}"))),
+        None => Ok(score),
+    }
+}
