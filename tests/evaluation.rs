@@ -50,7 +50,7 @@ fn vectors_calibration_metrics() {
                 "auroc" => check_optional(&name, auroc(&all), want),
                 "bootstrap_brier" => check_interval(&name, resampled(want, &|sample| Some(brier(sample))), want),
                 "bootstrap_auroc" => check_interval(&name, resampled(want, &auroc), want),
-                _ => eprintln!("skipped: {name}"),
+                _ => crate::check::skipped(name),
             }
         }
     }

@@ -31,7 +31,7 @@ pub fn tiny_models() -> Vec<PathBuf> {
     folders.retain(|folder| {
         let family = check::json(&folder.join("config.json"))["model_type"].clone();
         if family != "llama" {
-            eprintln!("skipped: {} ({family} comes later)", folder.display());
+            check::skipped(format!("{} ({family} comes later)", folder.display()));
         }
         family == "llama"
     });

@@ -81,7 +81,7 @@ fn golden_trl_grpo_loss() {
             "bnpo" | "dapo" | "cispo" => LossMean::Token,
             "dr_grpo" => LossMean::Constant,
             _ => {
-                eprintln!("skipped: {kind}");
+                crate::check::skipped(kind);
                 continue;
             }
         };
@@ -164,7 +164,7 @@ fn golden_formulas() {
             "prime_default_centered_adv" => prime(0.2),
             "prime_default_mask0.05" => prime(0.05),
             _ => {
-                eprintln!("skipped: {name}");
+                crate::check::skipped(name);
                 continue;
             }
         };
@@ -253,7 +253,7 @@ fn golden_trl_dpo_loss() {
             "ipo" => (PreferenceLoss::IpoMean, smoothing),
             "hinge" => (PreferenceLoss::Hinge, smoothing),
             _ => {
-                eprintln!("skipped: {kind}");
+                crate::check::skipped(kind);
                 continue;
             }
         };
@@ -300,7 +300,7 @@ fn golden_formulas_dpo() {
             all_close("slope", &slopes, &floats(&dpo["grad_sigmoid_wrt_chosen_logp"]), 1e-12);
         }
     }
-    eprintln!("skipped: sigmoid_norm");
+    crate::check::skipped("sigmoid_norm");
 }
 
 /// The two sequences of `losses.json`.
@@ -401,7 +401,7 @@ fn vectors_losses() {
             "dpo_shared_prefix" => shared_prefix(case),
             _ => match inputs.objective(name, case) {
                 None => {
-                    eprintln!("skipped: {name}");
+                    crate::check::skipped(name);
                     continue;
                 }
                 Some(got) => {

@@ -23,7 +23,7 @@ fn scoring(name: &str) -> Option<Scoring> {
         // Offered nowhere: here to show that the test of propriety can fail.
         "linear_improper" => Some(Box::new(|p, y| 1.0 - (p - f64::from(y)).abs())),
         _ => {
-            eprintln!("skipped: {name}");
+            crate::check::skipped(name);
             None
         }
     }
