@@ -433,7 +433,12 @@ fn bad_folders_are_explained() {
     empty["model"]["vocab"] = json!({});
     empty["model"]["merges"] = json!([]);
     empty["added_tokens"] = json!([]);
+    let vocabulary = tokenizer_json["model"]["vocab"].as_object().unwrap();
+    let longest = vocabulary.keys().max_by_key(|token| token.len()).unwrap();
+    // The tokenizers crate panics on this one.
+    let too_long = changed("/model/merges", json!([[longest, longest]]));
     for (file, text, parts) in [
+        ("tokenizer.json", &*too_long, ["tokenizer.json", "merges"]),
         ("tokenizer.json", "{not json", ["tokenizer.json is not a tokenizer", "line 1"]),
         ("tokenizer.json", "{}", ["tokenizer.json is not a tokenizer", "Model missing"]),
         ("tokenizer.json", &empty.to_string(), ["the vocabulary is empty", ""]),

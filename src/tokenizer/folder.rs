@@ -4,7 +4,7 @@ use std::fs;
 use std::io::ErrorKind;
 use std::path::Path;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, anyhow};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use tokenizers::Tokenizer;
@@ -14,8 +14,11 @@ use super::Parts;
 /// Reads the tokenizer, its special tokens and the chat template.
 pub(super) fn read(folder: &Path) -> Result<Parts> {
     let text = required(folder, "tokenizer.json")?;
-    let tokenizer =
-        Tokenizer::from_bytes(text).map_err(anyhow::Error::from_boxed).context("tokenizer.json is not a tokenizer")?;
+    // The crate panics on some damaged files, such as one with a merge longer than its longest token.
+    let tokenizer = std::panic::catch_unwind(|| Tokenizer::from_bytes(text))
+        .map_err(|_| anyhow!("tokenizer.json is damaged: its merges and its vocabulary do not fit"))?
+        .map_err(anyhow::Error::from_boxed)
+        .context("tokenizer.json is not a tokenizer")?;
     let config: TokenizerConfig = json("tokenizer_config.json", &required(folder, "tokenizer_config.json")?)?;
     let bos_token = config.bos_token.map(SpecialToken::text);
     let adds_bos = match config.add_bos_token {
