@@ -100,8 +100,10 @@ struct Console {
 impl Console {
     fn new(quiet: bool) -> Self {
         let bar = if quiet || !std::io::stderr().is_terminal() { ProgressBar::hidden() } else { ProgressBar::new(0) };
-        let style = ProgressStyle::with_template("{msg} {wide_bar} {pos}/{len} ({elapsed})");
+        let style = ProgressStyle::with_template("{msg} {bar:40} {pos}/{len} ({elapsed})");
         bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
+        // Nothing to show until something is counted.
+        bar.finish_and_clear();
         Self { bar, quiet }
     }
 
@@ -113,9 +115,12 @@ impl Console {
                 if done == 1 {
                     self.bar.reset();
                     self.bar.set_message(what.to_string());
+                    self.bar.set_length(total as u64);
                 }
-                self.bar.set_length(total as u64);
                 self.bar.set_position(done as u64);
+                if done == total {
+                    self.bar.finish_and_clear();
+                }
             }
         }
     }
