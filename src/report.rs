@@ -1,15 +1,15 @@
 //! What a step says about itself: the row of `metrics.jsonl`, the line that a person reads, and advice after the first.
 
-use std::collections::BTreeMap;
 use std::fs;
 use std::time::Duration;
 
-use candor_environments::ParseStatus;
+use candor_environments::{Finish, ParseStatus};
 use serde_json::{Value, json};
 
 use crate::advantage::is_mixed;
 use crate::learner::{StepReport, StepShape};
-use crate::rollout::{Group, Rollout, is_cut};
+use crate::objective::Metrics;
+use crate::rollout::{Group, Rollout};
 
 /// How long the parts of a step took.
 #[derive(Clone, Copy, Debug)]
@@ -55,7 +55,7 @@ impl Counts {
             scored: count(|rollout| rollout.score.is_ok()),
             reward: all().filter_map(Rollout::reward).sum(),
             parsed: count(|rollout| rollout.score.as_ref().is_ok_and(|score| score.parse == ParseStatus::Ok)),
-            cut: count(is_cut),
+            cut: count(|rollout| rollout.generation.finish == Finish::Length),
             tokens: all().map(|rollout| rollout.generation.ids.len()).sum(),
             mixed: groups.iter().filter(|group| is_mixed(&group.rewards())).count(),
             dropped: groups
@@ -83,14 +83,12 @@ impl StepRecord<'_> {
     /// The row of `metrics.jsonl`. Everything under `timing` differs from run to run, nothing else does.
     pub fn to_json(&self) -> Value {
         let counts = Counts::of(self.groups);
-        let mut environment: BTreeMap<&str, (f64, f64)> = BTreeMap::new();
+        let mut environment = Metrics::default();
         let scores =
             self.groups.iter().flat_map(|group| &group.rollouts).filter_map(|rollout| rollout.score.as_ref().ok());
         for (name, value) in scores.flat_map(|score| score.metrics.iter().chain(&score.parts)) {
-            let mean = environment.entry(name).or_default();
-            *mean = (mean.0 + value, mean.1 + 1.0);
+            environment.mean(name, *value, 1.0);
         }
-        let means: BTreeMap<_, _> = environment.into_iter().map(|(name, (sum, count))| (name, sum / count)).collect();
         let share = |count: usize, of: usize| count as f64 / of as f64;
         json!({
             "step": self.step,
@@ -101,7 +99,7 @@ impl StepRecord<'_> {
             "score_errors": counts.rollouts - counts.scored,
             "cut_share": share(counts.cut, counts.rollouts),
             "mean_tokens": share(counts.tokens, counts.rollouts),
-            "environment": means,
+            "environment": environment.values(),
             "loss": self.report.loss,
             "grad_norm": self.report.grad_norm,
             "learning_rate": self.shape.learning_rate,

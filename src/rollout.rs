@@ -6,7 +6,7 @@ use std::collections::VecDeque;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
-use candor_environments::{Completion, Finish, Score, ScoreError, Target, Task};
+use candor_environments::{Completion, Score, ScoreError, Target, Task};
 
 use crate::event::{Event, Observer};
 use crate::learner::tree::{Branch, Tree};
@@ -196,11 +196,6 @@ pub fn trees(groups: &[Group], tokenizer: &Tokenizer) -> Result<Vec<Tree>> {
         }
     }
     Ok(trees)
-}
-
-/// Whether a completion was cut at the token limit.
-pub fn is_cut(rollout: &Rollout) -> bool {
-    rollout.generation.finish == Finish::Length
 }
 
 /// Watches for sustained scoring errors: a few are counted and left out, many mean that something is broken.

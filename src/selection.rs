@@ -27,17 +27,13 @@ pub fn choose_tasks(sources: &[Source], prompts: usize, seed: u64, step: u64) ->
     for (index, share) in shares(&weights, prompts).into_iter().enumerate() {
         let tasks = sources[index].environment.num_tasks();
         let first = step as usize * share;
-        let mut order: Option<(usize, Vec<usize>)> = None;
+        let mut order = Vec::new();
         for place in first..first + share {
-            let pass = place / tasks;
-            let (_, tasks_in_order) = match order.take() {
-                Some(known) if known.0 == pass => order.insert(known),
-                _ => order.insert((
-                    pass,
-                    shuffled(tasks, random::key(seed, Purpose::Selection, &[index as u64, pass as u64])),
-                )),
-            };
-            chosen.push((index, tasks_in_order[place % tasks]));
+            if place == first || place % tasks == 0 {
+                let pass = place / tasks;
+                order = shuffled(tasks, random::key(seed, Purpose::Selection, &[index as u64, pass as u64]));
+            }
+            chosen.push((index, order[place % tasks]));
         }
     }
     chosen

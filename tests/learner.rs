@@ -172,6 +172,13 @@ fn tiny() -> Option<(Arc<Model>, Adapter)> {
     Some((model, adapter))
 }
 
+/// The adapter of [`tiny`] with other values.
+fn like_tiny(model: &Model, tensors: impl Iterator<Item = (String, Tensor)>) -> Adapter {
+    let targets = candor::config::Projection::ALL.to_vec();
+    let lora = Lora { rank: 4, alpha: 8.0, rslora: true, targets, ..Lora::default() };
+    Adapter::from_tensors(&model.architecture, &lora, tensors.collect(), &Device::Cpu).unwrap()
+}
+
 /// Three groups of unequal shape with unequal advantages and ratios near 1.
 fn forest(model: &Model, adapter: &Adapter) -> Vec<Tree> {
     let token = |seed: usize, i: usize| ((seed * 37 + i * 101 + 11) % 320) as u32;
@@ -244,14 +251,7 @@ fn the_gradient_equals_finite_differences() {
             .into_iter()
             .zip(&gradients)
             .map(|((name, tensor), gradient)| (name, (tensor + (gradient * scale).unwrap()).unwrap()));
-        let lora = Lora {
-            rank: 4,
-            alpha: 8.0,
-            rslora: true,
-            targets: candor::config::Projection::ALL.to_vec(),
-            ..Lora::default()
-        };
-        let moved = Adapter::from_tensors(&model.architecture, &lora, moved.collect(), &Device::Cpu).unwrap();
+        let moved = like_tiny(&model, moved);
         let learner = Learner::new(model.clone(), &moved, None, &settings()).unwrap();
         learner.gradient(&trees, &shape()).unwrap().report.loss
     };
@@ -269,14 +269,7 @@ fn a_gradient_that_is_not_finite_is_an_error() {
         let tensor = if broken { (tensor * f64::INFINITY).unwrap() } else { tensor };
         (name, tensor)
     });
-    let lora = Lora {
-        rank: 4,
-        alpha: 8.0,
-        rslora: true,
-        targets: candor::config::Projection::ALL.to_vec(),
-        ..Lora::default()
-    };
-    let broken = Adapter::from_tensors(&model.architecture, &lora, tensors.collect(), &Device::Cpu).unwrap();
+    let broken = like_tiny(&model, tensors);
     let trees = forest(&model, &adapter);
     let mut learner = Learner::new(model, &broken, None, &settings()).unwrap();
     let before: Vec<Tensor> = learner.adapter().tensors().into_iter().map(|(_, t)| t.copy().unwrap()).collect();

@@ -129,8 +129,7 @@ impl Learner {
         gradients: &mut [Tensor],
         report: &mut StepReport,
     ) -> Result<()> {
-        let frozen = self.adapter.frozen()?;
-        let inputs = self.layer_inputs(micro, Some(&frozen))?;
+        let inputs = self.layer_inputs(micro)?;
         let last = Var::from_tensor(inputs.last().context("the model has no layers")?)?;
         let hidden = self.model.select(&last, &micro.predicting)?;
         let head = log_probabilities(&hidden, self.model.head(), &micro.targets, self.model.logits(shape.temperature))?;
@@ -170,9 +169,10 @@ impl Learner {
         PolicyGradient { policy_loss, ratio, clip, delta, loss_mean, importance, kl, kl_estimator }
     }
 
-    /// The input of every layer, and the output of the last.
-    fn layer_inputs(&self, micro: &MicroBatch, adapter: Option<&Adapter>) -> Result<Vec<Tensor>> {
-        let adapters = [(0..micro.ids.len(), adapter)];
+    /// The input of every layer, and the output of the last, without a graph.
+    fn layer_inputs(&self, micro: &MicroBatch) -> Result<Vec<Tensor>> {
+        let frozen = self.adapter.frozen()?;
+        let adapters = [(0..micro.ids.len(), Some(&frozen))];
         let call = call(micro, &adapters);
         let context = self.model.begin(&call)?;
         let mut inputs = vec![self.model.embed(&call)?];

@@ -106,14 +106,6 @@ impl Model {
         Self::load(&mut Weights::open(path)?, device)
     }
 
-    /// Bytes of the base weights.
-    pub fn bytes(&self) -> usize {
-        let table = self.architecture.vocabulary * self.architecture.hidden;
-        let tables = if self.architecture.tied { table } else { 2 * table };
-        let layer = |layer: &Layer| layer.projections.iter().map(Tensor::elem_count).sum::<usize>();
-        4 * (tables + self.layers.iter().map(layer).sum::<usize>())
-    }
-
     /// The head's weight [vocabulary, hidden].
     pub fn head(&self) -> &Tensor {
         &self.head

@@ -11,6 +11,7 @@ use candle_core::safetensors::MmapedSafetensors;
 use candle_core::{DType, Device, Tensor};
 
 use super::architecture::{Architecture, Projection};
+use crate::source::single_file;
 
 /// An opened model file or folder.
 pub enum Weights {
@@ -39,23 +40,20 @@ impl Weights {
     /// If there is no model, more than one, or its header cannot be read.
     pub fn open(path: &Path) -> Result<Self> {
         if path.join("config.json").exists() {
-            let files = with_extension(path, "safetensors", 1)?;
+            let files = safetensors_in(path)?;
             ensure!(!files.is_empty(), "{}: config.json but no .safetensors file beside it", path.display());
             let tensors = map(&files).with_context(|| format!("{}: cannot map safetensors", path.display()))?;
             return Ok(Self::Folder { path: path.into(), tensors });
         }
-        let files = if path.is_dir() { with_extension(path, "gguf", 8)? } else { vec![path.to_path_buf()] };
-        let [file] = files.as_slice() else {
-            bail!(
-                "{}: expected config.json with safetensors, or one .gguf file; found {} .gguf files",
-                path.display(),
-                files.len()
-            );
+        let file = if path.is_dir() {
+            single_file(path, "gguf").context("expected config.json with safetensors, or one .gguf file")?
+        } else {
+            path.to_path_buf()
         };
-        let mut reader = BufReader::new(File::open(file).with_context(|| format!("{}: cannot open", file.display()))?);
+        let mut reader = BufReader::new(File::open(&file).with_context(|| format!("{}: cannot open", file.display()))?);
         let content =
             Content::read(&mut reader).with_context(|| format!("{}: not a readable gguf file", file.display()))?;
-        Ok(Self::Gguf { path: file.clone(), content, reader })
+        Ok(Self::Gguf { path: file, content, reader })
     }
 
     /// The model's description.
@@ -143,20 +141,14 @@ fn map(files: &[PathBuf]) -> candle_core::Result<MmapedSafetensors> {
     unsafe { MmapedSafetensors::multi(files) }
 }
 
-/// Files with an extension under a folder, at most `depth` levels down, in order of their paths.
-fn with_extension(folder: &Path, extension: &str, depth: usize) -> Result<Vec<PathBuf>> {
-    let mut found = Vec::new();
+/// The safetensors files of a folder, in order of their names.
+fn safetensors_in(folder: &Path) -> Result<Vec<PathBuf>> {
     let entries = std::fs::read_dir(folder).with_context(|| format!("{}: cannot list", folder.display()))?;
-    for entry in entries {
-        let path = entry.with_context(|| format!("{}: cannot list", folder.display()))?.path();
-        if path.is_dir() && depth > 1 {
-            found.extend(with_extension(&path, extension, depth - 1)?);
-        } else if path.extension().is_some_and(|found| found == extension) {
-            found.push(path);
-        }
-    }
-    found.sort();
-    Ok(found)
+    let paths = entries.map(|entry| Ok(entry?.path())).collect::<std::io::Result<Vec<_>>>();
+    let mut files = paths.with_context(|| format!("{}: cannot list", folder.display()))?;
+    files.retain(|path| path.extension().is_some_and(|extension| extension == "safetensors"));
+    files.sort();
+    Ok(files)
 }
 
 /// GGUF's name of a tensor: `model.layers.3.self_attn.q_proj.weight` is `blk.3.attn_q.weight`.

@@ -62,6 +62,22 @@ impl Rows {
         self.spans.push(Span { queries: rows, prefix, own });
         self.ids.extend(ids);
     }
+
+    /// Adds the last token of every running branch, and says which row predicts each branch's next one: that token's row,
+    /// or, for branches that were just admitted, the last row of their prompt.
+    fn predict(&mut self, branches: &[Branch], running: usize) -> Result<()> {
+        for branch in &branches[..running] {
+            self.predicting.push(self.ids.len() as u32);
+            let last = branch.ids.last().context("a running branch has a token")?;
+            self.push(&[*last], branch.prompt.clone(), branch.own.start..branch.own.start + branch.ids.len());
+        }
+        for branch in &branches[running..] {
+            let prompt = self.spans.iter().find(|span| span.own == branch.prompt);
+            let prompt = prompt.context("an admitted branch has its prompt in the call")?;
+            self.predicting.push(prompt.queries.end as u32 - 1);
+        }
+        Ok(())
+    }
 }
 
 impl LocalSampler {
@@ -85,12 +101,27 @@ impl LocalSampler {
     }
 
     /// Why a completion ends after its last token, if it does.
-    fn finish(&self, ids: &[u32], settings: &Settings) -> Result<Option<Finish>> {
+    fn finish(&self, ids: &[u32], settings: &Settings) -> Option<Finish> {
         let ended = ids.last().is_some_and(|id| self.tokenizer.end_tokens().contains(id));
         if ended || (!settings.stop.is_empty() && stopped(&self.tokenizer.decode(ids), &settings.stop)) {
-            return Ok(Some(Finish::Stop));
+            return Some(Finish::Stop);
         }
-        Ok((ids.len() >= settings.max_tokens).then_some(Finish::Length))
+        (ids.len() >= settings.max_tokens).then_some(Finish::Length)
+    }
+
+    /// Refuses what could not be sampled, before anything is.
+    fn check(&self, requests: &[Request], settings: &Settings) -> Result<()> {
+        for request in requests {
+            let (name, prompt, context) = (&request.name, request.prompt_ids.len(), self.model.architecture.context);
+            ensure!(prompt > 0, "{name}: the prompt has no tokens");
+            ensure!(request.rollouts > 0, "{name}: no completion is asked for");
+            ensure!(
+                prompt + settings.max_tokens <= context,
+                "{name}: a prompt of {prompt} tokens leaves no room for {}, the model's context is {context}",
+                settings.max_tokens
+            );
+        }
+        Ok(())
     }
 
     /// One forward call: the next token of every branch.
@@ -169,16 +200,7 @@ impl Sampler for LocalSampler {
         settings: &Settings,
         finished: &mut dyn FnMut(Generation) -> Result<()>,
     ) -> Result<()> {
-        for request in requests {
-            let (name, prompt, context) = (&request.name, request.prompt_ids.len(), self.model.architecture.context);
-            ensure!(prompt > 0, "{name}: the prompt has no tokens");
-            ensure!(request.rollouts > 0, "{name}: no completion is asked for");
-            ensure!(
-                prompt + settings.max_tokens <= context,
-                "{name}: a prompt of {prompt} tokens leaves no room for {}, the model's context is {context}",
-                settings.max_tokens
-            );
-        }
+        self.check(requests, settings)?;
         let mut store = self.prepare_store(requests, settings)?;
         let mut waiting: VecDeque<usize> = (0..requests.len()).collect();
         let mut unfinished: Vec<usize> = requests.iter().map(|request| request.rollouts).collect();
@@ -187,27 +209,14 @@ impl Sampler for LocalSampler {
             let mut rows = Rows::default();
             let running = branches.len();
             admit(&mut waiting, requests, settings, &mut store, &mut rows, &mut branches);
-            // A branch's first token is predicted by its prompt's last row, every later one by the row of the token before.
-            let mut predicting = Vec::with_capacity(branches.len());
-            for branch in &branches[..running] {
-                predicting.push(rows.ids.len() as u32);
-                let last = branch.ids.last().context("a running branch has a token")?;
-                rows.push(&[*last], branch.prompt.clone(), branch.own.start..branch.own.start + branch.ids.len());
-            }
-            let prompt_end = |branch: &Branch| {
-                rows.spans.iter().find(|span| span.own == branch.prompt).map(|span| span.queries.end - 1)
-            };
-            for branch in &branches[running..] {
-                predicting.push(prompt_end(branch).context("an admitted branch has its prompt in the call")? as u32);
-            }
-            rows.predicting = predicting;
+            rows.predict(&branches, running)?;
             let chosen = self.advance(&rows, &branches, &store, adapter, settings)?;
             let mut still = Vec::with_capacity(branches.len());
             for (mut branch, chosen) in branches.into_iter().zip(chosen) {
                 branch.ids.push(chosen.token);
                 branch.behavior_t.push(chosen.logprob);
                 branch.untempered_t.push(chosen.untempered);
-                let Some(finish) = self.finish(&branch.ids, settings)? else {
+                let Some(finish) = self.finish(&branch.ids, settings) else {
                     still.push(branch);
                     continue;
                 };
