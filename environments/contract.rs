@@ -9,7 +9,7 @@ use std::sync::Arc;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-use crate::Judge;
+use crate::{Judge, keys};
 
 /// Builds an environment from its table in the config. Errors name the option, or the file and row, that is wrong.
 pub type Load = fn(&Context) -> anyhow::Result<Box<dyn Environment>>;
@@ -36,11 +36,12 @@ pub struct Context<'a> {
 }
 
 impl Context<'_> {
-    /// The options as an environment's own type. Errors are one line that names the key; derive `deny_unknown_fields`, so
-    /// that a misspelled key is one too.
+    /// The options as an environment's own type. Derive `deny_unknown_fields`, so that a misspelled key is an error too.
+    ///
+    /// # Errors
+    /// A [`KeyError`](crate::KeyError): the engine adds the file and line of its key.
     pub fn typed_options<T: DeserializeOwned>(&self) -> anyhow::Result<T> {
-        let options: Result<T, toml::de::Error> = self.options.clone().try_into();
-        options.map_err(|error| anyhow::anyhow!("{}", error.to_string().trim().replace('\n', " ")))
+        Ok(keys::typed(self.options.clone())?)
     }
 }
 

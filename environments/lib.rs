@@ -5,6 +5,7 @@
 //!
 //! * [`contract`]: the trait [`Environment`] and every type that it exchanges with the engine;
 //! * [`judge`]: the trait of what decides whether a free-form answer is right;
+//! * [`keys`]: an environment's table in the config as its own type, with errors that name the key;
 //! * [`parsing`]: what a completion states: an answer and a probability, or why there is none;
 //! * [`scoring`]: proper scoring rules;
 //! * [`length`](mod@length): shaping of the completion's length;
@@ -16,6 +17,7 @@ pub mod boolq;
 mod boolq_data;
 pub mod contract;
 pub mod judge;
+pub mod keys;
 pub mod length;
 pub mod parsing;
 pub mod scoring;
@@ -24,6 +26,7 @@ pub use contract::{
     Completion, Context, Environment, Finish, Load, Message, ParseStatus, Role, Score, ScoreError, Split, Target, Task,
 };
 pub use judge::{Judge, Verdict};
+pub use keys::KeyError;
 
 /// The built-in environments: the `name` in a config's `[[environment]]`, and what loads it.
 pub const REGISTRY: &[(&str, Load)] = &[("boolq", boolq::load)];

@@ -57,7 +57,7 @@ pub fn run(environments: &[(&str, Load)]) -> ExitCode {
     let console = Console::new(quiet);
     let observer = |event: Event| console.show(event);
     let options = Options { results: Path::new(RESULTS), resume, environments, observer: &observer };
-    let mut run = match Config::load(&config).and_then(|config| Run::prepare(config, &options)) {
+    let mut run = match Config::load(&config, &[]).and_then(|config| Run::prepare(config, &options)) {
         Ok(run) => run,
         Err(error) => return console.fail(&error, 2),
     };

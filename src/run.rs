@@ -134,7 +134,7 @@ impl RunFolder {
         let saved = path.join("config.toml");
         ensure!(saved.exists(), "{}: there is no run to resume; start it without --resume", path.display());
         ensure!(
-            Config::load(&saved)? == *config,
+            Config::load(&saved, &[])? == *config,
             "{}: the run was started with another config; resume it with that file, or give this run another `name`",
             saved.display()
         );

@@ -1,16 +1,18 @@
 //! The config file: a typed mirror of every key, read once, checked at once, written back resolved.
 
+mod layers;
 mod sections;
 mod validate;
 
 use std::path::Path;
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Context, Result};
+use candor_environments::keys::{self, KeyError};
 use serde::{Deserialize, Serialize};
-use toml::de::{DeTable, DeValue};
 
+use layers::{Layers, Places};
 pub use sections::{
-    Batch, Checkpoint, Device, Dtype, Endpoint, Environment, Evaluation, Learner, Lora, Model, Projection,
+    Batch, Checkpoint, Device, Dtype, Endpoint, Environment, Evaluation, Learner, LongPrompts, Lora, Model, Projection,
     Quantization, Reference, SamplerKind, Sampling, Schedule,
 };
 
@@ -51,6 +53,9 @@ pub struct Config {
     /// When the run is saved.
     #[serde(default)]
     pub checkpoint: Checkpoint,
+    /// Where the keys were written.
+    #[serde(skip)]
+    places: Places,
 }
 
 fn default_seed() -> u64 {
@@ -62,32 +67,42 @@ fn default_steps() -> u64 {
 }
 
 impl Config {
-    /// Reads and checks a config file.
+    /// Reads and checks a config: the file over the files that it extends, and over it each of `sets` (`key.path=value`).
     ///
     /// # Errors
     /// A file that cannot be read, is not TOML, has an unknown key or a wrong type, or asks for what cannot work;
-    /// the message names the file, the line and the key.
-    pub fn load(path: &Path) -> Result<Config> {
-        let text =
-            std::fs::read_to_string(path).with_context(|| format!("cannot read the config {}", path.display()))?;
-        Config::parse(&text, &path.display().to_string())
+    /// the message names the file and line, or the `--set`, and the key.
+    pub fn load(path: &Path, sets: &[String]) -> Result<Config> {
+        let mut layers = Layers::of(&layers::read(path)?, path)?;
+        sets.iter().try_for_each(|set| layers.set(set).with_context(|| format!("--set {set}")))?;
+        Config::of(layers)
     }
 
-    /// Checks a config's text; `file` is what errors call it.
+    /// Checks a config's text; `file` is what errors call it, and where `extends` starts from.
     ///
     /// # Errors
     /// As [`Config::load`].
     pub fn parse(text: &str, file: &str) -> Result<Config> {
-        let mut config: Config = toml::from_str(text).map_err(|error| match error.span().map(|span| span.start) {
-            Some(start) => anyhow!("{}: `{}`: {}", place(file, text, start), line_at(text, start), error.message()),
-            None => anyhow!("{file}: {}", error.message()),
-        })?;
-        config.validate().map_err(|problem| match key_start(text, &problem.key) {
-            Some(start) => anyhow!("{}: {problem}", place(file, text, start)),
-            None => anyhow!("{file}: {problem}"),
-        })?;
+        Config::of(Layers::of(text, Path::new(file))?)
+    }
+
+    fn of(layers: Layers) -> Result<Config> {
+        let mut config: Config = keys::typed(layers.root).map_err(|problem| layers.places.locate(&problem))?;
+        config.places = layers.places;
+        config.validate().map_err(|problem| config.locate(problem))?;
         config.learner.reference = Some(config.reference());
         Ok(config)
+    }
+
+    /// Where a key such as `environment.0.source` was written: `run.toml:12`, or `--set environment.0.source=…`. For a key
+    /// that was not, the table around it; at last the file. A config that was not loaded has no places.
+    pub fn place(&self, key: &str) -> Option<String> {
+        self.places.nearest(key).map(str::to_string)
+    }
+
+    /// The error of a key, its place before it.
+    pub fn locate(&self, problem: KeyError) -> anyhow::Error {
+        self.places.locate(&problem)
     }
 
     /// The resolved config as TOML: every key, defaults included. Loading it gives an equal config.
@@ -103,36 +118,4 @@ impl Config {
         let started = self.lora.start_from.is_some();
         self.learner.reference.unwrap_or(if started { Reference::Start } else { Reference::Base })
     }
-}
-
-/// `file:line` of a byte offset, the line counted from 1.
-fn place(file: &str, text: &str, start: usize) -> String {
-    format!("{file}:{}", text.bytes().take(start).filter(|byte| *byte == b'\n').count() + 1)
-}
-
-/// The line around a byte offset.
-fn line_at(text: &str, start: usize) -> &str {
-    let (before, after) = text.split_at_checked(start).unwrap_or((text, ""));
-    let (begin, end) = (before.rfind('\n').map_or(0, |newline| newline + 1), after.find('\n').unwrap_or(after.len()));
-    text.get(begin..start + end).unwrap_or_default().trim()
-}
-
-/// The offset of a key such as `environment.0.weight`, or of the nearest table around it that is in the text.
-fn key_start(text: &str, key: &str) -> Option<usize> {
-    let root = DeTable::parse(text).ok()?;
-    let mut here = &DeValue::Table(root.into_inner());
-    let mut start = None;
-    for part in key.split('.') {
-        let next = match here {
-            DeValue::Table(table) => table.get_key_value(part).map(|(name, value)| (name.span(), value)),
-            DeValue::Array(items) => {
-                part.parse().ok().and_then(|index: usize| items.get(index)).map(|value| (value.span(), value))
-            }
-            _ => None,
-        };
-        let Some((span, value)) = next else { break };
-        start = Some(span.start);
-        here = value.get_ref();
-    }
-    start
 }

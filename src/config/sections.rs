@@ -197,12 +197,24 @@ pub struct Batch {
     pub group: usize,
     /// Tokens per forward and backward pass; changes speed and memory, never the gradient.
     pub micro_tokens: usize,
+    /// What happens to a task whose prompt leaves no room for a completion.
+    pub long_prompts: LongPrompts,
 }
 
 impl Default for Batch {
     fn default() -> Self {
-        Batch { prompts: 8, group: 8, micro_tokens: 4096 }
+        Batch { prompts: 8, group: 8, micro_tokens: 4096, long_prompts: LongPrompts::Skip }
     }
+}
+
+/// What happens to a task whose prompt leaves no room for a completion.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum LongPrompts {
+    /// It is left out, and counted.
+    Skip,
+    /// The run ends with an error that names it.
+    Error,
 }
 
 /// `[sampling]`: how completions are sampled in training.

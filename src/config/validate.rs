@@ -4,19 +4,13 @@ use std::collections::BTreeSet;
 use std::ops::Bound::{Excluded, Included, Unbounded};
 use std::ops::{Bound, RangeBounds};
 
+use candor_environments::KeyError;
+
 use super::{Config, Device, Dtype, Environment, Reference, SamplerKind};
 use crate::objective::PolicyLoss;
 
-/// One value that cannot work: the key as written in the file, and what is wrong with it.
-#[derive(Debug, thiserror::Error)]
-#[error("{key}: {text}")]
-pub(super) struct Problem {
-    pub key: String,
-    text: String,
-}
-
-fn problem<T>(key: &str, text: impl Into<String>) -> Result<T, Problem> {
-    Err(Problem { key: key.into(), text: text.into() })
+fn problem<T>(key: &str, text: impl Into<String>) -> Result<T, KeyError> {
+    Err(KeyError::new(key, text))
 }
 
 /// More of anything than this is a slip of the keyboard; it also keeps products of two counts inside 64 bits.
@@ -24,7 +18,7 @@ const MOST: u64 = 1 << 30;
 
 impl Config {
     /// The first problem of a config whose keys and types are right.
-    pub(super) fn validate(&self) -> Result<(), Problem> {
+    pub(super) fn validate(&self) -> Result<(), KeyError> {
         check_name(&self.name)?;
         self.check_counts()?;
         self.check_numbers()?;
@@ -34,7 +28,7 @@ impl Config {
         self.check_offered()
     }
 
-    fn check_counts(&self) -> Result<(), Problem> {
+    fn check_counts(&self) -> Result<(), KeyError> {
         let counts = [
             ("steps", self.steps, 1),
             ("lora.rank", self.lora.rank as u64, 1),
@@ -62,7 +56,7 @@ impl Config {
         }
     }
 
-    fn check_numbers(&self) -> Result<(), Problem> {
+    fn check_numbers(&self) -> Result<(), KeyError> {
         let learner = &self.learner;
         let positive = (Excluded(0.0), Unbounded);
         let not_negative = (Included(0.0), Unbounded);
@@ -88,7 +82,7 @@ impl Config {
         numbers.into_iter().chain(delta).try_for_each(|(key, value, range)| check_number(key, value, range))
     }
 
-    fn check_environments(&self) -> Result<(), Problem> {
+    fn check_environments(&self) -> Result<(), KeyError> {
         if self.environments.is_empty() {
             return problem("environment", "nothing to train on; add an [[environment]] with a name");
         }
@@ -113,7 +107,7 @@ impl Config {
         Ok(())
     }
 
-    fn check_lists(&self) -> Result<(), Problem> {
+    fn check_lists(&self) -> Result<(), KeyError> {
         if self.model.source.trim().is_empty() {
             return problem("model.source", "is empty; name a folder, a .gguf file, or a pip: source");
         }
@@ -136,7 +130,7 @@ impl Config {
     }
 
     /// Keys of the objective that would have no effect, or nothing to work on.
-    fn check_objective(&self) -> Result<(), Problem> {
+    fn check_objective(&self) -> Result<(), KeyError> {
         let learner = &self.learner;
         if learner.delta.is_some() && learner.policy_loss != PolicyLoss::Clip {
             return problem("learner.delta", "bounds the ratio of policy_loss = \"clip\" only; remove it");
@@ -147,11 +141,18 @@ impl Config {
                 "\"start\" is the adapter of lora.start_from, which is not set; set it, or use \"base\"",
             );
         }
+        if self.lora.dropout > 0.0 {
+            return problem(
+                "lora.dropout",
+                "an environment that samples has no dropout in its sampler, so the ratio of learner and sampler would be \
+                 wrong; use 0.0",
+            );
+        }
         Ok(())
     }
 
     /// Keys of the contract whose code comes with a later version: refused, because ignoring them would be worse.
-    fn check_offered(&self) -> Result<(), Problem> {
+    fn check_offered(&self) -> Result<(), KeyError> {
         let later = [
             (self.epochs.is_some(), "epochs", "counts passes over tasks that carry their completions; set steps"),
             (
@@ -161,11 +162,6 @@ impl Config {
             ),
             (self.model.dtype == Dtype::Bf16, "model.dtype", "this version computes in f32; use \"auto\" or \"f32\""),
             (self.model.quantization.is_some(), "model.quantization", "weights are unpacked when loaded; remove it"),
-            (
-                self.lora.dropout > 0.0,
-                "lora.dropout",
-                "every environment samples and the sampler has no dropout; use 0.0",
-            ),
             (
                 self.sampling.kind != SamplerKind::Local,
                 "sampling.kind",
@@ -185,7 +181,7 @@ impl Config {
     }
 }
 
-fn check_name(name: &str) -> Result<(), Problem> {
+fn check_name(name: &str) -> Result<(), KeyError> {
     let plain = |character: char| character.is_alphanumeric() || "._-".contains(character);
     if name.starts_with(char::is_alphanumeric) && name.chars().all(plain) && name.len() <= 100 {
         return Ok(());
@@ -198,7 +194,7 @@ fn check_name(name: &str) -> Result<(), Problem> {
     )
 }
 
-fn check_number(key: &str, value: f64, range: (Bound<f64>, Bound<f64>)) -> Result<(), Problem> {
+fn check_number(key: &str, value: f64, range: (Bound<f64>, Bound<f64>)) -> Result<(), KeyError> {
     if value.is_finite() && range.contains(&value) {
         return Ok(());
     }
