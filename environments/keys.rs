@@ -73,7 +73,8 @@ pub fn nearest<'a>(unknown: &str, known: impl IntoIterator<Item = &'a str>) -> O
     best.filter(|name| similarity(name) > 0.8)
 }
 
-fn cut(text: &str) -> String {
+/// A text as an error quotes it: the first 80 characters.
+pub fn cut(text: &str) -> String {
     const LONGEST: usize = 80;
     match text.char_indices().nth(LONGEST) {
         Some((end, _)) => format!("{}…", &text[..end]),

@@ -7,6 +7,7 @@ mod binary;
 mod boolq;
 mod check;
 mod config;
+mod config_layers;
 mod evaluation;
 mod failures;
 mod flow;

@@ -47,7 +47,7 @@ impl Layers {
             Ok(table) => table.into_inner(),
             Err(error) => {
                 let start = error.span().map_or(0, |span| span.start);
-                bail!("{}: `{}`: {}", source.at(start), line_at(text, start), error.message().trim())
+                bail!("{}: `{}`: {}", source.at(start), keys::cut(line_at(text, start)), error.message().trim())
             }
         };
         above.push(path.to_path_buf());
@@ -59,7 +59,8 @@ impl Layers {
             self.add(&text, &base, above)?;
         }
         self.places.0.insert(String::new(), name.clone());
-        merge_table(&mut self.root, table, "", &source, &mut self.places)
+        let merged = merge_table(&mut self.root, table, "", &source, &mut self.places);
+        merged.map_err(|problem| self.places.locate(&problem))
     }
 
     /// Merges one `--set key.path=value`: a list is entered by an index, and tables on the way are made. The value is TOML,
@@ -85,7 +86,7 @@ impl Layers {
             ),
         };
         let slot = entry(&mut self.root, &names)?;
-        merge(slot, value, key, 0, &Source::Set(argument), &mut self.places)
+        Ok(merge(slot, value, key, 0, &Source::Set(argument), &mut self.places)?)
     }
 }
 
@@ -194,7 +195,7 @@ fn merge(
     start: usize,
     source: &Source,
     places: &mut Places,
-) -> Result<()> {
+) -> Result<(), KeyError> {
     places.0.insert(key.to_string(), source.at(start));
     if !(old.is_table() && new.get_ref().is_table()) {
         places.clear(key);
@@ -207,18 +208,18 @@ fn merge(
                 let (mut slot, start) = (EMPTY, item.span().start);
                 merge(&mut slot, item, &keys::join(key, &index.to_string()), start, source, places).map(|()| slot)
             });
-            *old = Value::Array(items.collect::<Result<_>>()?);
+            *old = Value::Array(items.collect::<Result<_, KeyError>>()?);
             Ok(())
         }
         leaf => {
             let leaf = Value::deserialize(ValueDeserializer::from(Spanned::new(span, leaf)));
-            *old = leaf.map_err(|error| places.locate(&KeyError::new(key, error.message())))?;
+            *old = leaf.map_err(|error| KeyError::new(key, error.message().trim()))?;
             Ok(())
         }
     }
 }
 
-fn merge_table(old: &mut Value, new: DeTable, key: &str, source: &Source, places: &mut Places) -> Result<()> {
+fn merge_table(old: &mut Value, new: DeTable, key: &str, source: &Source, places: &mut Places) -> Result<(), KeyError> {
     if !old.is_table() {
         *old = Value::Table(Table::new());
     }

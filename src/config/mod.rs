@@ -1,6 +1,7 @@
 //! The config file: a typed mirror of every key, read once, checked at once, written back resolved.
 
 mod layers;
+mod names;
 mod sections;
 mod validate;
 
@@ -87,7 +88,8 @@ impl Config {
     }
 
     fn of(layers: Layers) -> Result<Config> {
-        let mut config: Config = keys::typed(layers.root).map_err(|problem| layers.places.locate(&problem))?;
+        let mut config: Config =
+            keys::typed(layers.root).map_err(|problem| layers.places.locate(&names::explained(problem)))?;
         config.places = layers.places;
         config.validate().map_err(|problem| config.locate(problem))?;
         config.learner.reference = Some(config.reference());
@@ -100,9 +102,9 @@ impl Config {
         self.places.nearest(key).map(str::to_string)
     }
 
-    /// The error of a key, its place before it.
+    /// The error of a key, its place before it. A key that an environment does not know may be one of another section.
     pub fn locate(&self, problem: KeyError) -> anyhow::Error {
-        self.places.locate(&problem)
+        self.places.locate(&names::explained(problem))
     }
 
     /// The resolved config as TOML: every key, defaults included. Loading it gives an equal config.
