@@ -25,7 +25,9 @@ use crate::boolq_data::{self, Row};
 use crate::length::Length;
 use crate::parsing::{self, Mode, ParseOutcome};
 use crate::scoring::Rule;
-use crate::{Completion, Context, Environment, Message, Score, ScoreError, Split, Target, Task};
+use crate::{
+    Completion, Context, Environment, Examples as Completions, Message, Score, ScoreError, Split, Target, Task,
+};
 
 /// BoolQ's keys in a config's `[[environment]]`.
 #[derive(Debug, Deserialize)]
@@ -150,6 +152,17 @@ impl Environment for Boolq {
         let row = &self.rows[index];
         let prompt = prompt(row, self.options.reasoning, self.options.examples);
         Task { id: self.id(row), prompt, target: Target::Reward }
+    }
+
+    fn examples(&self, index: usize) -> Option<Completions> {
+        let (right, wrong) = if self.rows[index].answer { ("YES", "NO") } else { ("NO", "YES") };
+        let thought = if self.options.reasoning == Reasoning::Brief { "The passage says so.\n" } else { "" };
+        let completion = |answer: &str| format!("{thought}ANSWER: {answer} with 85% probability");
+        Some(Completions { good: completion(right), bad: completion(wrong) })
+    }
+
+    fn rewards_probabilities(&self) -> bool {
+        true
     }
 
     fn score(&self, index: usize, completion: &Completion) -> Result<Score, ScoreError> {

@@ -62,6 +62,18 @@ pub trait Environment: Send + Sync {
         )))
     }
 
+    /// A good and a bad completion of the task at `index`, which `candor check` scores to show that the better one earns more.
+    /// The default has none to show.
+    fn examples(&self, _index: usize) -> Option<Examples> {
+        None
+    }
+
+    /// Whether the reward is a proper scoring rule of a probability that the completion states. Advantages divided by their
+    /// standard deviation then teach overconfidence (SCIENCE 3.6), and a run that does so is warned.
+    fn rewards_probabilities(&self) -> bool {
+        false
+    }
+
     /// Whether completions are compared with each other. If so, the engine waits for a whole group and calls
     /// [`score_group`](Environment::score_group); if not, it calls [`score`](Environment::score) as each one ends.
     fn compares(&self) -> bool {
@@ -155,6 +167,15 @@ pub struct Completion {
     pub num_tokens: usize,
     /// How many could have been.
     pub max_tokens: usize,
+}
+
+/// Completions that show what an environment wants.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Examples {
+    /// In the form that was asked for, and right.
+    pub good: String,
+    /// In the form that was asked for, and wrong: it earns less.
+    pub bad: String,
 }
 
 /// Why a completion ended.

@@ -23,7 +23,8 @@ pub mod parsing;
 pub mod scoring;
 
 pub use contract::{
-    Completion, Context, Environment, Finish, Load, Message, ParseStatus, Role, Score, ScoreError, Split, Target, Task,
+    Completion, Context, Environment, Examples, Finish, Load, Message, ParseStatus, Role, Score, ScoreError, Split,
+    Target, Task,
 };
 pub use judge::{Judge, Verdict};
 pub use keys::KeyError;

@@ -139,30 +139,71 @@ pub fn save_adapter(folder: &Path, lora: &Lora, base: &str, adapter: &Adapter) -
     write_whole(&folder.join("adapter_config.json"), &serde_json::to_vec_pretty(&config)?)
 }
 
+/// What an adapter folder's `adapter_config.json` describes.
+///
+/// # Errors
+/// If the file is missing or damaged, or describes something that is not a plain LoRA adapter of known projections: it would
+/// compute something else here than where it was trained.
+pub fn described(folder: &Path) -> Result<Lora> {
+    let path = folder.join("adapter_config.json");
+    let text = fs::read(&path).with_context(|| format!("{}: cannot read", path.display()))?;
+    let config: Value = serde_json::from_slice(&text).with_context(|| format!("{}: not json", path.display()))?;
+    let describe = || -> Result<Lora> {
+        let kind = &config["peft_type"];
+        ensure!(kind == "LORA", "peft_type is {kind}, not \"LORA\"");
+        let no_bias = config["bias"].is_null() || config["bias"] == "none";
+        ensure!(no_bias, "bias is {}; only \"none\" is supported", config["bias"]);
+        for key in
+            ["use_dora", "fan_in_fan_out", "modules_to_save", "rank_pattern", "alpha_pattern", "layers_to_transform"]
+        {
+            let value = &config[key];
+            let unset = match value {
+                Value::Null | Value::Bool(false) => true,
+                Value::Array(items) => items.is_empty(),
+                Value::Object(items) => items.is_empty(),
+                _ => false,
+            };
+            ensure!(unset, "{key} is {value}, which is not supported");
+        }
+        let rank = config["r"].as_u64().filter(|rank| (1..1 << 30).contains(rank)).context("r is not a rank")?;
+        let alpha =
+            config["lora_alpha"].as_f64().filter(|alpha| *alpha > 0.0).context("lora_alpha is not a number above 0")?;
+        let modules = config["target_modules"].as_array().context("target_modules is not a list of modules")?;
+        let named = |module: &Value| {
+            let known =
+                |projection: &Projection| module.as_str().is_some_and(|name| projection.module().ends_with(name));
+            let found: Vec<Projection> = Projection::ALL.into_iter().filter(known).collect();
+            ensure!(found.len() == 1, "target_modules: {module} is not a projection of a decoder layer");
+            Ok(found[0])
+        };
+        Ok(Lora {
+            rank: rank as usize,
+            alpha,
+            rslora: config["use_rslora"].as_bool().unwrap_or(false),
+            targets: modules.iter().map(named).collect::<Result<_>>()?,
+            ..Lora::default()
+        })
+    };
+    describe().with_context(|| path.display().to_string())
+}
+
 /// Reads an adapter that PEFT or this program wrote, and checks that it is the one that `lora` describes.
 ///
 /// # Errors
 /// If a file is missing or damaged, or the adapter's shape is another one than the config's.
 pub fn load_adapter(folder: &Path, architecture: &Architecture, lora: &Lora, device: &Device) -> Result<Adapter> {
-    let path = folder.join("adapter_config.json");
-    let text = fs::read(&path).with_context(|| format!("{}: cannot read", path.display()))?;
-    let config: Value = serde_json::from_slice(&text).with_context(|| format!("{}: not json", path.display()))?;
-    let modules =
-        config["target_modules"].as_array().with_context(|| format!("{}: no target_modules", path.display()))?;
-    let carries = |projection: &Projection| {
-        modules.iter().filter_map(Value::as_str).any(|module| projection.module().ends_with(module))
-    };
-    let described = [
-        ("lora.rank", config["r"].as_f64() == Some(lora.rank as f64)),
-        ("lora.alpha", config["lora_alpha"].as_f64() == Some(lora.alpha)),
-        ("lora.rslora", config["use_rslora"].as_bool().unwrap_or(false) == lora.rslora),
-        ("lora.targets", Projection::ALL.iter().all(|p| carries(p) == lora.targets.contains(p))),
+    let found = described(folder)?;
+    let matches = [
+        ("lora.rank", found.rank == lora.rank),
+        ("lora.alpha", found.alpha == lora.alpha),
+        ("lora.rslora", found.rslora == lora.rslora),
+        ("lora.targets", Projection::ALL.iter().all(|p| found.targets.contains(p) == lora.targets.contains(p))),
     ];
-    for (key, same) in described {
+    for (key, same) in matches {
         ensure!(
             same,
             "{}: the adapter does not match the config's {key}; set it to the adapter's value",
-            path.display()
+            folder.join("adapter_config.json").display()
         );
     }
     let path = folder.join("adapter_model.safetensors");

@@ -5,6 +5,8 @@
 pub enum Event<'a> {
     /// A line that stays.
     Line(&'a str),
+    /// Something that will probably be regretted; shown even where lines are not wanted.
+    Warning(&'a str),
     /// How far the work at hand is.
     Progress {
         /// What is counted.

@@ -4,7 +4,10 @@
 //!
 //! * [`cli`]: the command line; what `main` calls
 //! * [`train`]: the loop
-//! * [`setup`]: everything that is loaded before its first step
+//! * [`setup`]: a run that is ready for its first step
+//! * [`inputs`]: the model's files and the environments, opened and found to fit together
+//! * [`plan`], [`check`]: what a run would do and need, and what is odd about it
+//! * [`heldout`]: held-out tasks, completed and scored
 //! * [`selection`]: which tasks a step takes
 //! * [`rollout`]: tasks are sampled and scored, and become groups
 //! * [`scorers`]: completions are scored as they end
@@ -21,15 +24,19 @@
 //! * [`random`], [`event`]: random numbers by counter, and what a run tells whoever watches
 
 pub mod advantage;
+pub mod check;
 pub mod checkpoint;
 pub mod cli;
 pub mod config;
 pub mod evaluation;
 pub mod event;
+pub mod heldout;
+pub mod inputs;
 pub mod learner;
 pub mod model;
 pub mod objective;
 pub mod ops;
+pub mod plan;
 pub mod policy;
 pub mod random;
 pub mod report;

@@ -119,7 +119,7 @@ impl StepRecord<'_> {
     pub fn to_line(&self, steps: u64) -> String {
         let counts = Counts::of(self.groups);
         format!(
-            "step {:>3}/{steps}  reward {}  parsed {}%  mixed groups {}/{}  tokens {:.1}  grad norm {:.3}  {:.1} s ({:.1} s sampling)",
+            "step {:>3}/{steps}  reward {}  parsed {}%  mixed {}/{}  tokens {:.1}  grad {:.3}  {:.1} s",
             self.step + 1,
             shown(counts.mean_reward(), 3),
             shown(counts.parse_rate().map(|rate| 100.0 * rate), 0),
@@ -128,7 +128,6 @@ impl StepRecord<'_> {
             counts.tokens as f64 / counts.rollouts as f64,
             self.report.grad_norm,
             self.timing.step.as_secs_f64(),
-            self.timing.sampling.as_secs_f64(),
         )
     }
 
@@ -171,7 +170,21 @@ pub fn evaluation_line(step: u64, groups: &[Group]) -> String {
 
 /// The largest resident size of this process so far, in bytes, where the system tells.
 pub fn peak_memory() -> Option<u64> {
-    let status = fs::read_to_string("/proc/self/status").ok()?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+    kilobytes("/proc/self/status", "VmHWM:")
+}
+
+/// The resident size of this process now, in bytes, where the system tells.
+pub fn resident_memory() -> Option<u64> {
+    kilobytes("/proc/self/status", "VmRSS:")
+}
+
+/// The memory of this machine that is free to be used, in bytes, where the system tells.
+pub fn available_memory() -> Option<u64> {
+    kilobytes("/proc/meminfo", "MemAvailable:")
+}
+
+fn kilobytes(file: &str, name: &str) -> Option<u64> {
+    let text = fs::read_to_string(file).ok()?;
+    let line = text.lines().find_map(|line| line.strip_prefix(name))?;
     Some(line.trim().strip_suffix(" kB")?.trim().parse::<u64>().ok()? * 1024)
 }

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use candor_environments::{Completion, Score, ScoreError, Target, Task};
+use tracing::debug;
 
 use crate::event::{Event, Observer};
 use crate::learner::tree::{Branch, Tree};
@@ -71,6 +72,8 @@ pub struct Collector<'a> {
     pub observer: Observer<'a>,
     /// How long to wait for the next score once everything has been sampled.
     pub patience: Duration,
+    /// What the completions are called where progress is shown.
+    pub what: &'a str,
 }
 
 impl Collector<'_> {
@@ -139,9 +142,16 @@ impl Collector<'_> {
         let mut waiting: Vec<Vec<Ended>> = requests.iter().map(|_| Vec::new()).collect();
         sampler.sample(requests, adapter, settings, &mut |generation| {
             let group = generation.group;
+            debug!(
+                request = requests[group].name,
+                rollout = generation.rollout,
+                tokens = generation.ids.len(),
+                finish = ?generation.finish,
+                "completion ended"
+            );
             let one = self.ended(generation, settings);
             done += 1;
-            (self.observer)(Event::Progress { what: "rollouts", done, total });
+            (self.observer)(Event::Progress { what: self.what, done, total });
             if !self.sources[choices[group].0].environment.compares() {
                 return scorers.score(vec![one]);
             }

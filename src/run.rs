@@ -75,6 +75,14 @@ pub struct Row {
 }
 
 impl Row {
+    /// One row per rollout, in order.
+    pub fn all(split: RowSplit, step: u64, groups: &[Group]) -> Vec<Self> {
+        let of_group = |(index, group): (usize, &Group)| {
+            group.rollouts.iter().map(|rollout| Self::new(split, step, index, group, rollout)).collect::<Vec<_>>()
+        };
+        groups.iter().enumerate().flat_map(of_group).collect()
+    }
+
     fn new(split: RowSplit, step: u64, group_index: usize, group: &Group, rollout: &Rollout) -> Self {
         let score = rollout.score.as_ref().ok();
         let numbers = |pairs: &[(&'static str, f64)]| {
@@ -184,11 +192,7 @@ impl RunFolder {
     /// # Errors
     /// If the disk fails.
     pub fn record_generations(&mut self, split: RowSplit, step: u64, groups: &[Group]) -> Result<()> {
-        for (index, group) in groups.iter().enumerate() {
-            for rollout in &group.rollouts {
-                self.generations.write(&Row::new(split, step, index, group, rollout))?;
-            }
-        }
+        Row::all(split, step, groups).iter().try_for_each(|row| self.generations.write(row))?;
         self.generations.flush()
     }
 

@@ -28,6 +28,26 @@ pub struct Scoring {
     pub index: usize,
 }
 
+impl Scoring {
+    /// The scores of completions of one task: of one, or of all of them in order where they are compared.
+    ///
+    /// # Errors
+    /// If the environment panicked or gave the wrong number of scores. A score that it could not give is not an error here.
+    pub fn score(&self, completions: &[Completion]) -> Result<Vec<Result<Score, ScoreError>>> {
+        let Self { name, environment, index } = self;
+        let scores = no_panic(name, *index, || match completions {
+            [one] if !environment.compares() => vec![environment.score(*index, one)],
+            group => environment.score_group(*index, group),
+        })?;
+        let (found, wanted) = (scores.len(), completions.len());
+        ensure!(
+            found == wanted,
+            "environment {name:?} gave {found} scores for the {wanted} completions of task {index}"
+        );
+        Ok(scores.into_iter().map(|score| score.and_then(checked)).collect())
+    }
+}
+
 /// A completion that has ended, with its text.
 pub struct Ended {
     /// What the sampler recorded.
@@ -104,20 +124,10 @@ fn join(thread: JoinHandle<Result<()>>) -> Result<()> {
 fn score_all(tasks: &[Scoring], to_score: &Receiver<Vec<Ended>>, results: &Sender<Scored>) -> Result<()> {
     for all in to_score {
         let Some(first) = all.first() else { continue };
-        let Scoring { name, environment, index } = &tasks[first.generation.group];
         let completions: Vec<Completion> = all.iter().map(|ended| ended.completion.clone()).collect();
-        let scores = no_panic(name, *index, || match completions.as_slice() {
-            [one] if !environment.compares() => vec![environment.score(*index, one)],
-            group => environment.score_group(*index, group),
-        })?;
-        ensure!(
-            scores.len() == all.len(),
-            "environment {name:?} gave {} scores for the {} completions of task {index}",
-            scores.len(),
-            all.len()
-        );
+        let scores = tasks[first.generation.group].score(&completions)?;
         for (ended, score) in all.into_iter().zip(scores) {
-            if results.send((ended, score.and_then(checked))).is_err() {
+            if results.send((ended, score)).is_err() {
                 return Ok(());
             }
         }

@@ -14,6 +14,16 @@ pub struct Source {
     pub weight: f64,
     /// The environment itself.
     pub environment: Arc<dyn Environment>,
+    /// The tasks that are chosen from, by index and increasing: all, but for those that do not fit.
+    pub tasks: Vec<usize>,
+}
+
+impl Source {
+    /// All tasks of an environment.
+    pub fn new(name: &str, weight: f64, environment: Arc<dyn Environment>) -> Self {
+        let tasks = (0..environment.num_tasks()).collect();
+        Self { name: name.to_string(), weight, environment, tasks }
+    }
 }
 
 /// Which task of which source: (source, task).
@@ -25,15 +35,15 @@ pub fn choose_tasks(sources: &[Source], prompts: usize, seed: u64, step: u64) ->
     let weights: Vec<f64> = sources.iter().map(|source| source.weight).collect();
     let mut chosen = Vec::with_capacity(prompts);
     for (index, share) in shares(&weights, prompts).into_iter().enumerate() {
-        let tasks = sources[index].environment.num_tasks();
+        let tasks = &sources[index].tasks;
         let first = step as usize * share;
         let mut order = Vec::new();
         for place in first..first + share {
-            if place == first || place % tasks == 0 {
-                let pass = place / tasks;
+            if place == first || place % tasks.len() == 0 {
+                let pass = place / tasks.len();
                 order = shuffled(tasks, random::key(seed, Purpose::Selection, &[index as u64, pass as u64]));
             }
-            chosen.push((index, order[place % tasks]));
+            chosen.push((index, order[place % tasks.len()]));
         }
     }
     chosen
@@ -42,7 +52,7 @@ pub fn choose_tasks(sources: &[Source], prompts: usize, seed: u64, step: u64) ->
 /// The held-out tasks of an evaluation: at most `tasks` of every source, always the same ones for a seed.
 pub fn choose_heldout(sources: &[Source], tasks: usize, seed: u64) -> Vec<Choice> {
     let of = |(index, source): (usize, &Source)| {
-        let order = shuffled(source.environment.num_tasks(), random::key(seed, Purpose::Selection, &[index as u64]));
+        let order = shuffled(&source.tasks, random::key(seed, Purpose::Selection, &[index as u64]));
         order.into_iter().take(tasks).map(move |task| (index, task)).collect::<Vec<_>>()
     };
     sources.iter().enumerate().flat_map(of).collect()
@@ -62,11 +72,11 @@ pub fn shares(weights: &[f64], total: usize) -> Vec<usize> {
     shares
 }
 
-/// 0..count in the order of a key (Fisher-Yates).
-fn shuffled(count: usize, key: u64) -> Vec<usize> {
-    let mut order: Vec<usize> = (0..count).collect();
+/// The tasks in the order of a key (Fisher-Yates).
+fn shuffled(tasks: &[usize], key: u64) -> Vec<usize> {
+    let mut order = tasks.to_vec();
     let mut random = SplitMix64::new(key);
-    for last in (1..count).rev() {
+    for last in (1..order.len()).rev() {
         order.swap(last, random.below(last + 1));
     }
     order

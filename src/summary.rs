@@ -3,7 +3,7 @@
 //! It is computed from the run folder alone, so it says the same of a run that was stopped and resumed.
 
 use std::collections::BTreeMap;
-use std::fmt;
+use std::fmt::{self, Write};
 use std::fs;
 use std::path::Path;
 
@@ -49,6 +49,16 @@ pub struct Evaluated {
 }
 
 impl Evaluated {
+    /// One per environment of the rows of one evaluation.
+    ///
+    /// # Errors
+    /// If a confidence is not in [0, 1].
+    pub fn by_environment(rows: &[&Row]) -> Result<BTreeMap<String, Self>> {
+        let mut by_environment: BTreeMap<&str, Vec<&Row>> = BTreeMap::new();
+        rows.iter().for_each(|row| by_environment.entry(&row.environment).or_default().push(row));
+        by_environment.into_iter().map(|(name, rows)| Ok((name.to_string(), Self::of(&rows)?))).collect()
+    }
+
     fn of(rows: &[&Row]) -> Result<Self> {
         let outcome = |row: &Row| Some((row.task.clone(), row.parts.values().next()?.as_f64()?));
         let outcomes: BTreeMap<String, f64> = rows.iter().filter_map(|row| outcome(row)).collect();
@@ -131,24 +141,24 @@ impl Summary {
     }
 }
 
+/// The first evaluation against the last, where there are two.
 fn compare(rows: &[Row]) -> Result<Vec<Comparison>> {
-    let mut by_environment: BTreeMap<&str, BTreeMap<u64, Vec<&Row>>> = BTreeMap::new();
-    for row in rows.iter().filter(|row| row.split == RowSplit::Eval) {
-        by_environment.entry(&row.environment).or_default().entry(row.step).or_default().push(row);
+    let evaluated = || rows.iter().filter(|row| row.split == RowSplit::Eval);
+    let (first, last) = (evaluated().map(|row| row.step).min(), evaluated().map(|row| row.step).max());
+    if first == last {
+        return Ok(Vec::new());
     }
+    let at = |step| Evaluated::by_environment(&evaluated().filter(|row| Some(row.step) == step).collect::<Vec<_>>());
+    let mut befores = at(first)?;
     let mut comparisons = Vec::new();
-    for (environment, evaluations) in by_environment {
-        let (Some(first), Some(last)) = (evaluations.first_key_value(), evaluations.last_key_value()) else { continue };
-        if first.0 == last.0 {
-            continue;
-        }
-        let (before, after) = (Evaluated::of(first.1)?, Evaluated::of(last.1)?);
+    for (environment, after) in at(last)? {
+        let Some(before) = befores.remove(&environment) else { continue };
         let pairs = before.outcomes.iter().filter_map(|(task, before)| Some((*before, *after.outcomes.get(task)?)));
         let (was, is): (Vec<f64>, Vec<f64>) = pairs.unzip();
         let difference = (!was.is_empty()).then(|| paired_bootstrap(&was, &is, BOOTSTRAP_SEED)).transpose()?;
         let mean = is.iter().zip(&was).map(|(is, was)| is - was).sum::<f64>() / was.len() as f64;
         let difference = difference.map(|Interval { low, high, .. }| (mean, low, high));
-        comparisons.push(Comparison { environment: environment.to_string(), before, after, difference });
+        comparisons.push(Comparison { environment, before, after, difference });
     }
     Ok(comparisons)
 }
@@ -160,29 +170,50 @@ fn read_lines<T: serde::de::DeserializeOwned>(path: &Path) -> Result<Vec<T>> {
     text.lines().enumerate().map(parse).collect()
 }
 
+/// The table of one evaluation, by environment; `policy` says who answered.
+pub fn evaluation_table(policy: &str, evaluated: &BTreeMap<String, Evaluated>) -> String {
+    let mut text = String::new();
+    for (environment, evaluated) in evaluated {
+        let tasks = evaluated.tasks;
+        let written = writeln!(text, "{environment}: {tasks} held-out tasks")
+            .and_then(|()| table(&mut text, &[(policy, evaluated)], "the outcome, without shaping"));
+        written.expect("a string takes every line");
+    }
+    text
+}
+
+/// The lines of a table of evaluations, one column each; `note` follows the mean reward.
+fn table(f: &mut impl fmt::Write, columns: &[(&str, &Evaluated)], note: &str) -> fmt::Result {
+    type Cell = fn(&Evaluated) -> String;
+    let lines: [(&str, Cell, &str); 9] = [
+        ("parse rate", |e| shown(Some(e.parsed as f64 / e.tasks as f64), 3), ""),
+        ("mean reward, all rows", |e| shown(e.reward, 3), note),
+        ("parsed rows", |e| e.parsed.to_string(), "the rows below are over these"),
+        ("accuracy", |e| shown(e.accuracy, 3), ""),
+        ("Brier score", |e| shown(e.brier, 3), "lower is better"),
+        ("  constant base rate", |e| shown(e.constant_base_rate_brier, 3), "always stating the share of YES"),
+        ("  constant accuracy", |e| shown(e.constant_accuracy_brier, 3), "always stating the accuracy"),
+        ("Brier skill", |e| shown(e.brier_skill, 3), "above 0 beats the constant accuracy"),
+        ("AUROC", |e| shown(e.auroc, 3), "0.5 is chance"),
+    ];
+    let mut line = |name: &str, cells: Vec<String>, note: &str| {
+        let cells: String = cells.iter().map(|cell| format!(" {cell:>8}")).collect();
+        writeln!(f, "{}", format!("  {name:<22}{cells}  {note}").trim_end())
+    };
+    line("", columns.iter().map(|(head, _)| head.to_string()).collect(), "")?;
+    lines.into_iter().try_for_each(|(name, cell, note)| {
+        line(name, columns.iter().map(|(_, evaluated)| cell(evaluated)).collect(), note)
+    })
+}
+
 impl fmt::Display for Summary {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
         for Comparison { environment, before, after, difference } in &self.comparisons {
-            writeln!(
-                f,
-                "{environment}: {} held-out tasks, the same before and after {} steps",
-                after.tasks, self.steps
-            )?;
-            writeln!(f, "  {:<22} {:>8} {:>8}", "", "before", "after")?;
-            let mut line = |name: &str, value: &dyn Fn(&Evaluated) -> String, note: &str| {
-                writeln!(f, "  {name:<22} {:>8} {:>8}  {note}", value(before), value(after))
-            };
-            line("parse rate", &|e| shown(Some(e.parsed as f64 / e.tasks as f64), 3), "")?;
+            let (tasks, steps) = (after.tasks, self.steps);
+            writeln!(f, "{environment}: {tasks} held-out tasks, the same before and after {steps} steps")?;
             let interval = difference
                 .map_or("-".into(), |(mean, low, high)| format!("{mean:+.3}, 95% interval {low:+.3} to {high:+.3}"));
-            line("mean reward, all rows", &|e| shown(e.reward, 3), &interval)?;
-            line("parsed rows", &|e| e.parsed.to_string(), "the rows below are over these")?;
-            line("accuracy", &|e| shown(e.accuracy, 3), "")?;
-            line("Brier score", &|e| shown(e.brier, 3), "lower is better")?;
-            line("  constant base rate", &|e| shown(e.constant_base_rate_brier, 3), "always stating the share of YES")?;
-            line("  constant accuracy", &|e| shown(e.constant_accuracy_brier, 3), "always stating the accuracy")?;
-            line("Brier skill", &|e| shown(e.brier_skill, 3), "above 0 beats the constant accuracy")?;
-            line("AUROC", &|e| shown(e.auroc, 3), "0.5 is chance")?;
+            table(f, &[("before", before), ("after", after)], &interval)?;
         }
         let gigabytes = self.peak_memory_bytes.map(|bytes| bytes as f64 / 1e9);
         write!(

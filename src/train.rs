@@ -8,12 +8,13 @@ use anyhow::{Context, Result};
 use crate::advantage::advantages;
 use crate::checkpoint;
 use crate::event::{Event, Observer};
+use crate::heldout::HeldOut;
 use crate::learner::{StepShape, optimizer::learning_rate};
 use crate::report::{self, StepRecord, Timing};
 use crate::rollout::{Collector, Group, SCORE_TIMEOUT, ScoreErrors, trees};
 use crate::run::RowSplit;
 use crate::sampler::Settings;
-use crate::selection::{choose_heldout, choose_tasks};
+use crate::selection::choose_tasks;
 use crate::setup::Run;
 
 /// How a run ended without an error.
@@ -21,98 +22,93 @@ use crate::setup::Run;
 pub enum Outcome {
     /// All steps are done.
     Finished,
-    /// It was interrupted after a step and saved.
+    /// It was interrupted and saved.
     Interrupted,
 }
 
-/// Trains until the last step, or until `interrupted` is set: then the step is finished and saved first.
+/// Trains until the last step, or until `interrupted` is set: then the step or evaluation at hand is finished and saved first.
 ///
 /// # Errors
 /// The first error of any stage; the last checkpoint stays as it is.
 pub fn train(run: &mut Run, observer: Observer, interrupted: &AtomicBool) -> Result<Outcome> {
-    let mut errors = ScoreErrors::default();
-    for step in run.next_step..run.config.steps {
+    let stop = || interrupted.load(Ordering::Relaxed);
+    let (steps, mut errors) = (run.config.steps, ScoreErrors::default());
+    for step in run.next_step..steps {
+        observer(Event::Progress { what: "steps", done: step as usize, total: steps as usize });
         if is_due(run.config.evaluation.every, step) || step == 0 {
             evaluate(run, step, observer)?;
+            if stop() {
+                save(run, step)?;
+                return Ok(Outcome::Interrupted);
+            }
         }
         let started = Instant::now();
-        let adapter = run.learner.adapter().publish(step)?;
-        let chosen = choose_tasks(&run.training, run.config.batch.prompts, run.config.seed, step);
-        let collector =
-            Collector { sources: &run.training, tokenizer: &run.tokenizer, observer, patience: SCORE_TIMEOUT };
-        let sampling = training_settings(run, step);
-        let groups = collector.collect(&chosen, run.config.batch.group, &mut *run.sampler, Some(&adapter), &sampling);
-        let mut groups = groups.with_context(|| format!("step {step}: sampling"))?;
+        let groups = collect(run, step, observer).with_context(|| format!("step {step}: sampling"))?;
         let sampled = started.elapsed();
-        give_advantages(&mut groups, run);
         run.folder.record_generations(RowSplit::Train, step, &groups)?;
         errors.observe(&groups)?;
 
         let shape = step_shape(run, step);
-        let report =
-            run.learner.step(&trees(&groups, &run.tokenizer)?, &shape).with_context(|| format!("step {step}"))?;
+        let trees = trees(&groups, &run.tokenizer)?;
+        let report = run.learner.step(&trees, &shape, observer).with_context(|| format!("step {step}"))?;
         let timing = Timing { sampling: sampled, step: started.elapsed() };
         let record = StepRecord { step, groups: &groups, report: &report, shape: &shape, timing };
         run.folder.record_metrics(&record.to_json())?;
-        observer(Event::Line(&record.to_line(run.config.steps)));
+        observer(Event::Line(&record.to_line(steps)));
         if step == 0 {
             record.advice().iter().for_each(|advice| observer(Event::Line(advice)));
         }
 
-        let (next, stop) = (step + 1, interrupted.load(Ordering::Relaxed));
-        if stop || next == run.config.steps || is_due(run.config.checkpoint.every, next) {
-            run.folder.sync()?;
-            checkpoint::save(&run.folder.path, &run.config, &run.learner, next)?;
+        let next = step + 1;
+        if stop() || next == steps || is_due(run.config.checkpoint.every, next) {
+            save(run, next)?;
         }
-        if stop && next < run.config.steps {
+        if stop() && next < steps {
             return Ok(Outcome::Interrupted);
         }
     }
-    evaluate(run, run.config.steps, observer)?;
+    evaluate(run, steps, observer)?;
     Ok(Outcome::Finished)
+}
+
+/// A checkpoint, never newer than its rows on the disk.
+fn save(run: &mut Run, next_step: u64) -> Result<()> {
+    run.folder.sync()?;
+    checkpoint::save(&run.folder.path, &run.config, &run.learner, next_step)
+}
+
+/// Samples and scores a step's rollouts, and gives them their advantages.
+fn collect(run: &mut Run, step: u64, observer: Observer) -> Result<Vec<Group>> {
+    let Run { config, training, tokenizer, sampler, learner, .. } = run;
+    let adapter = learner.adapter().publish(step)?;
+    let chosen = choose_tasks(training, config.batch.prompts, config.seed, step);
+    let collector = Collector { sources: training, tokenizer, observer, patience: SCORE_TIMEOUT, what: "rollouts" };
+    let settings = Settings::training(config, step);
+    let mut groups = collector.collect(&chosen, config.batch.group, &mut **sampler, Some(&adapter), &settings)?;
+    for group in &mut groups {
+        let Some(advantages) = advantages(&group.rewards(), config.learner.advantage) else { continue };
+        group.rollouts.iter_mut().zip(advantages).for_each(|(rollout, advantage)| rollout.advantage = advantage);
+    }
+    Ok(groups)
 }
 
 /// Completes the held-out tasks with the adapter as it is after `step` steps, and records the rows.
 fn evaluate(run: &mut Run, step: u64, observer: Observer) -> Result<()> {
-    let config = &run.config;
+    let Run { config, heldout, tokenizer, sampler, learner, folder, .. } = run;
     if config.evaluation.tasks == 0 {
         return Ok(());
     }
-    let adapter = run.learner.adapter().publish(step)?;
-    let chosen = choose_heldout(&run.heldout, config.evaluation.tasks, config.seed);
-    let collector = Collector { sources: &run.heldout, tokenizer: &run.tokenizer, observer, patience: SCORE_TIMEOUT };
-    let settings = Settings {
-        max_tokens: config.evaluation.max_tokens,
-        temperature: config.evaluation.temperature,
-        ..training_settings(run, step)
-    };
-    let groups = collector.collect(&chosen, 1, &mut *run.sampler, Some(&adapter), &settings);
-    let groups = groups.with_context(|| format!("evaluation after {step} steps"))?;
-    run.folder.record_generations(RowSplit::Eval, step, &groups)?;
+    let adapter = learner.adapter().publish(step)?;
+    let held_out = HeldOut { config, sources: heldout, tokenizer, observer };
+    let groups = held_out.complete(&mut **sampler, Some(&adapter), step)?;
+    folder.record_generations(RowSplit::Eval, step, &groups)?;
     observer(Event::Line(&report::evaluation_line(step, &groups)));
     Ok(())
 }
 
-fn is_due(every: u64, step: u64) -> bool {
+/// Whether something that is done every so many steps is done before this one; 0 is never.
+pub fn is_due(every: u64, step: u64) -> bool {
     every > 0 && step.is_multiple_of(every)
-}
-
-fn give_advantages(groups: &mut [Group], run: &Run) {
-    for group in groups {
-        let Some(advantages) = advantages(&group.rewards(), run.config.learner.advantage) else { continue };
-        group.rollouts.iter_mut().zip(advantages).for_each(|(rollout, advantage)| rollout.advantage = advantage);
-    }
-}
-
-fn training_settings(run: &Run, step: u64) -> Settings {
-    let sampling = &run.config.sampling;
-    Settings {
-        max_tokens: sampling.max_tokens,
-        temperature: sampling.temperature,
-        stop: sampling.stop.clone(),
-        seed: run.config.seed,
-        step,
-    }
 }
 
 fn step_shape(run: &Run, step: u64) -> StepShape {

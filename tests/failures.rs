@@ -7,11 +7,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use candle_core::{Device, Tensor, safetensors};
+use candor::inputs::load_model;
 use candor::rollout::{Collector, Group, Rollout, ScoreErrors};
 use candor::sampler::local::LocalSampler;
 use candor::sampler::{Generation, Settings};
 use candor::selection::Source;
-use candor::setup::load_model;
 use candor_environments::{Completion, Environment, Finish, Message, ParseStatus, Score, ScoreError, Target, Task};
 use serde_json::Value;
 use tempfile::tempdir;
@@ -55,9 +55,9 @@ fn tasks_that_carry_completions_or_are_too_long_or_absent_are_refused_by_name() 
         &["environment.0 (toy): there are no tasks"],
     );
     assert_eq!(fs::read_dir(empty.path()).unwrap().count(), 0, "nothing is written before all input is found good");
-    assert_says(&odd_failure(&(odd("plain") + "prompt = 900")), &["task toy/train/", "context", "256"]);
+    assert_says(&odd_failure(&(odd("plain") + "prompt = 900")), &["toy: every prompt", "the model's context = 256"]);
     let small = format!("batch.micro_tokens = 13\n{}", odd("plain"));
-    assert_says(&odd_failure(&small), &["batch.micro_tokens = 13", "raise it"]);
+    assert_says(&odd_failure(&small), &["batch.micro_tokens = 13", "raise that"]);
 }
 
 #[test]
@@ -240,9 +240,10 @@ fn broken_batch(panics: bool) -> String {
     within(60, move || {
         let (model, tokenizer) = load_model(model().to_str().unwrap(), &Device::Cpu, &|_| {}).unwrap();
         let environment = Arc::new(Broken { panics });
-        let sources = [Source { name: "broken".into(), weight: 1.0, environment }];
+        let sources = [Source::new("broken", 1.0, environment)];
         let patience = Duration::from_millis(200);
-        let collector = Collector { sources: &sources, tokenizer: &tokenizer, observer: &|_| {}, patience };
+        let collector =
+            Collector { sources: &sources, tokenizer: &tokenizer, observer: &|_| {}, patience, what: "rollouts" };
         let mut sampler = LocalSampler::new(model, tokenizer.clone());
         let settings = Settings { max_tokens: 2, temperature: 1.0, stop: Vec::new(), seed: 0, step: 0 };
         collector.collect(&[(0, 0)], 2, &mut sampler, None, &settings).unwrap_err().to_string()

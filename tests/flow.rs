@@ -4,14 +4,19 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
+use candor::checkpoint;
+use candor::config::Lora;
+use candor::heldout::Evaluation;
 use candor::selection::{Choice, Source, choose_heldout, choose_tasks, shares};
-use candor_environments::{Environment, Message, Target, Task};
+use candor::setup::Options;
+use candor::summary::Summary;
+use candor_environments::{Environment, Load, Message, Target, Task};
 use proptest::prelude::*;
 use serde_json::Value;
 use tempfile::tempdir;
 
 use crate::check::close;
-use crate::toy::{config, generations, lines, mean_reward, rows_of, run};
+use crate::toy::{config, generations, lines, load, mean_reward, rows_of, run};
 
 /// Mean training reward of every step, and the mean held-out reward before and after.
 fn rewards(learning_rate: f64) -> (Vec<f64>, [f64; 2]) {
@@ -42,6 +47,32 @@ fn the_reward_rises_above_that_of_the_untrained_policy_on_the_same_seeds() {
     // The untrained policy earns between 0.04 and 0.16 in every step.
     assert!(last > first + 0.3 && last > control + 0.3, "first {first:.3}, last {last:.3}, untrained {control:.3}");
     assert!(after > before + 0.3, "held out: {before:.3} before, {after:.3} after");
+}
+
+/// Catches an evaluation of other tasks, of the base where an adapter was given, or of an adapter with another scale.
+#[test]
+fn an_evaluation_finds_what_the_run_found() {
+    let results = tempdir().unwrap();
+    let config = config("steps = 6\nevaluation.tasks = 5\nlora.alpha = 12.0");
+    run(results.path(), &config);
+    let summary = Summary::of(&results.path().join("toy")).unwrap();
+    let (before, after) = (&summary.comparisons[0].before, &summary.comparisons[0].after);
+    assert_ne!(before.reward, after.reward);
+    let newest = checkpoint::newest(&results.path().join("toy")).unwrap().unwrap();
+    // The adapter says itself what it is.
+    let mut other = config;
+    other.lora = Lora::default();
+    for (adapter, found) in [(None, before), (Some(newest.as_path()), after)] {
+        let options = Options {
+            results: results.path(),
+            resume: false,
+            environments: &[("toy", load as Load)],
+            observer: &|_| {},
+        };
+        let evaluated = Evaluation::prepare(other.clone(), adapter, &options).unwrap().run(&|_| {}).unwrap();
+        assert_eq!(evaluated["toy"].reward, found.reward);
+        assert_eq!((evaluated["toy"].tasks, evaluated["toy"].scored), (5, 5));
+    }
 }
 
 /// The contract's keys in the contract's order.
@@ -149,11 +180,7 @@ impl Environment for Counted {
 }
 
 fn sources(tasks_and_weights: &[(usize, f64)]) -> Vec<Source> {
-    let source = |&(tasks, weight): &(usize, f64)| Source {
-        name: "counted".to_string(),
-        weight,
-        environment: Arc::new(Counted(tasks)),
-    };
+    let source = |&(tasks, weight): &(usize, f64)| Source::new("counted", weight, Arc::new(Counted(tasks)));
     tasks_and_weights.iter().map(source).collect()
 }
 

@@ -57,7 +57,7 @@ fn golden_adapters() -> Vec<(std::path::PathBuf, &'static str)> {
 }
 
 fn gradient(learner: &Learner, trees: &[Tree], shape: &StepShape) -> Vec<Vec<f64>> {
-    learner.gradient(trees, shape).unwrap().gradients.iter().map(values).collect()
+    learner.gradient(trees, shape, &|_| {}).unwrap().gradients.iter().map(values).collect()
 }
 
 #[test]
@@ -92,7 +92,7 @@ fn golden_trajectory_of_ten_adamw_steps() {
             let mut trees = [imitation(&ids(&logits["ids_a"])), imitation(&ids(&logits["ids_b"]))];
             on_policy(&model, learner.adapter(), &mut trees);
             let all: Vec<f64> = trees.iter().flat_map(|tree| tree.branches[0].behavior_t.clone()).collect();
-            let report = learner.step(&trees, &shape()).unwrap();
+            let report = learner.step(&trees, &shape(), &|_| {}).unwrap();
             let place = format!("{} {name} step {step}", folder.display());
             check::close(&place, -all.iter().sum::<f64>() / all.len() as f64, want["loss"].as_f64().unwrap(), 1e-4);
             check::close(&place, report.grad_norm, want["grad_norm_before_clip"].as_f64().unwrap(), 1e-3);
@@ -147,7 +147,7 @@ fn golden_grpo_runs_of_trl() {
         for (step, want) in trace["steps"].as_array().unwrap().iter().enumerate() {
             let mut trees = trl_trees(want);
             on_policy(&model, learner.adapter(), &mut trees);
-            let report = learner.step(&trees, &StepShape { max_tokens, ..shape() }).unwrap();
+            let report = learner.step(&trees, &StepShape { max_tokens, ..shape() }, &|_| {}).unwrap();
             let place = format!("{name} step {step}");
             check::close(&place, report.loss, want["loss"].as_f64().unwrap(), 1e-5);
             check::close(&place, report.grad_norm, trace["logs"][step]["grad_norm"].as_f64().unwrap(), 1e-4);
@@ -234,7 +234,7 @@ fn a_completion_that_does_not_fit_is_named() {
     let Some((model, adapter)) = tiny() else { return };
     let trees = forest(&model, &adapter);
     let learner = Learner::new(model, &adapter, None, &settings()).unwrap();
-    let error = learner.gradient(&trees, &StepShape { micro_tokens: 71, ..shape() }).err().unwrap();
+    let error = learner.gradient(&trees, &StepShape { micro_tokens: 71, ..shape() }, &|_| {}).err().unwrap();
     assert!(error.to_string().contains("group 1, rollout 1"), "{error}");
 }
 
@@ -244,7 +244,7 @@ fn the_gradient_equals_finite_differences() {
     let Some((model, adapter)) = tiny() else { return };
     let trees = forest(&model, &adapter);
     let learner = Learner::new(model.clone(), &adapter, None, &settings()).unwrap();
-    let gradients = learner.gradient(&trees, &shape()).unwrap().gradients;
+    let gradients = learner.gradient(&trees, &shape(), &|_| {}).unwrap().gradients;
     let loss = |scale: f64| {
         let moved = adapter
             .tensors()
@@ -253,7 +253,7 @@ fn the_gradient_equals_finite_differences() {
             .map(|((name, tensor), gradient)| (name, (tensor + (gradient * scale).unwrap()).unwrap()));
         let moved = like_tiny(&model, moved);
         let learner = Learner::new(model.clone(), &moved, None, &settings()).unwrap();
-        learner.gradient(&trees, &shape()).unwrap().report.loss
+        learner.gradient(&trees, &shape(), &|_| {}).unwrap().report.loss
     };
     let square: f64 = gradients.iter().map(|g| values(g).iter().map(|x| x * x).sum::<f64>()).sum();
     let step = 2e-3 / square.sqrt();
@@ -273,7 +273,7 @@ fn a_gradient_that_is_not_finite_is_an_error() {
     let trees = forest(&model, &adapter);
     let mut learner = Learner::new(model, &broken, None, &settings()).unwrap();
     let before: Vec<Tensor> = learner.adapter().tensors().into_iter().map(|(_, t)| t.copy().unwrap()).collect();
-    assert!(learner.step(&trees, &shape()).is_err());
+    assert!(learner.step(&trees, &shape(), &|_| {}).is_err());
     for ((name, after), before) in learner.adapter().tensors().iter().zip(before) {
         assert!(
             values(after).iter().zip(values(&before)).all(|(a, b)| a.to_bits() == b.to_bits()),

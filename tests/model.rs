@@ -11,11 +11,11 @@ use candor::model::{Call, Model};
 use candor::ops::attention::Span;
 use candor::policy::Adapter;
 
+use candor::inputs::load_model;
 use candor::learner::completion_logprobs;
 use candor::learner::tree::{Branch, Tree};
 use candor::sampler::local::LocalSampler;
 use candor::sampler::{Request, Sampler, Settings};
-use candor::setup::load_model;
 
 use crate::check;
 

@@ -156,6 +156,8 @@ enum Behavior {
     NotANumber,
     /// Rewards so large that the gradient is infinite.
     Huge,
+    /// Rewards are said to be a scoring rule of a probability.
+    StatesProbabilities,
     /// Only bytes that no token covers may be trained on.
     TrainsOnNothing,
     /// Tasks carry their completions.
@@ -170,13 +172,15 @@ pub const JUDGE_FAILS: [usize; 4] = [4, 1, 3, 2];
 struct ToyOptions {
     tasks: usize,
     behavior: Behavior,
-    /// Characters of every prompt, about.
+    /// Characters of the first prompt, about.
     prompt: usize,
+    /// Characters by which every prompt is longer than the one before it, about.
+    growth: usize,
 }
 
 impl Default for ToyOptions {
     fn default() -> Self {
-        Self { tasks: 5, behavior: Behavior::Plain, prompt: 21 }
+        Self { tasks: 5, behavior: Behavior::Plain, prompt: 21, growth: 0 }
     }
 }
 
@@ -210,7 +214,8 @@ impl Environment for Toy {
     }
 
     fn task(&self, index: usize) -> Task {
-        let prompt: String = format!("{index}. ") + &"say it ".repeat(self.options.prompt / 7);
+        let ToyOptions { prompt, growth, .. } = self.options;
+        let prompt: String = format!("{index}. ") + &"say it ".repeat((prompt + growth * index) / 7);
         let target = match self.options.behavior {
             Behavior::Demonstrates => Target::Demonstration { completion: "it".to_string() },
             _ => Target::Reward,
@@ -243,6 +248,10 @@ impl Environment for Toy {
             answer: None,
             train_on: (behavior == Behavior::TrainsOnNothing).then_some(nowhere),
         })
+    }
+
+    fn rewards_probabilities(&self) -> bool {
+        self.options.behavior == Behavior::StatesProbabilities
     }
 
     fn compares(&self) -> bool {

@@ -14,8 +14,10 @@ use std::sync::Arc;
 use anyhow::{Context, Result};
 use candle_core::backprop::GradStore;
 use candle_core::{Device, Tensor, Var};
+use tracing::debug;
 
 use crate::config::Learner as Settings;
+use crate::event::{Event, Observer};
 use crate::model::{Call, Model};
 use crate::objective::{Counts, KlEstimator, Metrics, PolicyGradient, Sampled, Sequence, policy_gradient};
 use crate::ops::head::log_probabilities;
@@ -95,8 +97,8 @@ impl Learner {
     ///
     /// # Errors
     /// If a completion does not fit, a number is not finite, or the device fails. Nothing is updated then.
-    pub fn step(&mut self, trees: &[Tree], shape: &StepShape) -> Result<StepReport> {
-        let StepGradient { mut gradients, mut report } = self.gradient(trees, shape)?;
+    pub fn step(&mut self, trees: &[Tree], shape: &StepShape, observer: Observer) -> Result<StepReport> {
+        let StepGradient { mut gradients, mut report } = self.gradient(trees, shape, observer)?;
         let names = self.adapter.tensors();
         report.grad_norm =
             optimizer::clip(&mut gradients, self.settings.max_grad_norm, |index| names[index].0.clone())?;
@@ -109,14 +111,21 @@ impl Learner {
     ///
     /// # Errors
     /// As [`Learner::step`].
-    pub fn gradient(&self, trees: &[Tree], shape: &StepShape) -> Result<StepGradient> {
+    pub fn gradient(&self, trees: &[Tree], shape: &StepShape, observer: Observer) -> Result<StepGradient> {
         let masks = trees.iter().flat_map(|tree| tree.branches.iter().map(|branch| branch.mask_t.as_slice()));
         let counts = Counts::of(masks, shape.max_tokens);
         let zeros = |variable: &Var| Ok(variable.zeros_like()?);
         let mut gradients = self.variables.iter().map(zeros).collect::<Result<Vec<_>>>()?;
         let mut report = StepReport { loss: 0.0, grad_norm: 0.0, tokens: 0, metrics: Metrics::default() };
-        for micro in pack(trees, shape.micro_tokens)? {
-            self.accumulate(&micro, shape, &counts, &mut gradients, &mut report)?;
+        let micro_batches = pack(trees, shape.micro_tokens)?;
+        let (mut done, total) = (0, micro_batches.len() * self.model.architecture.layers);
+        let mut layer_done = || {
+            done += 1;
+            observer(Event::Progress { what: "learning", done, total });
+        };
+        for micro in &micro_batches {
+            debug!(rows = micro.ids.len(), branches = micro.branches.len(), "micro-batch");
+            self.accumulate(micro, shape, &counts, &mut gradients, &mut report, &mut layer_done)?;
         }
         Ok(StepGradient { gradients, report })
     }
@@ -128,6 +137,7 @@ impl Learner {
         counts: &Counts,
         gradients: &mut [Tensor],
         report: &mut StepReport,
+        layer_done: &mut dyn FnMut(),
     ) -> Result<()> {
         let inputs = self.layer_inputs(micro)?;
         let last = Var::from_tensor(inputs.last().context("the model has no layers")?)?;
@@ -151,7 +161,7 @@ impl Learner {
         let coefficients = Tensor::new(coefficients, &self.model.device)?;
         let mut grads = (&head.logprobs * coefficients)?.sum_all()?.backward()?;
         let seed = take(&mut grads, &last)?;
-        self.backward_layers(micro, &inputs, seed, gradients)?;
+        self.backward_layers(micro, &inputs, seed, gradients, layer_done)?;
         report.loss += objective.loss;
         report.tokens += micro.ids.len();
         report.metrics.merge(objective.metrics);
@@ -190,6 +200,7 @@ impl Learner {
         inputs: &[Tensor],
         seed: Tensor,
         gradients: &mut [Tensor],
+        layer_done: &mut dyn FnMut(),
     ) -> Result<()> {
         let adapters = [(0..micro.ids.len(), Some(&self.adapter))];
         let call = call(micro, &adapters);
@@ -203,6 +214,7 @@ impl Learner {
             for tensor in self.adapter.layer_tensors(index) {
                 gradients[tensor] = (&gradients[tensor] + take(&mut grads, &self.variables[tensor])?)?;
             }
+            layer_done();
         }
         Ok(())
     }

@@ -35,6 +35,11 @@ impl KeyValueStore {
         Ok(Self { layers, free: std::iter::once(0..rows).collect(), rows })
     }
 
+    /// What `rows` rows take, in bytes.
+    pub fn bytes(architecture: &Architecture, rows: usize) -> usize {
+        2 * architecture.layers * rows * architecture.key_value_heads * architecture.head_dim * size_of::<f32>()
+    }
+
     /// Rows in all.
     pub fn rows(&self) -> usize {
         self.rows

@@ -94,6 +94,24 @@ impl Weights {
         }
     }
 
+    /// How many numbers all tensors hold.
+    pub fn elements(&self) -> usize {
+        match self {
+            Self::Gguf { content, .. } => content.tensor_infos.values().map(|info| info.shape.elem_count()).sum(),
+            Self::Folder { tensors, .. } => {
+                tensors.tensors().iter().map(|(_, view)| view.shape().iter().product::<usize>()).sum()
+            }
+        }
+    }
+
+    /// Bytes that are mapped while tensors are read: a folder's files; a GGUF file is read piece by piece.
+    pub fn mapped_bytes(&self) -> usize {
+        match self {
+            Self::Gguf { .. } => 0,
+            Self::Folder { tensors, .. } => tensors.tensors().iter().map(|(_, view)| view.data().len()).sum(),
+        }
+    }
+
     /// Where the model lies.
     pub fn path(&self) -> &Path {
         match self {

@@ -24,6 +24,8 @@ pub struct Logits {
 /// Rows whose logits are computed together, and how many tokens of the vocabulary at a time.
 const ROWS: usize = 256;
 const CHUNK: usize = 8192;
+/// The most logits that exist at once.
+pub const BLOCK: usize = ROWS * CHUNK;
 
 /// Calls `visit(rows, tokens, logits)` for every block of `hidden` [rows, width] against `weight` [vocabulary, width], in a
 /// fixed order: for each block of rows, the vocabulary from first to last token. `logits` is [rows, tokens].

@@ -88,9 +88,8 @@ impl LocalSampler {
 
     /// Makes sure that the store holds what the requests need, within the limit.
     fn prepare_store(&mut self, requests: &[Request], settings: &Settings) -> Result<KeyValueStore> {
-        let sizes = || requests.iter().map(|request| group_rows(request, settings));
-        let largest = sizes().max().unwrap_or(0);
-        let rows = sizes().sum::<usize>().min(STORED_TOKENS).max(largest);
+        let sizes = requests.iter().map(|request| group_rows(request.prompt_ids.len(), request.rollouts, settings));
+        let rows = stored_rows(sizes);
         match self.store.take().filter(|store| store.rows() >= rows) {
             Some(mut store) => {
                 store.restrict(rows);
@@ -148,8 +147,19 @@ impl LocalSampler {
 }
 
 /// Rows of the store that a whole group needs.
-fn group_rows(request: &Request, settings: &Settings) -> usize {
-    request.prompt_ids.len() + request.rollouts * settings.max_tokens
+pub fn group_rows(prompt_tokens: usize, rollouts: usize, settings: &Settings) -> usize {
+    prompt_tokens + rollouts * settings.max_tokens
+}
+
+/// Rows of the store for groups of these sizes: all at once, within the limit.
+pub fn stored_rows(groups: impl Iterator<Item = usize> + Clone) -> usize {
+    groups.clone().sum::<usize>().min(STORED_TOKENS).max(groups.max().unwrap_or(0))
+}
+
+/// The most rows of one forward call over groups with these prompts: prompts being read beside a token of every other rollout.
+pub fn forward_rows(prompt_tokens: &[usize], rollouts: usize) -> usize {
+    let prompts = prompt_tokens.iter().sum::<usize>().min(PREFILL_TOKENS);
+    prompts.max(prompt_tokens.iter().copied().max().unwrap_or(0)) + prompt_tokens.len() * rollouts
 }
 
 fn stopped(text: &str, stop: &[String]) -> bool {
@@ -179,7 +189,7 @@ fn admit(
         if !rows.ids.is_empty() && rows.ids.len() + request.prompt_ids.len() > PREFILL_TOKENS {
             return;
         }
-        let Some(taken) = store.take(group_rows(request, settings)) else { return };
+        let Some(taken) = store.take(group_rows(request.prompt_ids.len(), request.rollouts, settings)) else { return };
         waiting.pop_front();
         let prompt = taken.start..taken.start + request.prompt_ids.len();
         rows.push(&request.prompt_ids, 0..0, prompt.clone());

@@ -7,6 +7,7 @@ pub mod local;
 use anyhow::Result;
 use candor_environments::Finish;
 
+use crate::config::{Config, Evaluation, Sampling};
 use crate::policy::Adapter;
 
 /// A prompt to continue several times.
@@ -33,6 +34,20 @@ pub struct Settings {
     pub seed: u64,
     /// The step that is being sampled for.
     pub step: u64,
+}
+
+impl Settings {
+    /// How a step's training rollouts are sampled.
+    pub fn training(config: &Config, step: u64) -> Self {
+        let Sampling { max_tokens, temperature, ref stop, .. } = config.sampling;
+        Self { max_tokens, temperature, stop: stop.clone(), seed: config.seed, step }
+    }
+
+    /// How held-out tasks are completed after `step` steps.
+    pub fn evaluation(config: &Config, step: u64) -> Self {
+        let Evaluation { max_tokens, temperature, .. } = config.evaluation;
+        Self { max_tokens, temperature, ..Self::training(config, step) }
+    }
 }
 
 /// One sampled completion.

@@ -139,10 +139,6 @@ impl Tokenizer {
         (text, ranges)
     }
 
-    fn is_special(&self, id: u32) -> bool {
-        self.inner.get_added_vocabulary().get_added_tokens_decoder().get(&id).is_some_and(|token| token.special)
-    }
-
     /// `messages` as the chat template writes them; `add_generation_prompt` also opens the assistant's turn.
     ///
     /// # Errors
@@ -170,6 +166,15 @@ impl Tokenizer {
         Ok(ids)
     }
 
+    /// Whether the prompt of `messages` has at most `limit` tokens. Most are told by their length in bytes: no token stands for
+    /// less than one.
+    ///
+    /// # Errors
+    /// As [`prompt_ids`](Self::prompt_ids).
+    pub fn prompt_fits(&self, messages: &[Message], limit: usize) -> Result<bool> {
+        Ok(self.render(messages, true)?.len() < limit || self.prompt_ids(messages)?.len() <= limit)
+    }
+
     /// Every token that ends a generation, in increasing order: those that the model's files name and the one that the chat
     /// template writes after an assistant's answer. Empty if there are none.
     pub fn end_tokens(&self) -> &[u32] {
@@ -179,6 +184,16 @@ impl Tokenizer {
     /// Number of tokens, special ones included. The model's embedding may have more rows.
     pub fn vocab_size(&self) -> usize {
         self.inner.get_vocab_size(true)
+    }
+
+    /// The token that begins a text, if the model has one.
+    pub fn bos(&self) -> Option<u32> {
+        self.bos
+    }
+
+    /// Whether a token is one that no text spells, such as the end of a turn.
+    pub fn is_special(&self, id: u32) -> bool {
+        self.inner.get_added_vocabulary().get_added_tokens_decoder().get(&id).is_some_and(|token| token.special)
     }
 
     /// The id of a token given as the vocabulary spells it.

@@ -1,0 +1,239 @@
+//! `candor check`: what a config's model and environments look like from outside, and what is odd about them. No weight is
+//! read and nothing is sampled: completions are canned.
+
+use std::collections::{HashMap, HashSet};
+use std::fmt;
+
+use anyhow::{Context, Result};
+use candor_environments::{Completion, Examples, Finish, Message, ParseStatus, Score, ScoreError, Task};
+
+use crate::config::Config;
+use crate::inputs::{Inputs, ModelFiles};
+use crate::report::shown;
+use crate::scorers::Scoring;
+use crate::selection::{Source, choose_tasks};
+use crate::tokenizer::Tokenizer;
+
+/// Ids shown of either end of a prompt.
+const SHOWN: usize = 8;
+
+/// What was found.
+#[derive(Default)]
+pub struct Check {
+    lines: Vec<String>,
+    /// What is probably not as it should be.
+    pub odd: Vec<String>,
+}
+
+impl Check {
+    /// Looks at everything a config names.
+    ///
+    /// # Errors
+    /// If a prompt cannot be rendered or an environment panics.
+    pub fn of(config: &Config, inputs: &Inputs) -> Result<Self> {
+        let mut check = Self::default();
+        check.model(&inputs.model);
+        for (index, source) in inputs.training.iter().enumerate() {
+            let twin = inputs.heldout.get(index);
+            check.tasks(source, twin);
+            let chosen = choose_tasks(std::slice::from_ref(source), 1, config.seed, 0);
+            let task = chosen.first().context("there are no tasks")?.1;
+            check.prompt(&source.environment.task(task), &inputs.model.tokenizer)?;
+            check.scores(config, source, task, &inputs.model.tokenizer)?;
+        }
+        Ok(check)
+    }
+
+    fn line(&mut self, name: &str, text: impl fmt::Display) {
+        self.lines.push(format!("{name:<12}{text}"));
+    }
+
+    fn odd(&mut self, text: impl Into<String>) {
+        self.odd.push(text.into());
+    }
+
+    fn model(&mut self, ModelFiles { weights, architecture, tokenizer }: &ModelFiles) {
+        self.line("model", weights.path().display());
+        let millions = weights.elements() as f64 / 1e6;
+        self.line(
+            "",
+            format!(
+                "{millions:.1} M parameters, {} layers, hidden {}, vocabulary {}, context {}",
+                architecture.layers, architecture.hidden, architecture.vocabulary, architecture.context
+            ),
+        );
+        let name = |&id: &u32| format!("{} ({id})", tokenizer.decode_with_special(&[id]));
+        let ends: Vec<String> = tokenizer.end_tokens().iter().map(name).collect();
+        self.line(
+            "tokenizer",
+            format!("{} tokens; a completion ends with {}", tokenizer.vocab_size(), ends.join(" or ")),
+        );
+        if ends.is_empty() {
+            self.odd("the tokenizer names no end token, so every completion runs to sampling.max_tokens");
+        }
+    }
+
+    /// Counts, and whether held-out tasks are really held out.
+    fn tasks(&mut self, source: &Source, twin: Option<&Source>) {
+        let all =
+            |source: &Source| -> Vec<Task> { source.tasks.iter().map(|&task| source.environment.task(task)).collect() };
+        let (training, heldout) = (all(source), twin.map(all).unwrap_or_default());
+        let name = &source.name;
+        self.line(name, format!("{} training tasks, {} held out", training.len(), heldout.len()));
+        let ids: HashSet<&str> = training.iter().map(|task| task.id.as_str()).collect();
+        if ids.len() < training.len() {
+            self.odd(format!("{name}: {} training tasks share an id with another", training.len() - ids.len()));
+        }
+        let shared = heldout.iter().filter(|task| ids.contains(task.id.as_str())).count();
+        if shared > 0 {
+            self.odd(format!("{name}: {shared} held-out tasks have the id of a training task"));
+        }
+        let spoken = |task: &Task| task.prompt.iter().map(|message| message.content.clone()).collect::<Vec<_>>();
+        let prompts: HashSet<Vec<String>> = training.iter().map(spoken).collect();
+        let shared = heldout.iter().filter(|task| prompts.contains(&spoken(task))).count();
+        if shared > 0 {
+            self.odd(format!("{name}: {shared} held-out prompts are also trained on, so their scores show memory"));
+        }
+    }
+
+    fn prompt(&mut self, task: &Task, tokenizer: &Tokenizer) -> Result<()> {
+        let ids = tokenizer.prompt_ids(&task.prompt).with_context(|| format!("task {}", task.id))?;
+        let ends = |ids: &[u32]| format!("{ids:?} {:?}", tokenizer.decode_with_special(ids));
+        self.line("prompt", format!("{}: {} messages, {} tokens", task.id, task.prompt.len(), ids.len()));
+        self.line("  first", ends(&ids[..SHOWN.min(ids.len())]));
+        self.line("  last", ends(&ids[ids.len().saturating_sub(SHOWN)..]));
+        match tokenizer.bos() {
+            None => self.line("  BOS", "this model has none"),
+            Some(bos) => {
+                let leading = ids.iter().take_while(|&&id| id == bos).count();
+                let unused = if leading == 0 { ": neither the chat template nor the tokenizer writes it" } else { "" };
+                let name = tokenizer.decode_with_special(&[bos]);
+                self.line("  BOS", format!("{name} ({bos}), {leading} at the start{unused}"));
+            }
+        }
+        let special = |ids: &[u32]| ids.iter().filter(|&&id| tokenizer.is_special(id)).count();
+        let bare: Vec<Message> =
+            task.prompt.iter().map(|message| Message { content: "x".into(), ..message.clone() }).collect();
+        let (own, found) = (special(&tokenizer.prompt_ids(&bare)?), special(&ids));
+        if found != own {
+            self.odd(format!(
+                "the text of {} itself holds {} special tokens, which the model takes for the end of a turn or the like",
+                task.id,
+                found.saturating_sub(own)
+            ));
+        }
+        Ok(())
+    }
+
+    /// Scores a good, a bad, an empty and a truncated completion.
+    fn scores(&mut self, config: &Config, source: &Source, index: usize, tokenizer: &Tokenizer) -> Result<()> {
+        let Source { name, environment, .. } = source;
+        let Some(Examples { good, bad }) = environment.examples(index) else {
+            self.line("scores", "the environment shows no examples, so only an empty completion is scored");
+            let completion = canned("", Finish::Stop, config, tokenizer)?;
+            return self.scored(source, index, vec![("empty", completion)]).map(drop);
+        };
+        let half = good.char_indices().nth(good.chars().count() / 2).map_or(0, |(at, _)| at);
+        let completion = |text: &str, finish| canned(text, finish, config, tokenizer);
+        let completions = vec![
+            ("good", completion(&good, Finish::Stop)?),
+            ("bad", completion(&bad, Finish::Stop)?),
+            ("empty", completion("", Finish::Stop)?),
+            ("truncated", completion(&good[..half], Finish::Length)?),
+        ];
+        let (tokens, max_tokens) = (completions[0].1.num_tokens, config.sampling.max_tokens);
+        if tokens > max_tokens {
+            self.odd(format!("{good:?} has {tokens} tokens with its end, sampling.max_tokens is {max_tokens}"));
+        }
+        if let Some(stop) = config.sampling.stop.iter().find(|stop| good.contains(stop.as_str())) {
+            self.odd(format!("the stop string {stop:?} cuts {good:?}"));
+        }
+        let scores = self.scored(source, index, completions)?;
+        let reward = |kind: &str| scores.get(kind).map(|score| score.reward);
+        let (Some(good), Some(bad)) = (reward("good"), reward("bad")) else { return Ok(()) };
+        if good <= bad {
+            self.odd(format!("{name}: the bad completion earns {bad}, as much as the good one or more"));
+        }
+        for kind in ["empty", "truncated"] {
+            if reward(kind).is_some_and(|reward| reward >= bad) {
+                self.odd(format!(
+                    "{name}: {kind} earns no less than answering wrongly, so saying nothing is never punished"
+                ));
+            }
+        }
+        if scores["good"].parse != ParseStatus::Ok {
+            self.odd(format!("{name}: its own good example is read as {:?}", scores["good"].parse));
+        }
+        Ok(())
+    }
+
+    /// Scores completions and shows what they earn; those that have a score are returned by kind.
+    fn scored(
+        &mut self,
+        Source { name, environment, .. }: &Source,
+        index: usize,
+        canned: Vec<(&'static str, Completion)>,
+    ) -> Result<HashMap<&'static str, Score>> {
+        let scoring = Scoring { name: name.clone(), environment: environment.clone(), index };
+        let (kinds, completions): (Vec<_>, Vec<_>) = canned.into_iter().unzip();
+        let scores = if environment.compares() {
+            scoring.score(&completions)?
+        } else {
+            completions
+                .iter()
+                .map(|one| Ok(scoring.score(std::slice::from_ref(one))?.remove(0)))
+                .collect::<Result<_>>()?
+        };
+        let mut by_kind = HashMap::new();
+        for ((kind, completion), score) in kinds.into_iter().zip(&completions).zip(scores) {
+            self.show_score(kind, &completion.text, &score);
+            match score {
+                Ok(score) => drop(by_kind.insert(kind, score)),
+                Err(error) => self.odd(format!("{name}: the {kind} completion has no score: {error}")),
+            }
+        }
+        Ok(by_kind)
+    }
+
+    fn show_score(&mut self, kind: &str, text: &str, score: &Result<Score, ScoreError>) {
+        let Ok(score) = score else { return };
+        let parts: Vec<String> = score.parts.iter().map(|(part, value)| format!("{part} {value:.3}")).collect();
+        let confidence = score.metrics.iter().find(|(metric, _)| *metric == "confidence").map(|(_, value)| *value);
+        self.line(
+            &format!("  {kind}"),
+            format!(
+                "reward {:.3} ({}), parsed {:?}, confidence {}: {text:?}",
+                score.reward,
+                parts.join(", "),
+                score.parse,
+                shown(confidence, 2)
+            ),
+        );
+        if (score.parts.iter().map(|(_, value)| value).sum::<f64>() - score.reward).abs() > 1e-9 {
+            self.odd(format!("the reward of the {kind} completion is not the sum of its parts"));
+        }
+        if kind == "empty" && confidence.is_some() {
+            self.odd("an empty completion has a confidence, which somebody must have made up");
+        }
+    }
+}
+
+/// A completion as the sampler would hand it over; the end token counts too.
+fn canned(text: &str, finish: Finish, config: &Config, tokenizer: &Tokenizer) -> Result<Completion> {
+    let max_tokens = config.sampling.max_tokens;
+    let num_tokens = match finish {
+        Finish::Length => max_tokens,
+        Finish::Stop => tokenizer.encode(text)?.len() + 1,
+    };
+    Ok(Completion { text: text.to_string(), finish, num_tokens, max_tokens })
+}
+
+impl fmt::Display for Check {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        self.lines.iter().try_for_each(|line| writeln!(f, "{line}"))?;
+        if self.odd.is_empty() {
+            return write!(f, "nothing odd");
+        }
+        self.odd.iter().try_for_each(|odd| writeln!(f, "odd: {odd}"))
+    }
+}

@@ -1,0 +1,187 @@
+//! The command line: arguments in, results on standard output, messages on standard error, exit codes.
+//!
+//! * [`console`]: lines and progress bars
+//! * [`log`]: the log in the run folder
+
+mod console;
+mod log;
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use anyhow::{Context, Error, Result};
+use candor_environments::Load;
+use clap::{Args, Parser, Subcommand};
+
+use crate::check::Check;
+use crate::config::Config;
+use crate::event::Event;
+use crate::heldout::Evaluation;
+use crate::inputs::Inputs;
+use crate::plan::Plan;
+use crate::run::write_whole;
+use crate::setup::{Options, Run};
+use crate::summary::{Summary, evaluation_table};
+use crate::train::{Outcome, train};
+use console::Console;
+use log::Log;
+
+/// Teach small language models to know what they know.
+#[derive(Parser)]
+#[command(version, max_term_width = 80)]
+#[command(after_help = "Exit codes: 0 done, 1 the run failed, 2 the input was wrong, 130 interrupted and saved.")]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Train an adapter; the run lands in results/NAME/
+    Train {
+        #[command(flatten)]
+        input: Input,
+        /// Continue a run that was stopped
+        #[arg(long, conflicts_with = "dry_run")]
+        resume: bool,
+        /// Print the resolved config, the derived numbers and a memory plan, and stop
+        #[arg(long)]
+        dry_run: bool,
+    },
+    /// Answer the held-out tasks and say how good the answers are
+    Eval {
+        #[command(flatten)]
+        input: Input,
+        /// A PEFT adapter folder, such as results/NAME/checkpoints/step-000020; without it, the model as it is
+        #[arg(long, value_name = "DIR")]
+        adapter: Option<PathBuf>,
+    },
+    /// Show a prompt and how answers are scored, and say what is odd; weights are not loaded
+    Check {
+        #[command(flatten)]
+        input: Input,
+    },
+}
+
+/// What every command on a config takes.
+#[derive(Args)]
+struct Input {
+    /// The config file (TOML)
+    config: PathBuf,
+    /// Another value for one key, as `--set learner.learning_rate=2e-5` or `--set environment.0.source="rows"`
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    sets: Vec<String>,
+    /// Say nothing but warnings, errors and the result
+    #[arg(long)]
+    quiet: bool,
+}
+
+/// Where run folders are made.
+const RESULTS: &str = "results";
+/// Set by ctrl-C: the running step is finished and saved.
+static INTERRUPTED: AtomicBool = AtomicBool::new(false);
+
+/// Why a command ended: the input was wrong, or the run failed.
+enum Failure {
+    Input(Error),
+    Run(Error),
+}
+
+/// Runs the program with the built-in environments and those given here; a binary of one's own calls this from its `main`.
+///
+/// Exit codes: 0 done, 1 the run failed, 2 the input was wrong, 130 interrupted after saving.
+pub fn run(environments: &[(&str, Load)]) -> ExitCode {
+    let Arguments { command } = Arguments::parse();
+    let (Command::Train { input, .. } | Command::Eval { input, .. } | Command::Check { input }) = &command;
+    let console = Arc::new(Console::new(input.quiet));
+    let makes_folder = matches!(command, Command::Train { dry_run: false, .. });
+    let ended = Log::start(makes_folder).map_err(Failure::Input).and_then(|log| {
+        let observer = |event: Event| {
+            log::record(event);
+            console.show(event);
+        };
+        let options = Options { results: Path::new(RESULTS), resume: false, environments, observer: &observer };
+        let config = Config::load(&input.config, &input.sets).map_err(Failure::Input)?;
+        match &command {
+            Command::Train { dry_run: true, .. } => plan(&config, &options, &console),
+            Command::Train { input, resume, .. } => {
+                run_training(config, &Options { resume: *resume, ..options }, input, &console, &log)
+            }
+            Command::Eval { adapter, .. } => evaluate(config, adapter.as_deref(), &options, &console),
+            Command::Check { .. } => check(&config, &options, &console),
+        }
+    });
+    match ended {
+        Ok(code) => ExitCode::from(code),
+        Err(Failure::Input(error)) => console.fail(&error, 2),
+        Err(Failure::Run(error)) => console.fail(&error, 1),
+    }
+}
+
+fn run_training(
+    config: Config,
+    options: &Options,
+    input: &Input,
+    console: &Arc<Console>,
+    log: &Log,
+) -> Result<u8, Failure> {
+    let mut run = Run::prepare(config, options).map_err(Failure::Input)?;
+    log.write_to(&run.folder.path).map_err(Failure::Run)?;
+    match train_and_sum_up(&mut run, options, console).map_err(Failure::Run)? {
+        Some(summary) => {
+            console.print(&summary.to_string());
+            Ok(0)
+        }
+        None => {
+            let sets: String = input.sets.iter().map(|set| format!(" --set '{set}'")).collect();
+            let again = format!("candor train {}{sets} --resume", input.config.display());
+            let line = format!("interrupted and saved; go on with: {again}");
+            log::record(Event::Line(&line));
+            console.line(&line);
+            Ok(130)
+        }
+    }
+}
+
+/// The run, and its summary unless it was interrupted.
+fn train_and_sum_up(run: &mut Run, options: &Options, console: &Arc<Console>) -> Result<Option<Summary>> {
+    let listening = console.clone();
+    let handler = move || {
+        if INTERRUPTED.swap(true, Ordering::Relaxed) {
+            std::process::exit(130);
+        }
+        listening.line("finishing the step and saving it; ctrl-C again stops at once, without saving");
+    };
+    ctrlc::set_handler(handler).context("cannot listen for ctrl-C")?;
+    if train(run, options.observer, &INTERRUPTED)? == Outcome::Interrupted {
+        return Ok(None);
+    }
+    let summary = Summary::of(&run.folder.path)?;
+    write_whole(&run.folder.path.join("summary.json"), &serde_json::to_vec_pretty(&summary)?)?;
+    Ok(Some(summary))
+}
+
+fn plan(config: &Config, options: &Options, console: &Console) -> Result<u8, Failure> {
+    let planned = Inputs::open(config, options.environments, options.observer)
+        .and_then(|inputs| Ok((config.to_toml()?, Plan::of(config, &inputs)?)));
+    let (resolved, plan) = planned.map_err(Failure::Input)?;
+    console.print(&format!("{resolved}\n{plan}"));
+    Ok(0)
+}
+
+fn evaluate(config: Config, adapter: Option<&Path>, options: &Options, console: &Console) -> Result<u8, Failure> {
+    let mut evaluation = Evaluation::prepare(config, adapter, options).map_err(Failure::Input)?;
+    let evaluated = evaluation.run(options.observer).map_err(Failure::Run)?;
+    console.print(&evaluation_table(if adapter.is_some() { "adapter" } else { "base" }, &evaluated));
+    Ok(0)
+}
+
+fn check(config: &Config, options: &Options, console: &Console) -> Result<u8, Failure> {
+    let checked = Inputs::open(config, options.environments, options.observer)
+        .and_then(|inputs| Check::of(config, &inputs))
+        .map_err(Failure::Input)?;
+    console.print(&checked.to_string());
+    Ok(0)
+}

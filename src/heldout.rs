@@ -1,0 +1,88 @@
+//! Held-out tasks: completed with a policy and scored, during a run or by `candor eval`.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::Arc;
+
+use anyhow::{Context, Result, ensure};
+use candle_core::Device;
+
+use crate::checkpoint;
+use crate::config::Config;
+use crate::event::Observer;
+use crate::inputs::Inputs;
+use crate::policy::Adapter;
+use crate::rollout::{Collector, Group, SCORE_TIMEOUT};
+use crate::run::{Row, RowSplit};
+use crate::sampler::local::LocalSampler;
+use crate::sampler::{Sampler, Settings};
+use crate::selection::{Source, choose_heldout};
+use crate::setup::Options;
+use crate::summary::Evaluated;
+use crate::tokenizer::Tokenizer;
+
+/// What held-out tasks are completed with.
+pub struct HeldOut<'a> {
+    /// How many tasks, and how they are sampled.
+    pub config: &'a Config,
+    /// Where the tasks come from.
+    pub sources: &'a [Source],
+    /// Turns prompts into tokens and tokens into text.
+    pub tokenizer: &'a Tokenizer,
+    /// Who hears how far it is.
+    pub observer: Observer<'a>,
+}
+
+impl HeldOut<'_> {
+    /// Completes the tasks of every source, one completion each, with the policy as it is after `step` steps.
+    ///
+    /// # Errors
+    /// As [`Collector::collect`].
+    pub fn complete(&self, sampler: &mut dyn Sampler, adapter: Option<&Adapter>, step: u64) -> Result<Vec<Group>> {
+        let Self { config, sources, tokenizer, observer } = *self;
+        let chosen = choose_heldout(sources, config.evaluation.tasks, config.seed);
+        let collector = Collector { sources, tokenizer, observer, patience: SCORE_TIMEOUT, what: "held-out tasks" };
+        let groups = collector.collect(&chosen, 1, sampler, adapter, &Settings::evaluation(config, step));
+        groups.with_context(|| format!("evaluation after {step} steps"))
+    }
+}
+
+/// An evaluation that is ready to start.
+pub struct Evaluation {
+    config: Config,
+    sources: Vec<Source>,
+    tokenizer: Arc<Tokenizer>,
+    sampler: LocalSampler,
+    adapter: Option<Adapter>,
+}
+
+impl Evaluation {
+    /// Loads the model and held-out tasks of a config, and the PEFT adapter in a folder if there is one. The adapter's rank,
+    /// scale and targets are its own, not the config's.
+    ///
+    /// # Errors
+    /// If anything that the config names, or the adapter, is not what it should be.
+    pub fn prepare(config: Config, adapter: Option<&Path>, options: &Options) -> Result<Self> {
+        ensure!(config.evaluation.tasks > 0, "evaluation.tasks is 0, so there is nothing to evaluate; raise it");
+        let Inputs { model, heldout, .. } = Inputs::open(&config, options.environments, options.observer)?;
+        let (tokenizer, device) = (model.tokenizer.clone(), Device::Cpu);
+        let read = |folder: &Path| {
+            let lora = checkpoint::described(folder)?;
+            checkpoint::load_adapter(folder, &model.architecture, &lora, &device)
+        };
+        let adapter = adapter.map(read).transpose().context("--adapter")?;
+        let sampler = LocalSampler::new(model.load(&device, options.observer)?, tokenizer.clone());
+        Ok(Self { config, sources: heldout, tokenizer, sampler, adapter })
+    }
+
+    /// Completes and scores the tasks: what came of it, by environment.
+    ///
+    /// # Errors
+    /// As [`Collector::collect`].
+    pub fn run(&mut self, observer: Observer) -> Result<BTreeMap<String, Evaluated>> {
+        let Self { config, sources, tokenizer, sampler, adapter } = self;
+        let groups = HeldOut { config, sources, tokenizer, observer }.complete(sampler, adapter.as_ref(), 0)?;
+        let rows = Row::all(RowSplit::Eval, 0, &groups);
+        Evaluated::by_environment(&rows.iter().collect::<Vec<_>>())
+    }
+}

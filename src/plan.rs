@@ -1,0 +1,232 @@
+//! `candor train --dry-run`: what a run will do and how much memory it will take, from headers, prompts and counts. No weight
+//! is read.
+//!
+//! Memory is what the code allocates at its fullest moment, term by term, with every completion as long as it may be.
+
+use std::fmt;
+
+use anyhow::Result;
+
+use crate::config::{Config, Reference};
+use crate::inputs::Inputs;
+use crate::learner::tree::{Branch, Tree, pack};
+use crate::model::{Architecture, KeyValueStore, Projection};
+use crate::ops::head;
+use crate::report::{available_memory, resident_memory};
+use crate::sampler::Settings;
+use crate::sampler::local::{forward_rows, group_rows, stored_rows};
+use crate::selection::{Choice, Source, choose_heldout, choose_tasks, shares};
+use crate::tokenizer::Tokenizer;
+use crate::train::is_due;
+
+/// Steps whose prompts are looked at.
+const STEPS: u64 = 50;
+
+/// Bytes of one number.
+const FLOAT: usize = 4;
+
+/// What a run will do, and what it needs.
+pub struct Plan {
+    /// Lines about rollouts, tokens, passes and evaluations.
+    derived: Vec<String>,
+    /// The memory.
+    pub memory: Memory,
+}
+
+/// The memory of a run by what it is for, in bytes. The two kinds of activations do not exist at once.
+#[derive(Clone, Copy, Debug)]
+pub struct Memory {
+    /// This process before the weights are read: program, tokenizer, rows of the environments.
+    pub program: usize,
+    /// The frozen weights.
+    pub base: usize,
+    /// The adapter, its gradient, both moments, and the copies for the sampler and the reference.
+    pub adapter: usize,
+    /// The sampler's keys and values.
+    pub cache: usize,
+    /// One forward pass of the sampler.
+    pub sampling: usize,
+    /// The learner: every layer's input, and one layer with its gradients.
+    pub learning: usize,
+    /// Selected hidden states and a block of logits.
+    pub head: usize,
+    /// What is mapped only while the weights are read.
+    pub loading: usize,
+}
+
+impl Memory {
+    /// The most that is resident at once.
+    pub fn peak(&self) -> usize {
+        let working = self.adapter + self.cache + self.head + self.sampling.max(self.learning);
+        self.program + self.base + working.max(self.loading)
+    }
+}
+
+impl Plan {
+    /// Plans a run.
+    ///
+    /// # Errors
+    /// If a prompt or completion does not fit into `batch.micro_tokens`, or a prompt cannot be rendered.
+    pub fn of(config: &Config, inputs: &Inputs) -> Result<Self> {
+        let Inputs { model, training, heldout } = inputs;
+        let prompts = |sources: &[Source], chosen: &[Choice]| prompt_lengths(sources, chosen, &model.tokenizer);
+        let mut work = Work::default();
+        let mut prompt_tokens = Vec::new();
+        for step in 0..config.steps.min(STEPS) {
+            let lengths = prompts(training, &choose_tasks(training, config.batch.prompts, config.seed, step))?;
+            work.sample(&lengths, config.batch.group, &Settings::training(config, step));
+            work.learn(&lengths, config)?;
+            prompt_tokens.extend(lengths);
+        }
+        let held_out = choose_heldout(heldout, config.evaluation.tasks, config.seed);
+        work.sample(&prompts(heldout, &held_out)?, 1, &Settings::evaluation(config, 0));
+        let memory = work.memory(config, inputs);
+        Ok(Self { derived: derived(config, inputs, &prompt_tokens, held_out.len()), memory })
+    }
+}
+
+/// Tokens of the prompt of every chosen task.
+fn prompt_lengths(sources: &[Source], chosen: &[Choice], tokenizer: &Tokenizer) -> Result<Vec<usize>> {
+    let length =
+        |&(source, task): &Choice| Ok(tokenizer.prompt_ids(&sources[source].environment.task(task).prompt)?.len());
+    chosen.iter().map(length).collect()
+}
+
+/// The largest of each kind of work that is met.
+#[derive(Default)]
+struct Work {
+    stored_rows: usize,
+    forward_rows: usize,
+    micro_rows: usize,
+    targets: usize,
+}
+
+impl Work {
+    fn sample(&mut self, prompts: &[usize], rollouts: usize, settings: &Settings) {
+        let groups = prompts.iter().map(|&prompt| group_rows(prompt, rollouts, settings));
+        self.stored_rows = self.stored_rows.max(stored_rows(groups));
+        self.forward_rows = self.forward_rows.max(forward_rows(prompts, rollouts));
+    }
+
+    /// Packs a step as the learner does, tokens being all the same.
+    fn learn(&mut self, prompts: &[usize], config: &Config) -> Result<()> {
+        let branch = |rollout| Branch {
+            rollout,
+            ids: vec![0; config.sampling.max_tokens],
+            behavior_t: Vec::new(),
+            mask_t: Vec::new(),
+            advantage: 0.0,
+        };
+        let branches: Vec<Branch> = (0..config.batch.group).map(branch).collect();
+        let tree = |&tokens: &usize| Tree {
+            name: format!("a prompt of {tokens} tokens"),
+            prompt_ids: vec![0; tokens],
+            branches: branches.clone(),
+        };
+        let trees: Vec<Tree> = prompts.iter().map(tree).collect();
+        for micro in pack(&trees, config.batch.micro_tokens)? {
+            self.micro_rows = self.micro_rows.max(micro.ids.len());
+            self.targets = self.targets.max(micro.targets.len());
+        }
+        Ok(())
+    }
+
+    fn memory(&self, config: &Config, inputs: &Inputs) -> Memory {
+        let architecture = &inputs.model.architecture;
+        let width = |projection: &Projection| {
+            let (wide, narrow) = architecture.dimensions(*projection);
+            config.lora.rank * (wide + narrow)
+        };
+        let adapter = architecture.layers * config.lora.targets.iter().map(width).sum::<usize>();
+        // Trained, published, gradient, and two moments; the reference where there is one.
+        let reference = config.learner.kl > 0.0 && config.reference() == Reference::Start;
+        let copies = 5 + usize::from(reference);
+        let layers = architecture.layers;
+        let inputs_of_layers = self.micro_rows * (layers + 1) * architecture.hidden;
+        Memory {
+            program: resident_memory().unwrap_or(0) as usize,
+            base: FLOAT * inputs.model.weights.elements(),
+            adapter: FLOAT * copies * adapter,
+            cache: KeyValueStore::bytes(architecture, self.stored_rows),
+            sampling: FLOAT * self.forward_rows * forward_width(architecture),
+            learning: FLOAT * (inputs_of_layers + self.micro_rows * backward_width(architecture)),
+            head: FLOAT * (3 * self.targets * architecture.hidden + head::BLOCK),
+            loading: inputs.model.weights.mapped_bytes(),
+        }
+    }
+}
+
+/// Numbers per row alive at the end of a layer's forward pass: its input and output, two norms, the middle and both sums;
+/// queries and attended values, keys and values; gate, up and their product.
+fn forward_width(architecture: &Architecture) -> usize {
+    let Architecture { hidden, intermediate, heads, key_value_heads, head_dim, .. } = *architecture;
+    7 * hidden + 2 * heads * head_dim + 2 * key_value_heads * head_dim + 3 * intermediate
+}
+
+/// The same in the backward pass, where what came before the rotation lives too. Gradients come on top, most of them at the
+/// gate: that of the product, and those of both factors with their sums.
+fn backward_width(architecture: &Architecture) -> usize {
+    let Architecture { hidden, intermediate, heads, key_value_heads, head_dim, .. } = *architecture;
+    forward_width(architecture) + 4 * hidden + heads * head_dim + key_value_heads * head_dim + 6 * intermediate
+}
+
+/// What follows from the config: a name and a sentence each.
+fn derived(config: &Config, inputs: &Inputs, prompt_tokens: &[usize], held_out: usize) -> Vec<String> {
+    let Config { steps, batch, sampling, evaluation, .. } = config;
+    let (rollouts, longest) = (batch.prompts * batch.group, sampling.max_tokens);
+    let mut lengths = prompt_tokens.to_vec();
+    lengths.sort_unstable();
+    let at = |share: usize| lengths.get(share * lengths.len().saturating_sub(1) / 2).copied().unwrap_or(0);
+    let looked = steps.min(&STEPS);
+    let mut lines = vec![
+        format!(
+            "a step: {} prompts x {} rollouts = {rollouts} rollouts, at most {} completion tokens",
+            batch.prompts,
+            batch.group,
+            rollouts * longest
+        ),
+        format!("prompts: {} to {} tokens, median {} (the first {looked} steps)", at(0), at(2), at(1)),
+        format!("in all: {steps} steps, {} rollouts", *steps as u128 * rollouts as u128),
+    ];
+    let weights: Vec<f64> = inputs.training.iter().map(|source| source.weight).collect();
+    for (Source { name, tasks, .. }, share) in inputs.training.iter().zip(shares(&weights, batch.prompts)) {
+        let pass = tasks.len() as f64 / share as f64;
+        lines.push(format!("{name}: {} training tasks, {share} a step: a pass takes {pass:.1} steps", tasks.len()));
+    }
+    let between = (1..*steps).filter(|&step| is_due(evaluation.every, step)).count();
+    lines.push(match held_out {
+        0 => "evaluations: none".to_string(),
+        tasks => format!("evaluations: {} of {tasks} held-out tasks, before, {between} between, after", between + 2),
+    });
+    lines
+}
+
+impl fmt::Display for Plan {
+    /// As TOML comments, so that a config stays one with its plan below it.
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        self.derived.iter().try_for_each(|line| writeln!(f, "# {line}"))?;
+        let Memory { program, base, adapter, cache, sampling, learning, head, loading } = self.memory;
+        let gigabytes = |bytes: usize| bytes as f64 / 1e9;
+        writeln!(f, "#\n# memory at its fullest, completions as long as they may be (GB)")?;
+        for (name, bytes, note) in [
+            ("program, tokenizer, data", program, String::new()),
+            ("base weights", base, format!("f32; while they are read, {:.2} more", gigabytes(loading))),
+            ("adapter", adapter, "with its gradient, moments and copies".into()),
+            ("keys and values", cache, "of the sampler".into()),
+            ("activations", learning.max(sampling), format!("learning; sampling takes {:.2}", gigabytes(sampling))),
+            ("head", head, String::new()),
+            ("peak", self.memory.peak(), String::new()),
+        ] {
+            writeln!(f, "{}", format!("#   {name:<26}{:>7.2}  {note}", gigabytes(bytes)).trim_end())?;
+        }
+        match available_memory().map(|bytes| bytes as usize) {
+            Some(available) if available < self.memory.peak() => write!(
+                f,
+                "# that is more than the {:.2} GB that are free here: lower batch.micro_tokens or batch.group",
+                gigabytes(available)
+            ),
+            Some(available) => write!(f, "# free here: {:.2} GB", gigabytes(available)),
+            None => Ok(()),
+        }
+    }
+}
