@@ -8,6 +8,7 @@ mod boolq;
 mod check;
 mod config;
 mod config_layers;
+mod config_page;
 mod evaluation;
 mod failures;
 mod flow;
