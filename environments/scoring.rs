@@ -6,7 +6,7 @@
 //! confidence 0 pays as much as being right with confidence 1 (SCIENCE 3.4): [`rlcr`], [`rlcr_code`] and
 //! [`rewarding_doubt`] have one.
 
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
 /// [`log_raw`] keeps this distance from 0 and 1, so that being certain and wrong costs something finite.
 pub const LOG_EPSILON: f64 = 0.01;
@@ -16,8 +16,8 @@ pub const LOG_EPSILON: f64 = 0.01;
 #[error("{0} is not a probability in [0, 1]")]
 pub struct NotAProbability(pub f64);
 
-/// A bounded proper scoring rule, by its name in a config.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+/// A bounded proper scoring rule, by its name in a config; p_y is the probability given to what happened.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Rule {
     /// 1 − (p − y)², in [0, 1].
@@ -25,9 +25,9 @@ pub enum Rule {
     Brier,
     /// 1 − 2(p − y)², in [−1, 1].
     BrierPm1,
-    /// 1 − [`log_raw`] / ln ε, in [0, 1).
+    /// 1 − ln clip(p_y, ε, 1 − ε) / ln ε with ε = 0.01, in [0, 1).
     Log,
-    /// p_y / √(p² + (1 − p)²) with p_y the probability given to what happened, in [0, 1].
+    /// p_y / √(p² + (1 − p)²), in [0, 1].
     Spherical,
 }
 

@@ -205,12 +205,12 @@ fn wrong_options_are_named() {
         ("rewards = \"brier\"", &["environment boolq", "rewards", "reward"][..]),
         ("weight = 1.0", &["weight: unknown key; known: source, "]),
         ("reward = \"linear\"", &["linear", "spherical", "reward"]),
-        ("unparsed = 0.1", &["unparsed = 0.1", "at most 0", "brier"]),
-        ("reward = \"brier_pm1\"", &["unparsed = -0.25", "at most -1", "brier_pm1"]),
-        ("unparsed = nan", &["unparsed = NaN"]),
+        ("unparsed = 0.1", &["unparsed: 0.1", "at most 0", "brier"]),
+        ("reward = \"brier_pm1\"", &["unparsed: -0.25", "at most -1", "brier_pm1"]),
+        ("unparsed = nan", &["unparsed: NaN"]),
         ("reasoning = \"long\"", &["long", "brief", "reasoning"]),
         ("length = { mode = \"none\", weight = 1.0 }", &["length.weight: unknown key"]),
-        ("length = { mode = \"soft\", weight = -1.0 }", &["length", "weight = -1"]),
+        ("length = { mode = \"soft\", weight = -1.0 }", &["length.weight: -1"]),
         ("length = { mode = \"softer\" }", &["softer", "spar", "length"]),
     ] {
         let error = error(folder.path(), Split::Train, options);

@@ -7,10 +7,10 @@ use candor::config::{Config, Device, Projection, Reference, SamplerKind, Schedul
 use proptest::prelude::*;
 
 /// The least that a config must say.
-const SMALL: &str = "name = \"small\"\n[model]\nsource = \"weights\"\n[[environment]]\nname = \"toy\"\n";
+pub const SMALL: &str = "name = \"small\"\n[model]\nsource = \"weights\"\n[[environment]]\nname = \"toy\"\n";
 
 /// The contract's file of all keys, or the copy of its keys that the project keeps.
-fn reference() -> String {
+pub fn reference() -> String {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let folder = std::env::var_os("CANDOR_CONTRACT").map_or(root.join("../shared/contract"), PathBuf::from);
     let candidates = [folder.join("reference.toml"), root.join("tests/data/reference.toml")];

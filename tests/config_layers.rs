@@ -327,6 +327,23 @@ fn deep_and_long_files_end_with_an_error_soon() {
 }
 
 #[test]
+fn the_readmes_config_and_command_line_work() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let readme = fs::read_to_string(root.join("README.md")).unwrap();
+    let text = readme.split("```toml\n").nth(1).and_then(|text| text.split("```").next()).unwrap();
+    let command = readme.lines().find(|line| line.contains("--set ") && line.starts_with("candor train")).unwrap();
+    let sets: Vec<&str> = command.split(" --set ").skip(1).collect();
+    let quickstart = fs::read_to_string(root.join("configs/quickstart.toml")).unwrap();
+    let files = folder(&[("quickstart.toml", &quickstart), ("second.toml", text)]);
+    let config = load(files.path(), "second.toml", &sets).unwrap();
+    assert_eq!((config.name.as_str(), config.batch.group, config.learner.learning_rate), ("third", 16, 2e-4));
+    assert_eq!(config.environments[0].options["reward"].as_str(), Some("log"));
+    fs::write(files.path().join("second.toml"), text.replace("learning_rate", "lr")).unwrap();
+    let error = load(files.path(), "second.toml", &[]).unwrap_err();
+    assert!(readme.contains(&error), "{error}");
+}
+
+#[test]
 fn where_a_config_was_written_is_no_part_of_it() {
     let (from_file, from_text) = (set(&[]).unwrap(), Config::parse(BASE, "other.toml").unwrap());
     assert_eq!(from_file, from_text);

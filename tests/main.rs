@@ -9,6 +9,7 @@ mod check;
 mod commands;
 mod config;
 mod config_layers;
+mod config_page;
 mod evaluation;
 mod failures;
 mod flow;

