@@ -79,7 +79,7 @@ impl Run {
 /// # Errors
 /// If the source cannot be had or is not a model.
 pub fn load_model(source: &str, device: &Device, observer: Observer) -> Result<(Arc<Model>, Arc<Tokenizer>)> {
-    let path = resolve(source, observer).context("model.source")?;
+    let path = resolve(source, source::Kind::Model, observer).context("model.source")?;
     observer(Event::Line(&format!("loading the model from {}", path.display())));
     let mut weights = Weights::open(&path)?;
     let tokenizer = match weights.metadata() {
@@ -98,8 +98,8 @@ pub fn load_model(source: &str, device: &Device, observer: Observer) -> Result<(
     Ok((Arc::new(model), Arc::new(tokenizer)))
 }
 
-fn resolve(source: &str, observer: Observer) -> Result<PathBuf> {
-    source::resolve(source, &|line| observer(Event::Line(line)))
+fn resolve(source: &str, kind: source::Kind, observer: Observer) -> Result<PathBuf> {
+    source::resolve(source, kind, &|line| observer(Event::Line(line)))
 }
 
 fn load_sources(environments: &[config::Environment], split: Split, options: &Options) -> Result<Vec<Source>> {
@@ -113,7 +113,7 @@ fn load_sources(environments: &[config::Environment], split: Split, options: &Op
         let context = Context {
             split,
             options: &environment.options,
-            resolve: &|source: &str| resolve(source, options.observer),
+            resolve: &|source: &str| resolve(source, source::Kind::Data, options.observer),
             judge: None,
         };
         let loaded = load(&context).with_context(|| format!("environment.{index} ({name})"))?;
