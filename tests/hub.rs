@@ -36,6 +36,13 @@ fn a_model_is_fetched_once_and_only_what_it_is_read_from() {
     assert_eq!(world.site.asked(), ["/api/models/org/name/revision/main?blobs=true"]);
     assert_eq!((world.cdn.asked().len(), world.said.take().len()), (0, 1));
 
+    // Nothing is written where nothing is lacking: the cache may be read-only.
+    let repository = world.hub.cache.join("models--org--name");
+    let changed = |path: &Path| path.metadata().unwrap().modified().unwrap();
+    let before = (changed(&repository), changed(&repository.join("refs")));
+    world.fetch(Kind::Model, "hf:org/name").unwrap();
+    assert_eq!((changed(&repository), changed(&repository.join("refs"))), before);
+
     // A file of another size than the listing says is fetched again.
     fs::write(folder.join("model.safetensors"), "w").unwrap();
     world.fetch(Kind::Model, "hf:org/name").unwrap();
@@ -175,7 +182,7 @@ fn a_server_that_stands_still_is_given_up() {
         let place = place.to_string();
         let mut world = World::new(Kind::Model, MODEL, move |path, reply| {
             if path.contains(&place) {
-                (reply.sent, reply.pause) = (Some(reply.body.len().min(2)), Some(Duration::from_secs(60)));
+                (reply.sent, reply.pause) = (Some(reply.body.len().min(1)), Some(Duration::from_secs(60)));
             }
         });
         world.hub.patience = Duration::from_millis(300);

@@ -130,7 +130,7 @@ fn damaged_parquet_is_an_error() {
     }
     let mut failed = 0;
     for place in 0..whole.len() {
-        for value in [0x00, 0x7f, 0xff, whole[place] ^ 1, whole[place] ^ 0x80] {
+        for value in [0x00, 0xff, whole[place] ^ 0x80] {
             let mut changed = whole.clone();
             changed[place] = value;
             fs::write(&path, &changed).unwrap();
@@ -140,7 +140,7 @@ fn damaged_parquet_is_an_error() {
             }
         }
     }
-    assert!(failed > whole.len() / 2, "{failed} of {}", 5 * whole.len());
+    assert!(failed > whole.len() / 2, "{failed} of {}", 3 * whole.len());
     for bytes in [&b""[..], b"PAR1", b"PAR1PAR1", b"PAR1\xff\xff\xff\x7fPAR1", b"{\"question\": \"q\"}"] {
         fs::write(&path, bytes).unwrap();
         assert!(rows(&path).unwrap_err().contains("not a whole parquet file"));

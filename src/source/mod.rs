@@ -5,6 +5,7 @@ mod address;
 mod download;
 mod hub;
 mod partial;
+mod repository;
 mod transfer;
 mod unpack;
 mod wheels;
