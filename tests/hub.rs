@@ -107,7 +107,12 @@ fn the_token_is_told_to_the_hub_alone() {
 #[test]
 fn refusals_say_what_to_do() {
     for (status, code, token, wanted) in [
-        (401, "", false, "private or gated: set HF_TOKEN"),
+        (
+            401,
+            "",
+            false,
+            "answered 401: there is no such repository or revision, or it is private or gated: set HF_TOKEN",
+        ),
         (401, "RepoNotFound", true, "the token that was sent"),
         (404, "RepoNotFound", false, "404 RepoNotFound: there is no such repository"),
         (403, "GatedRepo", true, "is gated: accept its licence"),

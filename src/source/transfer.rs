@@ -38,7 +38,7 @@ pub(super) enum Failure {
     #[error("{0}")]
     Unreachable(String),
     /// The hub's answer; `code` is its own word for it, if it has one.
-    #[error("the hub answered {status} {code}")]
+    #[error("the hub answered {}", format!("{status} {code}").trim_end())]
     Refused { status: u16, code: String },
     /// A reply that no hub gives.
     #[error("{0}")]
