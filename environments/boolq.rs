@@ -26,7 +26,8 @@ use crate::length::Length;
 use crate::parsing::{self, Mode, ParseOutcome};
 use crate::scoring::Rule;
 use crate::{
-    Completion, Context, Environment, Examples as Completions, KeyError, Message, Score, ScoreError, Split, Target, Task,
+    Completion, Context, Environment, Examples as Completions, KeyError, Message, Score, ScoreError, Split, Target,
+    Task,
 };
 
 /// BoolQ's keys in a config's `[[environment]]`.

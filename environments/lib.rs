@@ -9,6 +9,7 @@
 //! * [`parsing`]: what a completion states: an answer and a probability, or why there is none;
 //! * [`scoring`]: proper scoring rules;
 //! * [`length`](mod@length): shaping of the completion's length;
+//! * [`rows`]: data files, row by row;
 //! * [`boolq`]: the first built-in environment, with its rows read by `boolq_data`.
 //!
 //! A new built-in environment is one file and one line of [`REGISTRY`].
@@ -20,6 +21,7 @@ pub mod judge;
 pub mod keys;
 pub mod length;
 pub mod parsing;
+pub mod rows;
 pub mod scoring;
 
 pub use contract::{

@@ -16,7 +16,7 @@ use crate::event::{Event, Observer};
 use crate::model::{Architecture, Model, Weights};
 use crate::scorers::no_panic;
 use crate::selection::{Source, shares};
-use crate::source;
+use crate::source::{self, Kind};
 use crate::tokenizer::Tokenizer;
 
 /// A model whose header has been read; its weights have not.
@@ -35,7 +35,7 @@ impl ModelFiles {
     /// # Errors
     /// If the source cannot be had, is not a model, or its tokenizer is not this model's.
     pub fn open(source: &str, observer: Observer) -> Result<Self> {
-        let path = resolve(source, observer)?;
+        let path = resolve(source, Kind::Model, observer)?;
         let weights = Weights::open(&path)?;
         let architecture = weights.architecture()?;
         let tokenizer = match weights.metadata() {
@@ -143,7 +143,7 @@ impl Loader<'_> {
             let context = Context {
                 split,
                 options: &environment.options,
-                resolve: &|source: &str| resolve(source, self.observer),
+                resolve: &|source: &str| resolve(source, Kind::Data, self.observer),
                 judge: None,
             };
             let place = || format!("{} ({name})", self.at(&key));
@@ -223,6 +223,6 @@ impl Loader<'_> {
     }
 }
 
-fn resolve(source: &str, observer: Observer) -> Result<PathBuf> {
-    source::resolve(source, &|line| observer(Event::Line(line)))
+fn resolve(source: &str, kind: Kind, observer: Observer) -> Result<PathBuf> {
+    source::resolve(source, kind, &|line| observer(Event::Line(line)))
 }

@@ -7,7 +7,7 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime};
 
-use candor::source::{Cache, Source, Wheels, resolve, single_file};
+use candor::source::{Cache, Kind, Source, Wheels, resolve, single_file};
 use proptest::prelude::*;
 use tempfile::TempDir;
 use zip::ZipWriter;
@@ -78,7 +78,7 @@ fn wheel(fill: impl FnOnce(&mut ZipWriter<std::io::Cursor<Vec<u8>>>)) -> Vec<u8>
 fn wheels(source: &str) -> Wheels {
     match Source::parse(source).unwrap() {
         Source::Wheels(wheels) => wheels,
-        Source::Path(path) => panic!("{source} is the path {path:?}"),
+        other => panic!("{source} is {other:?}"),
     }
 }
 
@@ -93,7 +93,17 @@ fn says(message: &str, parts: &[&str]) {
 fn malformed_sources_are_refused_before_anything_runs() {
     for (source, wanted) in [
         ("", "empty"),
-        ("hf:google/boolq", "hf: sources come with a later version"),
+        ("hf:", "write hf:org/name"),
+        ("hf:boolq", "write hf:org/name"),
+        ("hf:google/", "\"\" is not a name on the hub"),
+        ("hf:../boolq", "\"..\" is not a name on the hub"),
+        ("hf:google/bo--olq", "not a name on the hub"),
+        ("hf:google/boolq?x", "not a name on the hub"),
+        ("hf:google/boolq@", "\"\" is not a revision"),
+        ("hf:google/boolq@a..b", "not a revision"),
+        ("hf:google/boolq@refs/../../x", "not a revision"),
+        ("hf:google/boolq/", "cannot be part of a path"),
+        ("hf:google/boolq@v1/../x", "\"..\" cannot be part of a path"),
         ("https://example.org/model.gguf", "a web address is not a source"),
         ("pip:", "has no version"),
         ("pip:foo", "\"foo\" has no version; write name==version"),
@@ -131,11 +141,16 @@ fn spellings_of_a_package_are_one_source() {
 
 proptest! {
     #[test]
-    fn no_source_makes_the_parser_panic(text in "\\PC{0,40}", pip in "pip:[a-c=+/.-]{0,12}") {
+    fn no_source_makes_the_parser_panic(text in "\\PC{0,40}", pip in "pip:[a-c=+/.-]{0,12}", hf in "hf:[a-c@/.é-]{0,12}") {
         drop(Source::parse(&text));
         drop(Source::parse(&format!("pip:{text}")));
         drop(Source::parse(&format!("pip:a==1/{text}")));
         drop(Source::parse(&pip));
+        drop(Source::parse(&format!("hf:{text}")));
+        drop(Source::parse(&format!("hf:a/b@{text}")));
+        if let Ok(Source::Hub(address)) = Source::parse(&hf) {
+            assert_eq!(address.to_string(), hf.replace("@main", ""), "what is understood is all that was said");
+        }
     }
 }
 
@@ -143,10 +158,10 @@ proptest! {
 fn paths_resolve_to_themselves_or_say_what_would_work() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().to_str().unwrap();
-    assert_eq!(resolve(path, &|_| panic!("nothing to wait for")).unwrap(), folder.path());
+    assert_eq!(resolve(path, Kind::Data, &|_| panic!("nothing to wait for")).unwrap(), folder.path());
     let missing = format!("{path}/none.gguf");
     says(
-        &resolve(&missing, &|_| ()).unwrap_err().to_string(),
+        &resolve(&missing, Kind::Model, &|_| ()).unwrap_err().to_string(),
         &["none.gguf", "neither a folder nor a file", "pip:name==version"],
     );
 }

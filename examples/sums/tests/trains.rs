@@ -6,7 +6,12 @@ use std::path::Path;
 use std::process::{Command, Output};
 
 fn sums(folder: &Path, arguments: &[&str]) -> Output {
-    Command::new(env!("CARGO_BIN_EXE_sums")).args(arguments).current_dir(folder).env_remove("RUST_LOG").output().unwrap()
+    Command::new(env!("CARGO_BIN_EXE_sums"))
+        .args(arguments)
+        .current_dir(folder)
+        .env_remove("RUST_LOG")
+        .output()
+        .unwrap()
 }
 
 #[test]
@@ -33,5 +38,9 @@ fn an_environment_of_ones_own_is_like_a_built_in() {
     assert!(output.status.success() && said(&output).contains("sums        1000 training tasks"), "{}", said(&output));
     let output = run("check", &["--set", "environment.0.name=sum"]);
     assert_eq!(output.status.code(), Some(2));
-    assert!(said(&output).contains("no environment \"sum\"; did you mean \"sums\"? known: sums, boolq"), "{}", said(&output));
+    assert!(
+        said(&output).contains("no environment \"sum\"; did you mean \"sums\"? known: sums, boolq"),
+        "{}",
+        said(&output)
+    );
 }

@@ -1,0 +1,143 @@
+//! The rows of data files as JSON, each with its place: JSON lines, plain or gzipped, and parquet.
+
+use std::fs::File;
+use std::io::{BufRead, BufReader, Read};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, anyhow, ensure};
+use flate2::bufread::MultiGzDecoder;
+use parquet::errors::Result as ParquetResult;
+use parquet::file::reader::{FileReader, SerializedFileReader};
+use parquet::record::{Field, Row};
+use serde::de::DeserializeOwned;
+use serde_json::{Map, Value};
+
+/// A longer line is no row; it would have to be held in memory whole.
+const LONGEST_LINE: u64 = 64 << 20;
+
+/// Calls `visit` with each row of a file and its index, which counts from 0. The name's end says what the file is:
+/// `.parquet`, `.gz` for gzipped JSON lines, and JSON lines otherwise, whose blank lines are no rows. Bytes that a parquet
+/// file does not mark as text are text where they are UTF-8, else base64.
+///
+/// # Errors
+/// If the file cannot be read or a row is not a `T`; the message names the file, the line (from 1) or the row (from 0).
+pub fn each_row<T: DeserializeOwned>(
+    path: &Path,
+    visit: impl FnMut(usize, T) -> anyhow::Result<()>,
+) -> anyhow::Result<()> {
+    let file = File::open(path).with_context(|| path.display().to_string())?;
+    match path.extension().and_then(|extension| extension.to_str()) {
+        Some("parquet") => each_record(path, file, visit),
+        Some("gz") => each_line(path, BufReader::new(MultiGzDecoder::new(BufReader::new(file))), visit),
+        _ => each_line(path, BufReader::new(file), visit),
+    }
+}
+
+/// The files of one split of a data set, in order: `NAME.jsonl`, `NAME.jsonl.gz` or `NAME.parquet`, else the shards
+/// `NAME-00000-of-00002.parquet` and so on. Empty if a folder has none of them.
+///
+/// # Errors
+/// If the folder cannot be read, or a shard is missing or there twice.
+pub fn split_files(folder: &Path, name: &str) -> anyhow::Result<Vec<PathBuf>> {
+    let whole = ["jsonl", "jsonl.gz", "parquet"].map(|extension| folder.join(format!("{name}.{extension}")));
+    if let Some(file) = whole.into_iter().find(|file| file.is_file()) {
+        return Ok(vec![file]);
+    }
+    let mut shards = Vec::new();
+    for entry in folder.read_dir().with_context(|| folder.display().to_string())? {
+        let path = entry.with_context(|| folder.display().to_string())?.path();
+        let file = path.file_name().and_then(|file| file.to_str());
+        shards.extend(file.and_then(|file| shard(file, name)).map(|(index, count)| (index, count, path)));
+    }
+    shards.sort();
+    let count = shards.first().map_or(0, |(_, count, _)| *count);
+    let in_order = shards.iter().enumerate().all(|(place, (index, of, _))| (*index, *of) == (place, count));
+    ensure!(
+        in_order && shards.len() == count,
+        "{}: there are {} shards {name}-…-of-….parquet, not each of {count} once",
+        folder.display(),
+        shards.len()
+    );
+    Ok(shards.into_iter().map(|(.., path)| path).collect())
+}
+
+/// Which shard, of how many, a file is: `train-00000-of-00002.parquet`, or with a hash before the dot.
+fn shard(file: &str, name: &str) -> Option<(usize, usize)> {
+    let (index, rest) = file.strip_prefix(name)?.strip_prefix('-')?.strip_suffix(".parquet")?.split_once("-of-")?;
+    let count = rest.split('-').next()?;
+    Some((index.parse().ok()?, count.parse().ok()?))
+}
+
+/// A field of a row.
+///
+/// # Errors
+/// If it is missing or not a `T`; the message names it.
+pub fn field<T: DeserializeOwned>(row: &Map<String, Value>, name: &str) -> anyhow::Result<T> {
+    let value = row.get(name).with_context(|| format!("field `{name}` is missing"))?;
+    T::deserialize(value).with_context(|| format!("field `{name}`"))
+}
+
+fn each_line<T: DeserializeOwned>(
+    path: &Path,
+    mut reader: impl BufRead,
+    mut visit: impl FnMut(usize, T) -> anyhow::Result<()>,
+) -> anyhow::Result<()> {
+    let (mut line, mut index) = (String::new(), 0);
+    for number in 1.. {
+        line.clear();
+        let place = || format!("{}, line {number}", path.display());
+        let length = reader.by_ref().take(LONGEST_LINE).read_line(&mut line).with_context(place)?;
+        if length == 0 {
+            break;
+        }
+        ensure!((length as u64) < LONGEST_LINE, "{}: a line of {LONGEST_LINE} bytes or more", place());
+        if !line.trim().is_empty() {
+            let row = serde_json::from_str(&line).context("not the JSON expected");
+            row.and_then(|row| visit(index, row)).with_context(place)?;
+            index += 1;
+        }
+    }
+    Ok(())
+}
+
+fn each_record<T: DeserializeOwned>(
+    path: &Path,
+    file: File,
+    mut visit: impl FnMut(usize, T) -> anyhow::Result<()>,
+) -> anyhow::Result<()> {
+    let whole = || format!("{}: not a whole parquet file", path.display());
+    let reader = guarded(|| SerializedFileReader::new(file)).with_context(whole)?;
+    let promised = reader.metadata().file_metadata().num_rows();
+    let mut records = guarded(|| reader.get_row_iter(None)).with_context(whole)?;
+    let mut index = 0;
+    loop {
+        let place = || format!("{}, row {index}", path.display());
+        let record = guarded(|| records.next().transpose()).context("not readable parquet").with_context(place)?;
+        let Some(record) = record else { break };
+        let row = T::deserialize(object(&record)).context("not the row expected");
+        row.and_then(|row| visit(index, row)).with_context(place)?;
+        index += 1;
+    }
+    ensure!(i64::try_from(index) == Ok(promised), "{}: holds {index} rows of the {promised} it promises", whole());
+    Ok(())
+}
+
+/// Runs a reader that panics on some files that are damaged in ways it does not expect.
+fn guarded<T>(read: impl FnOnce() -> ParquetResult<T>) -> anyhow::Result<T> {
+    let outcome = catch_unwind(AssertUnwindSafe(read));
+    outcome
+        .unwrap_or_else(|_| Err(parquet::errors::ParquetError::General("the file is damaged".into())))
+        .map_err(|error| anyhow!(error))
+}
+
+fn object(record: &Row) -> Value {
+    let column = |(name, field): (&String, &Field)| {
+        let text = match field {
+            Field::Bytes(bytes) => std::str::from_utf8(bytes.data()).ok().map(Value::from),
+            _ => None,
+        };
+        (name.clone(), text.unwrap_or_else(|| field.to_json_value()))
+    };
+    Value::Object(record.get_column_iter().map(column).collect())
+}
