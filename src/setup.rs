@@ -90,7 +90,7 @@ pub fn load_model(source: &str, device: &Device, observer: Observer) -> Result<(
     let model = Model::load(&mut weights, device)?;
     ensure!(
         tokenizer.vocab_size() <= model.architecture.vocabulary,
-        "{}: the tokenizer knows {} tokens, the model only {}",
+        "{}: the tokenizer needs {} token ids, the model has only {}",
         weights.path().display(),
         tokenizer.vocab_size(),
         model.architecture.vocabulary
