@@ -16,7 +16,6 @@ fuzz_target!(|bytes: &[u8]| {
     let mut reader = Cursor::new(bytes);
     let reference = Content::read(&mut reader).expect("candle reads what we accept");
     assert_eq!(content.tensor_data_offset, reference.tensor_data_offset);
-    assert_eq!(content.metadata.len(), reference.metadata.len());
     for (name, info) in &content.tensor_infos {
         let tensor = content.tensor(&mut reader, name, &Device::Cpu).expect("the tensor was checked");
         assert_eq!(tensor.shape(), &info.shape);
