@@ -14,6 +14,7 @@ use serde_json::{Value, json};
 
 use crate::config::{Config, Lora};
 use crate::learner::Learner;
+use crate::model::safetensors::Safetensors;
 use crate::model::{Architecture, Projection};
 use crate::policy::Adapter;
 use crate::run::write_whole;
@@ -33,8 +34,8 @@ pub struct State {
 /// If the disk fails; the checkpoints that were there stay.
 pub fn save(run: &Path, config: &Config, learner: &Learner, next_step: u64) -> Result<()> {
     let folder = run.join("checkpoints");
-    let path = folder.join(format!("step-{next_step:06}"));
-    let unfinished = folder.join(format!(".step-{next_step:06}.new"));
+    let path = folder.join(folder_name(next_step));
+    let unfinished = folder.join(format!(".{}.new", folder_name(next_step)));
     for old in [&unfinished, &path] {
         if old.exists() {
             fs::remove_dir_all(old).with_context(|| format!("{}: cannot remove", old.display()))?;
@@ -55,6 +56,10 @@ pub fn save(run: &Path, config: &Config, learner: &Learner, next_step: u64) -> R
         fs::remove_dir_all(old).with_context(|| format!("{}: cannot remove", old.display()))?;
     }
     Ok(())
+}
+
+fn folder_name(next_step: u64) -> String {
+    format!("step-{next_step:06}")
 }
 
 /// The newest checkpoint of a run, if there is one.
@@ -84,11 +89,18 @@ fn list(run: &Path) -> Result<Vec<PathBuf>> {
 /// Reads `state.json`.
 ///
 /// # Errors
-/// If it is missing or damaged.
+/// If it is missing, damaged, or of another checkpoint.
 pub fn state(checkpoint: &Path) -> Result<State> {
     let path = checkpoint.join("state.json");
     let text = fs::read(&path).with_context(|| format!("{}: cannot read", path.display()))?;
-    serde_json::from_slice(&text).with_context(|| format!("{}: damaged", path.display()))
+    let state: State = serde_json::from_slice(&text).with_context(|| format!("{}: damaged", path.display()))?;
+    let State { next_step, updates } = state;
+    ensure!(
+        checkpoint.ends_with(folder_name(next_step)) && updates <= next_step,
+        "{}: damaged: next_step {next_step} and {updates} updates are not what this folder was saved with",
+        path.display()
+    );
+    Ok(state)
 }
 
 /// Puts a checkpoint's moments into a learner that was made from the same checkpoint's adapter.
@@ -217,7 +229,14 @@ fn save_tensors(path: &Path, tensors: Vec<(String, Tensor)>) -> Result<()> {
     File::open(path).and_then(|file| file.sync_all()).with_context(|| format!("{}: cannot write", path.display()))
 }
 
+/// All tensors of a file, in f32. One that is not finite would end the run later, where nothing says where it came from.
 fn load_tensors(path: &Path, device: &Device) -> Result<HashMap<String, Tensor>> {
-    ensure!(path.exists(), "{}: missing", path.display());
-    candle_core::safetensors::load(path, device).with_context(|| format!("{}: damaged", path.display()))
+    let file = Safetensors::map(vec![path.into()])?;
+    let load = |name: &str| -> Result<_> {
+        let tensor = file.tensor(name, device)?;
+        let finite = tensor.flatten_all()?.to_vec1::<f32>()?.into_iter().all(f32::is_finite);
+        ensure!(finite, "{}: tensor {name} holds NaN or infinity", path.display());
+        Ok((name.to_string(), tensor))
+    };
+    file.names().into_iter().map(load).collect()
 }

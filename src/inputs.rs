@@ -46,7 +46,7 @@ impl ModelFiles {
         let (tokens, vocabulary) = (tokenizer.vocab_size(), architecture.vocabulary);
         ensure!(
             tokens <= vocabulary,
-            "{}: the tokenizer knows {tokens} tokens, the model only {vocabulary}; are they of one model?",
+            "{}: the tokenizer needs {tokens} token ids, the model has only {vocabulary}; are they of one model?",
             weights.path().display()
         );
         Ok(Self { weights, architecture, tokenizer: Arc::new(tokenizer) })

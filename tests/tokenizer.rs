@@ -439,7 +439,7 @@ fn bad_folders_are_explained() {
     let too_long = changed("/model/merges", json!([[longest, longest]]));
     for (file, text, parts) in [
         ("tokenizer.json", &*too_long, ["tokenizer.json", "merges"]),
-        ("tokenizer.json", "{not json", ["tokenizer.json is not a tokenizer", "line 1"]),
+        ("tokenizer.json", "{not json", ["tokenizer.json is not JSON", "line 1"]),
         ("tokenizer.json", "{}", ["tokenizer.json is not a tokenizer", "Model missing"]),
         ("tokenizer.json", &empty.to_string(), ["the vocabulary is empty", ""]),
         ("tokenizer.json", &changed("/model/merges", json!([["zz", "a"]])), ["zz", "not a tokenizer"]),

@@ -100,6 +100,7 @@ impl Architecture {
         };
         let (hidden, heads) = (number("hidden_size")?, number("num_attention_heads")?);
         let head_dim = if config["head_dim"].is_null() { hidden / heads.max(1) } else { number("head_dim")? };
+        ensure!((2..=1024).contains(&head_dim), "config.json: a head_dim of {head_dim}");
         let epsilon = config["rms_norm_eps"].as_f64().context("config.json: `rms_norm_eps` is not a number")?;
         Self {
             vocabulary: number("vocab_size")?,
@@ -136,6 +137,7 @@ impl Architecture {
         };
         let (hidden, heads) = (number("embedding_length")?, number("attention.head_count")?);
         let head_dim = number("rope.dimension_count").unwrap_or(hidden / heads.max(1));
+        ensure!((2..=1024).contains(&head_dim), "gguf metadata: a head_dim of {head_dim}");
         let theta = get("llama.rope.freq_base")?.to_f32()?;
         Self {
             vocabulary,
@@ -177,7 +179,10 @@ impl Architecture {
             "model description: head_dim {}",
             self.head_dim
         );
-        ensure!(self.norm_epsilon > 0.0, "model description: norm epsilon {}", self.norm_epsilon);
+        let epsilon = self.norm_epsilon;
+        ensure!(epsilon.is_finite() && epsilon > 0.0, "model description: norm epsilon {epsilon}");
+        let rotates = self.frequencies.iter().all(|frequency| frequency.is_finite() && *frequency > 0.0);
+        ensure!(rotates, "model description: rotary frequencies {:?} are not positive numbers", self.frequencies);
         Ok(self)
     }
 }

@@ -5,10 +5,13 @@
 //!
 //! * [`architecture`]: what a decoder looks like, from `config.json` or GGUF metadata
 //! * [`weights`]: tensors by name from safetensors or GGUF
+//! * [`gguf`], [`safetensors`]: the two kinds of files
 //! * [`cache`]: keys and values of past tokens, for the sampler
 
 pub mod architecture;
 pub mod cache;
+pub mod gguf;
+pub mod safetensors;
 pub mod weights;
 
 use std::ops::Range;

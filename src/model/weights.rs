@@ -7,10 +7,11 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
 use candle_core::quantized::gguf_file::{Content, Value as Metadata};
-use candle_core::safetensors::MmapedSafetensors;
-use candle_core::{DType, Device, Tensor};
+use candle_core::{Device, Tensor};
 
 use super::architecture::{Architecture, Projection};
+use super::gguf;
+use super::safetensors::Safetensors;
 use crate::source::single_file;
 
 /// An opened model file or folder.
@@ -29,7 +30,7 @@ pub enum Weights {
         /// Where it lies, for messages.
         path: PathBuf,
         /// The mapped files.
-        tensors: MmapedSafetensors,
+        tensors: Safetensors,
     },
 }
 
@@ -40,10 +41,7 @@ impl Weights {
     /// If there is no model, more than one, or its header cannot be read.
     pub fn open(path: &Path) -> Result<Self> {
         if path.join("config.json").exists() {
-            let files = safetensors_in(path)?;
-            ensure!(!files.is_empty(), "{}: config.json but no .safetensors file beside it", path.display());
-            let tensors = map(&files).with_context(|| format!("{}: cannot map safetensors", path.display()))?;
-            return Ok(Self::Folder { path: path.into(), tensors });
+            return Ok(Self::Folder { path: path.into(), tensors: Safetensors::in_folder(path)? });
         }
         let file = if path.is_dir() {
             single_file(path, "gguf").context("expected config.json with safetensors, or one .gguf file")?
@@ -51,8 +49,9 @@ impl Weights {
             path.to_path_buf()
         };
         let mut reader = BufReader::new(File::open(&file).with_context(|| format!("{}: cannot open", file.display()))?);
+        let bytes = reader.get_ref().metadata()?.len();
         let content =
-            Content::read(&mut reader).with_context(|| format!("{}: not a readable gguf file", file.display()))?;
+            gguf::read(&mut reader, bytes).with_context(|| format!("{}: not a readable gguf file", file.display()))?;
         Ok(Self::Gguf { path: file, content, reader })
     }
 
@@ -98,17 +97,7 @@ impl Weights {
     pub fn elements(&self) -> usize {
         match self {
             Self::Gguf { content, .. } => content.tensor_infos.values().map(|info| info.shape.elem_count()).sum(),
-            Self::Folder { tensors, .. } => {
-                tensors.tensors().iter().map(|(_, view)| view.shape().iter().product::<usize>()).sum()
-            }
-        }
-    }
-
-    /// Bytes that are mapped while tensors are read: a folder's files; a GGUF file is read piece by piece.
-    pub fn mapped_bytes(&self) -> usize {
-        match self {
-            Self::Gguf { .. } => 0,
-            Self::Folder { tensors, .. } => tensors.tensors().iter().map(|(_, view)| view.data().len()).sum(),
+            Self::Folder { tensors, .. } => tensors.elements(),
         }
     }
 
@@ -116,6 +105,35 @@ impl Weights {
     pub fn path(&self) -> &Path {
         match self {
             Self::Gguf { path, .. } | Self::Folder { path, .. } => path,
+        }
+    }
+
+    /// Size of the file or files in bytes.
+    ///
+    /// # Errors
+    /// If a file is gone.
+    pub fn stored_bytes(&self) -> Result<u64> {
+        match self {
+            Self::Gguf { path, reader, .. } => {
+                Ok(reader.get_ref().metadata().with_context(|| path.display().to_string())?.len())
+            }
+            Self::Folder { tensors, .. } => tensors.bytes(),
+        }
+    }
+
+    /// The shape of the tensor of this Hugging Face name, from the header: no data is read.
+    ///
+    /// # Errors
+    /// If it is missing.
+    pub fn shape(&self, name: &str) -> Result<Vec<usize>> {
+        match self {
+            Self::Folder { tensors, .. } => tensors.shape(name),
+            Self::Gguf { path, content, .. } => {
+                let stored = gguf_name(name);
+                let info = content.tensor_infos.get(&stored);
+                let info = info.with_context(|| format!("{}: tensor {stored} ({name}) is missing", path.display()))?;
+                Ok(info.shape.dims().to_vec())
+            }
         }
     }
 
@@ -130,11 +148,14 @@ impl Weights {
         architecture: &Architecture,
         device: &Device,
     ) -> Result<Tensor> {
+        let stored = self.shape(name)?;
+        ensure!(
+            stored == shape,
+            "{}: tensor {name} has shape {stored:?}, the model's description asks for {shape:?}",
+            self.path().display()
+        );
         let tensor = match self {
-            Self::Folder { path, tensors } => {
-                let found = tensors.load(name, device).with_context(|| format!("{}: tensor {name}", path.display()))?;
-                found.to_dtype(DType::F32)?
-            }
+            Self::Folder { tensors, .. } => tensors.tensor(name, device)?,
             Self::Gguf { path, content, reader } => {
                 let stored = gguf_name(name);
                 let found = content.tensor(reader, &stored, device);
@@ -142,31 +163,8 @@ impl Weights {
                 unpermute(name, found.dequantize(device)?, architecture)?
             }
         };
-        ensure!(
-            tensor.dims() == shape,
-            "{}: tensor {name} has shape {:?}, the model's description asks for {shape:?}",
-            self.path().display(),
-            tensor.dims()
-        );
         Ok(tensor.contiguous()?)
     }
-}
-
-/// Maps safetensors files into memory.
-fn map(files: &[PathBuf]) -> candle_core::Result<MmapedSafetensors> {
-    // SAFETY: the files are opened read-only and converted before training starts; that nobody truncates a model file
-    // while it is being loaded is the one thing that mapping asks of the user.
-    unsafe { MmapedSafetensors::multi(files) }
-}
-
-/// The safetensors files of a folder, in order of their names.
-fn safetensors_in(folder: &Path) -> Result<Vec<PathBuf>> {
-    let entries = std::fs::read_dir(folder).with_context(|| format!("{}: cannot list", folder.display()))?;
-    let paths = entries.map(|entry| Ok(entry?.path())).collect::<std::io::Result<Vec<_>>>();
-    let mut files = paths.with_context(|| format!("{}: cannot list", folder.display()))?;
-    files.retain(|path| path.extension().is_some_and(|extension| extension == "safetensors"));
-    files.sort();
-    Ok(files)
 }
 
 /// GGUF's name of a tensor: `model.layers.3.self_attn.q_proj.weight` is `blk.3.attn_q.weight`.

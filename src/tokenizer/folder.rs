@@ -6,7 +6,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result, anyhow};
 use serde::Deserialize;
-use serde::de::DeserializeOwned;
+use serde::de::{DeserializeOwned, IgnoredAny};
 use tokenizers::Tokenizer;
 
 use super::Parts;
@@ -14,11 +14,14 @@ use super::Parts;
 /// Reads the tokenizer, its special tokens and the chat template.
 pub(super) fn read(folder: &Path) -> Result<Parts> {
     let text = required(folder, "tokenizer.json")?;
+    json::<IgnoredAny>("tokenizer.json", &text)?;
     // The crate panics on some damaged files, such as one with a merge longer than its longest token.
-    let tokenizer = std::panic::catch_unwind(|| Tokenizer::from_bytes(text))
-        .map_err(|_| anyhow!("tokenizer.json is damaged: its merges and its vocabulary do not fit"))?
+    let mut tokenizer = std::panic::catch_unwind(|| Tokenizer::from_bytes(text))
+        .map_err(|_| anyhow!("tokenizer.json is damaged: do its merges and its vocabulary fit?"))?
         .map_err(anyhow::Error::from_boxed)
         .context("tokenizer.json is not a tokenizer")?;
+    // First of all: padding to an absurd length would be done for every text.
+    tokenizer.with_padding(None).with_truncation(None).map_err(anyhow::Error::from_boxed)?;
     let config: TokenizerConfig = json("tokenizer_config.json", &required(folder, "tokenizer_config.json")?)?;
     let bos_token = config.bos_token.map(SpecialToken::text);
     let adds_bos = match config.add_bos_token {

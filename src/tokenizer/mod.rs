@@ -63,9 +63,8 @@ impl Tokenizer {
     }
 
     fn assemble(parts: Parts) -> Result<Self> {
-        let Parts { mut tokenizer, bos_token, eos_token, adds_bos, end_tokens, chat_template } = parts;
+        let Parts { tokenizer, bos_token, eos_token, adds_bos, end_tokens, chat_template } = parts;
         ensure!(tokenizer.get_vocab_size(true) > 0, "the vocabulary is empty");
-        tokenizer.with_padding(None).with_truncation(None).map_err(anyhow::Error::from_boxed)?;
         let spelling = Spelling::of(&tokenizer)?;
         let id = |token: &String| {
             tokenizer.token_to_id(token).with_context(|| format!("{token:?} is not in the vocabulary"))
@@ -181,9 +180,9 @@ impl Tokenizer {
         &self.end_tokens
     }
 
-    /// Number of tokens, special ones included. The model's embedding may have more rows.
+    /// One more than the largest token id, special ones included. The model's embedding may have more rows.
     pub fn vocab_size(&self) -> usize {
-        self.inner.get_vocab_size(true)
+        self.inner.get_vocab(true).into_values().max().map_or(0, |largest| largest as usize + 1)
     }
 
     /// The token that begins a text, if the model has one.

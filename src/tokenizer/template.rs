@@ -13,6 +13,8 @@ use minijinja_contrib::pycompat::unknown_method_callback;
 
 /// The name under which errors speak of the template, with its line.
 const NAME: &str = "chat_template";
+/// Instructions after which rendering is given up: about a second. A long conversation takes some ten thousand.
+const MOST_INSTRUCTIONS: u64 = 10_000_000;
 
 /// A compiled chat template, knowing the tokens that it may write.
 pub(super) struct ChatTemplate {
@@ -24,6 +26,7 @@ impl ChatTemplate {
     pub(super) fn new(source: String, bos_token: Option<String>, eos_token: Option<String>) -> Result<Self> {
         let mut environment = Environment::new();
         environment.set_syntax(SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build()?);
+        environment.set_fuel(Some(MOST_INSTRUCTIONS));
         environment.set_unknown_method_callback(unknown_method_callback);
         environment.add_function("raise_exception", |message: String| -> Result<Value, Error> {
             Err(Error::new(ErrorKind::InvalidOperation, message))
