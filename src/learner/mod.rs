@@ -176,7 +176,7 @@ impl Learner {
         let call = call(micro, &adapters);
         let context = self.model.begin(&call)?;
         let mut inputs = vec![self.model.embed(&call)?];
-        for index in 0..self.model.architecture.layers {
+        for index in 0..self.model.architecture.layers.len() {
             let output = self.model.layer(index, &inputs[index], &context)?;
             inputs.push(output);
         }
@@ -195,7 +195,7 @@ impl Learner {
         let call = call(micro, &adapters);
         let context = self.model.begin(&call)?;
         let mut seed = seed;
-        for index in (0..self.model.architecture.layers).rev() {
+        for index in (0..self.model.architecture.layers.len()).rev() {
             let x = Var::from_tensor(&inputs[index])?;
             let y = self.model.layer(index, &x, &context)?;
             let mut grads = (y * seed)?.sum_all()?.backward()?;

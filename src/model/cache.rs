@@ -31,7 +31,7 @@ impl KeyValueStore {
     pub fn new(architecture: &Architecture, rows: usize, device: &Device) -> Result<Self> {
         let shape = (rows, architecture.key_value_heads * architecture.head_dim);
         let zeros = || Tensor::zeros(shape, DType::F32, device);
-        let layers = (0..architecture.layers).map(|_| Ok((zeros()?, zeros()?))).collect::<Result<_>>()?;
+        let layers = architecture.layers.iter().map(|_| Ok((zeros()?, zeros()?))).collect::<Result<_>>()?;
         Ok(Self { layers, free: std::iter::once(0..rows).collect(), rows })
     }
 

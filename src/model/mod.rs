@@ -3,12 +3,14 @@
 //! Sampler, learner and reference run this one forward path on the same frozen tensors; the adapter is an argument.
 //! Rows are tokens, without batch dimension or padding: [`Call`] says which sequence each row continues.
 //!
-//! * [`architecture`]: what a decoder looks like, from `config.json` or GGUF metadata
+//! * [`architecture`]: what a decoder looks like
+//! * [`family`]: the families that are known, read from `config.json` or GGUF metadata
 //! * [`weights`]: tensors by name from safetensors or GGUF
 //! * [`cache`]: keys and values of past tokens, for the sampler
 
 pub mod architecture;
 pub mod cache;
+pub mod family;
 pub mod weights;
 
 use std::ops::Range;
@@ -18,7 +20,7 @@ use std::sync::Arc;
 use anyhow::{Result, ensure};
 use candle_core::{Device, Tensor};
 
-pub use architecture::{Architecture, Projection};
+pub use architecture::{Architecture, AttentionKind, Projection};
 pub use cache::{KeyValueStore, Store};
 pub use weights::Weights;
 
@@ -26,7 +28,7 @@ use crate::ops::attention::{Heads, Span, attention};
 use crate::ops::gate::gated;
 use crate::ops::head::Logits;
 use crate::ops::linear::linear;
-use crate::ops::norm::rms_norm;
+use crate::ops::norm::{rms_norm, rms_norm_of_heads};
 use crate::ops::rope::{Rotation, rope};
 use crate::policy::Adapter;
 
@@ -45,8 +47,20 @@ pub struct Model {
 struct Layer {
     attention_norm: Tensor,
     feed_forward_norm: Tensor,
-    /// By [`Projection`], each [out, in].
-    projections: [Tensor; 7],
+    /// Of what attention and the feed-forward block return.
+    output_norms: Option<[Tensor; 2]>,
+    /// Of queries and keys, each [head_dim].
+    head_norms: Option<[Tensor; 2]>,
+    /// By [`Projection`].
+    projections: [Frozen; 7],
+}
+
+/// A projection that is never trained.
+struct Frozen {
+    /// [out, in].
+    weight: Tensor,
+    /// [out].
+    bias: Option<Tensor>,
 }
 
 /// The rows of one forward call: consecutive rows of one or several sequences.
@@ -65,7 +79,8 @@ pub struct Call<'a> {
 
 /// What every layer of one call needs beside its input.
 pub struct LayerCall<'a> {
-    rotation: Rotation,
+    /// By kind of attention.
+    rotations: Vec<Rotation>,
     call: &'a Call<'a>,
 }
 
@@ -80,21 +95,9 @@ impl Model {
         let table = [architecture.vocabulary, architecture.hidden];
         let embedding = tensor("model.embed_tokens.weight", &table)?;
         let head = if architecture.tied { embedding.clone() } else { tensor("lm_head.weight", &table)? };
-        let mut layers = Vec::new();
-        for index in 0..architecture.layers {
-            let name = |part: &str| format!("model.layers.{index}.{part}.weight");
-            let mut projections = Vec::new();
-            for projection in Projection::ALL {
-                let (wide, narrow) = architecture.dimensions(projection);
-                projections.push(tensor(&name(projection.module()), &[wide, narrow])?);
-            }
-            layers.push(Layer {
-                attention_norm: tensor(&name("input_layernorm"), &[architecture.hidden])?,
-                feed_forward_norm: tensor(&name("post_attention_layernorm"), &[architecture.hidden])?,
-                projections: projections.try_into().expect("one tensor was pushed per projection"),
-            });
-        }
-        let norm = tensor("model.norm.weight", &[architecture.hidden])?;
+        let layers = (0..architecture.layers.len()).map(|index| Layer::load(index, &architecture, &mut tensor));
+        let layers = layers.collect::<Result<_>>()?;
+        let norm = (tensor("model.norm.weight", &[architecture.hidden])? + architecture.norm_offset)?;
         Ok(Self { architecture, device: device.clone(), embedding, layers, norm, head })
     }
 
@@ -113,7 +116,7 @@ impl Model {
 
     /// How logits are made at a temperature.
     pub fn logits(&self, temperature: f64) -> Logits {
-        Logits { soft_cap: None, temperature: temperature as f32 }
+        Logits { soft_cap: self.architecture.logit_cap.map(|cap| cap as f32), temperature: temperature as f32 }
     }
 
     /// Prepares what all layers of a call share.
@@ -132,7 +135,8 @@ impl Model {
         if let Some(position) = call.positions.iter().find(|&&position| position >= context) {
             anyhow::bail!("position {position} is outside the model's context of {context} tokens");
         }
-        Ok(LayerCall { rotation: Rotation::new(call.positions, &self.architecture.frequencies), call })
+        let kinds = self.architecture.attention.iter();
+        Ok(LayerCall { rotations: kinds.map(|kind| Rotation::new(call.positions, &kind.frequencies)).collect(), call })
     }
 
     /// Embeds the call's tokens: [rows, hidden].
@@ -140,7 +144,9 @@ impl Model {
     /// # Errors
     /// If the device fails.
     pub fn embed(&self, call: &Call) -> Result<Tensor> {
-        Ok(self.embedding.index_select(&Tensor::new(call.ids, &self.device)?, 0)?)
+        let embedded = self.embedding.index_select(&Tensor::new(call.ids, &self.device)?, 0)?;
+        let scale = self.architecture.embedding_scale;
+        Ok(if scale == 1.0 { embedded } else { (embedded * scale)? })
     }
 
     /// One layer: [rows, hidden] to [rows, hidden].
@@ -149,27 +155,39 @@ impl Model {
     /// If the device fails.
     pub fn layer(&self, index: usize, x: &Tensor, context: &LayerCall) -> Result<Tensor> {
         let (layer, epsilon) = (&self.layers[index], self.architecture.norm_epsilon);
+        let kind = self.architecture.layers[index];
         let project = |x: &Tensor, projection: Projection| self.project(index, projection, x, context.call.adapters);
+        let turn = |x: Tensor, norm: Option<&Tensor>| {
+            let x = norm.map_or(Ok(x.clone()), |gain| rms_norm_of_heads(&x, gain, epsilon))?;
+            rope(&x, &context.rotations[kind])
+        };
         let h = rms_norm(x, &layer.attention_norm, epsilon)?;
-        let q = rope(&project(&h, Projection::QProj)?, &context.rotation)?;
-        let k = rope(&project(&h, Projection::KProj)?, &context.rotation)?;
+        let [q_norm, k_norm] = [0, 1].map(|which| layer.head_norms.as_ref().map(|norms| &norms[which]));
+        let q = turn(project(&h, Projection::QProj)?, q_norm)?;
+        let k = turn(project(&h, Projection::KProj)?, k_norm)?;
         let v = project(&h, Projection::VProj)?;
         let (k, v) = match context.call.store {
             Some((store, stores)) => store.write(index, &k, &v, stores)?,
             None => (k, v),
         };
-        let attended = attention(&q, &k, &v, self.heads(), &context.call.spans)?;
-        let x = (x + project(&attended, Projection::OProj)?)?;
+        let attended = attention(&q, &k, &v, self.heads(kind), &context.call.spans)?;
+        let x = (x + layer.leave(0, project(&attended, Projection::OProj)?, epsilon)?)?;
         let h = rms_norm(&x, &layer.feed_forward_norm, epsilon)?;
         let (gate, up) = (project(&h, Projection::GateProj)?, project(&h, Projection::UpProj)?);
         let gated = gated(&gate, &up, self.architecture.activation)?;
-        Ok((x + project(&gated, Projection::DownProj)?)?)
+        Ok((x + layer.leave(1, project(&gated, Projection::DownProj)?, epsilon)?)?)
     }
 
-    fn heads(&self) -> Heads {
-        let Architecture { heads, key_value_heads, head_dim, .. } = self.architecture;
-        let scale = 1.0 / (head_dim as f32).sqrt();
-        Heads { query: heads, key: key_value_heads, dim: head_dim, scale, soft_cap: None, window: None }
+    fn heads(&self, kind: usize) -> Heads {
+        let Architecture { heads, key_value_heads, head_dim, score_scale, score_cap, .. } = self.architecture;
+        Heads {
+            query: heads,
+            key: key_value_heads,
+            dim: head_dim,
+            scale: score_scale as f32,
+            soft_cap: score_cap.map(|cap| cap as f32),
+            window: self.architecture.attention[kind].window,
+        }
     }
 
     fn project(
@@ -179,12 +197,12 @@ impl Model {
         x: &Tensor,
         adapters: &[(Range<usize>, Option<&Adapter>)],
     ) -> Result<Tensor> {
-        let weight = &self.layers[index].projections[projection as usize];
+        let Frozen { weight, bias } = &self.layers[index].projections[projection as usize];
         let mut parts = Vec::with_capacity(adapters.len());
         for (rows, adapter) in adapters {
             let low_rank = adapter.and_then(|adapter| adapter.low_rank(index, projection));
             // With one adapter this is all of x, and no copy is made.
-            parts.push(linear(&x.narrow(0, rows.start, rows.len())?, weight, low_rank)?);
+            parts.push(linear(&x.narrow(0, rows.start, rows.len())?, weight, bias.as_ref(), low_rank)?);
         }
         if parts.len() == 1 { Ok(parts.remove(0)) } else { Ok(Tensor::cat(&parts, 0)?) }
     }
@@ -209,5 +227,55 @@ impl Model {
             x = self.layer(index, &x, &context)?;
         }
         Ok(x)
+    }
+}
+
+impl Layer {
+    fn load(
+        index: usize,
+        architecture: &Architecture,
+        tensor: &mut impl FnMut(&str, &[usize]) -> Result<Tensor>,
+    ) -> Result<Self> {
+        let mut tensor = |part: &str, shape: &[usize]| tensor(&format!("model.layers.{index}.{part}"), shape);
+        let mut projections = Vec::new();
+        for projection in Projection::ALL {
+            let ((wide, narrow), module) = (architecture.dimensions(projection), projection.module());
+            let weight = tensor(&format!("{module}.weight"), &[wide, narrow])?;
+            let biased = architecture.has_bias(projection);
+            let bias = if biased { Some(tensor(&format!("{module}.bias"), &[wide])?) } else { None };
+            projections.push(Frozen { weight, bias });
+        }
+        let mut norm = |part: &str, width: usize| -> Result<Tensor> {
+            Ok((tensor(&format!("{part}.weight"), &[width])? + architecture.norm_offset)?)
+        };
+        let (hidden, head_dim) = (architecture.hidden, architecture.head_dim);
+        let attention_norm = norm("input_layernorm", hidden)?;
+        let after_attention = norm("post_attention_layernorm", hidden)?;
+        let (feed_forward_norm, output_norms) = if architecture.output_norms {
+            let after_both = [after_attention, norm("post_feedforward_layernorm", hidden)?];
+            (norm("pre_feedforward_layernorm", hidden)?, Some(after_both))
+        } else {
+            (after_attention, None)
+        };
+        let head_norms = if architecture.head_norms {
+            Some([norm("self_attn.q_norm", head_dim)?, norm("self_attn.k_norm", head_dim)?])
+        } else {
+            None
+        };
+        Ok(Self {
+            attention_norm,
+            feed_forward_norm,
+            output_norms,
+            head_norms,
+            projections: projections.try_into().ok().expect("one was pushed per projection"),
+        })
+    }
+
+    /// What a block returns, ready to be added: 0 is attention, 1 the feed-forward block.
+    fn leave(&self, block: usize, x: Tensor, epsilon: f64) -> Result<Tensor> {
+        match &self.output_norms {
+            Some(norms) => Ok(rms_norm(&x, &norms[block], epsilon)?),
+            None => Ok(x),
+        }
     }
 }

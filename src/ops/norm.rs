@@ -16,6 +16,14 @@ pub fn rms_norm(x: &Tensor, gain: &Tensor, epsilon: f64) -> Result<Tensor> {
     x.apply_op1(RmsNorm { gain: gain.clone(), epsilon })
 }
 
+/// [`rms_norm`] of every head of `x` [rows, heads · head_dim] with the same `gain` [head_dim].
+///
+/// # Errors
+/// If rows are not whole heads, or a tensor is not f32.
+pub fn rms_norm_of_heads(x: &Tensor, gain: &Tensor, epsilon: f64) -> Result<Tensor> {
+    rms_norm(&x.reshape(((), gain.elem_count()))?, gain, epsilon)?.reshape(x.shape())
+}
+
 struct RmsNorm {
     gain: Tensor,
     epsilon: f64,
