@@ -9,6 +9,7 @@ mod check;
 mod config;
 mod evaluation;
 mod failures;
+mod family;
 mod flow;
 mod head;
 mod learner;

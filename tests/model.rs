@@ -58,7 +58,7 @@ pub fn adapter(model: &Model, folder: &Path) -> (Adapter, Lora) {
 }
 
 /// Logits of whole sequences that share one forward call: [all rows, vocabulary].
-fn logits(model: &Model, sequences: &[Vec<u32>], adapter: Option<&Adapter>) -> Vec<f64> {
+pub fn logits(model: &Model, sequences: &[Vec<u32>], adapter: Option<&Adapter>) -> Vec<f64> {
     let (mut all, mut positions, mut spans) = (Vec::new(), Vec::new(), Vec::new());
     for sequence in sequences {
         let rows = all.len()..all.len() + sequence.len();
