@@ -149,7 +149,7 @@ fn published_tokenizers() {
     let hello = [
         ("qwen2_5", [9707, 1879], vec![151645]),
         ("llama3_2", [9906, 1917], vec![128009]),
-        ("gemma2", [4521, 2134], vec![1]),
+        ("gemma2", [4521, 2134], vec![1, 107]),
     ];
     for (name, expected, end_tokens) in hello {
         let Some(folder) = check::data(&format!("tokenizers/{name}")) else { continue };
@@ -190,6 +190,55 @@ fn published_chat_templates() {
         assert_eq!(prompt.iter().filter(|id| **id == 128000).count(), 1);
         assert_eq!(prompt[0], 128000);
     }
+}
+
+/// Gemma 2's tokenizer comes without a template; its turns are known, and they have no place for a system role.
+#[test]
+fn gemma_2_is_given_its_turns_and_told_instructions_by_the_user() {
+    let Some(folder) = check::data("tokenizers/gemma2") else { return };
+    let tokenizer = Tokenizer::from_folder(&folder).unwrap();
+    assert!(tokenizer.borrows_template() && tokenizer.folds_system());
+    let turns = [
+        Message { role: Role::System, content: "Be brief.".into() },
+        Message::user(" Hi "),
+        Message { role: Role::Assistant, content: "Hello".into() },
+        Message::user("Bye"),
+    ];
+    let text = "<bos><start_of_turn>user\nBe brief.\n\n Hi<end_of_turn>\n<start_of_turn>model\nHello<end_of_turn>\n\
+        <start_of_turn>user\nBye<end_of_turn>\n<start_of_turn>model\n";
+    assert_eq!(tokenizer.render(&turns, true).unwrap(), text);
+    let prompt = tokenizer.prompt_ids(&turns).unwrap();
+    assert_eq!(tokenizer.decode_with_special(&prompt), text);
+    assert_eq!((prompt[0], prompt.iter().filter(|id| **id == 2).count()), (2, 1));
+    assert_error(tokenizer.render(&turns[2..], true), &["roles must alternate"]);
+    let [qwen, llama] = ["qwen2_5", "llama3_2"].map(|name| check::data(&format!("tokenizers/{name}")));
+    for folder in qwen.into_iter().chain(llama) {
+        let tokenizer = Tokenizer::from_folder(&folder).unwrap();
+        assert!(!tokenizer.borrows_template() && !tokenizer.folds_system(), "{folder:?}");
+    }
+}
+
+#[test]
+fn instructions_are_folded_where_a_template_would_refuse_or_lose_them() {
+    let system = Message { role: Role::System, content: "S".into() };
+    let answer = Message { role: Role::Assistant, content: "A".into() };
+    let each = "{% for m in messages %}[{{ m.content }}]{% endfor %}";
+    let raises = format!("{{% if messages[0].role == 'system' %}}{{{{ raise_exception('no') }}}}{{% endif %}}{each}");
+    let loses = "{% for m in messages if m.role != 'system' %}[{{ m.content }}]{% endfor %}";
+    let takes = "{% if messages[0].role == 'system' %}{{ messages[0].content }}{% set messages = messages[1:] %}{% endif %}{{ messages[0].content }}";
+    for (template, folds, expected) in
+        [(each, false, "[S][U][A]"), (&raises, true, "[S\n\nU][A]"), (loses, true, "[S\n\nU][A]"), (takes, false, "SU")]
+    {
+        let tokenizer = load(&[("chat_template.jinja", template)]).unwrap();
+        assert_eq!(tokenizer.folds_system(), folds, "{template}");
+        let conversation = [system.clone(), Message::user("U"), answer.clone()];
+        assert_eq!(tokenizer.render(&conversation, true).unwrap(), expected, "{template}");
+    }
+    // Nothing else is touched: instructions without a question are the template's to judge.
+    let tokenizer = load(&[("chat_template.jinja", &raises)]).unwrap();
+    assert_eq!(tokenizer.render(&[Message::user("U"), answer], true).unwrap(), "[U][A]");
+    assert_error(tokenizer.render(&[system], true), &["does not render these messages", "no"]);
+    assert!(!load(&[]).unwrap().folds_system());
 }
 
 #[test]
