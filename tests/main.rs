@@ -24,4 +24,5 @@ mod sampler;
 mod scoring;
 mod source;
 mod tokenizer;
+mod tokenizer_gguf;
 mod toy;

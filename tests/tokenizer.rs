@@ -1,6 +1,5 @@
-//! Tokenizers and chat templates against transformers, GGUF against `tokenizer.json`, and what bad files are answered.
+//! Tokenizers and chat templates against transformers, and what bad files are answered. GGUF has a module of its own.
 
-use std::collections::HashMap;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
@@ -12,8 +11,9 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use crate::check;
+use crate::tokenizer_gguf::metadata;
 
-const TEXTS: [&str; 8] = [
+pub const TEXTS: [&str; 8] = [
     "",
     "Hello, world!",
     " leading and trailing ",
@@ -34,11 +34,11 @@ fn smollm2() -> Option<Tokenizer> {
 }
 
 /// The tiny model that the repository keeps: a byte-level tokenizer of 320 tokens.
-fn tiny_folder() -> PathBuf {
+pub fn tiny_folder() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/golden/tiny/llama")
 }
 
-fn tiny() -> Tokenizer {
+pub fn tiny() -> Tokenizer {
     Tokenizer::from_folder(&tiny_folder()).unwrap()
 }
 
@@ -59,7 +59,7 @@ fn load(files: &[(&str, &str)]) -> anyhow::Result<Tokenizer> {
 }
 
 #[track_caller]
-fn assert_error<T>(result: anyhow::Result<T>, parts: &[&str]) {
+pub fn assert_error<T>(result: anyhow::Result<T>, parts: &[&str]) {
     let Err(error) = result else { panic!("no error; expected {parts:?}") };
     let text = format!("{error:#}");
     for part in parts {
@@ -269,93 +269,6 @@ proptest! {
         prop_assert_eq!(tokenizer.decode_with_special(&ids), reference.decode(&ids, false).unwrap());
         assert_covers(&tokenizer, &ids);
     }
-
-    #[test]
-    fn gguf_metadata_makes_the_same_tokenizer(text in any::<String>(), words in "[ a-e0-9'.\n]{0,40}") {
-        let (from_folder, from_gguf) = (tiny(), Tokenizer::from_gguf(&metadata(&tiny_folder(), "smollm")).unwrap());
-        for text in [text, words] {
-            prop_assert_eq!(from_gguf.encode(&text).unwrap(), from_folder.encode(&text).unwrap());
-        }
-    }
-}
-
-/// The GGUF metadata that a converter would write for the tokenizer in `folder`.
-fn metadata(folder: &Path, pre: &str) -> HashMap<String, Gguf> {
-    let tokenizer = check::json(&folder.join("tokenizer.json"));
-    let (model, added) = (&tokenizer["model"], tokenizer["added_tokens"].as_array().unwrap());
-    let mut vocabulary: Vec<(u64, &str)> =
-        model["vocab"].as_object().unwrap().iter().map(|(token, id)| (id.as_u64().unwrap(), token.as_str())).collect();
-    vocabulary.extend(added.iter().map(|one| (one["id"].as_u64().unwrap(), one["content"].as_str().unwrap())));
-    vocabulary.sort_unstable();
-    vocabulary.dedup();
-    let special = |token: &str| added.iter().any(|one| one["content"] == token);
-    let merge = |merge: &Value| match merge.as_array() {
-        Some(pair) => format!("{} {}", pair[0].as_str().unwrap(), pair[1].as_str().unwrap()),
-        None => merge.as_str().unwrap().to_owned(),
-    };
-    let strings = |texts: Vec<String>| Gguf::Array(texts.into_iter().map(Gguf::String).collect());
-    let entries = [
-        ("model", Gguf::String("gpt2".into())),
-        ("pre", Gguf::String(pre.into())),
-        ("tokens", strings(vocabulary.iter().map(|(_, token)| (*token).to_owned()).collect())),
-        (
-            "token_type",
-            Gguf::Array(vocabulary.iter().map(|(_, token)| Gguf::I32(if special(token) { 3 } else { 1 })).collect()),
-        ),
-        ("merges", strings(model["merges"].as_array().unwrap().iter().map(merge).collect())),
-        ("bos_token_id", Gguf::U32(0)),
-        ("eos_token_id", Gguf::U32(2)),
-    ];
-    entries.into_iter().map(|(key, value)| (format!("tokenizer.ggml.{key}"), value)).collect()
-}
-
-#[test]
-fn gguf_of_llama_3_is_its_tokenizer_json() {
-    let Some(folder) = check::data("tokenizers/llama3_2") else { return };
-    let (from_folder, mut metadata) = (Tokenizer::from_folder(&folder).unwrap(), metadata(&folder, "llama-bpe"));
-    metadata.insert("tokenizer.chat_template".into(), Gguf::String("{{ messages[0].content }}".into()));
-    let from_gguf = Tokenizer::from_gguf(&metadata).unwrap();
-    for text in TEXTS {
-        assert_eq!(from_gguf.encode(text).unwrap(), from_folder.encode(text).unwrap(), "{text:?}");
-        assert_eq!(from_gguf.prompt_ids(&[Message::user(text)]).unwrap()[0], 0, "files of this kind add a BOS token");
-    }
-}
-
-#[test]
-fn gguf_kinds_cut_text_differently() {
-    let tokens = ["<0>", "Ġ", "!", "=", "1", "2", "3", "4", "a", "12", "123", "1234", "Ġ!", "a!", "!=", "Ġa"];
-    let merges = ["1 2", "12 3", "123 4", "Ġ !", "a !", "! =", "Ġ a"];
-    let cases = [
-        ("smollm", "1234", vec!["1", "2", "3", "4"]),
-        ("llama-bpe", "1234", vec!["123", "4"]),
-        ("default", "1234", vec!["123", "4"]),
-        ("smollm", "a !=", vec!["a", "Ġ!", "="]),
-        ("llama-bpe", "a !=", vec!["a", "Ġ!", "="]),
-        ("default", "a !=", vec!["a", "Ġ", "!="]),
-        ("default", "a a", vec!["a", "Ġa"]),
-    ];
-    let strings = |texts: &[&str]| Gguf::Array(texts.iter().map(|text| Gguf::String((*text).into())).collect());
-    for (pre, text, expected) in cases {
-        let mut metadata = metadata(&tiny_folder(), pre);
-        metadata.insert("tokenizer.ggml.tokens".into(), strings(&tokens));
-        metadata.insert("tokenizer.ggml.merges".into(), strings(&merges));
-        metadata.insert("tokenizer.ggml.token_type".into(), Gguf::Array(vec![Gguf::I32(1); tokens.len()]));
-        let tokenizer = Tokenizer::from_gguf(&metadata).unwrap();
-        let expected: Vec<u32> = expected.iter().map(|token| tokenizer.token_id(token).unwrap()).collect();
-        assert_eq!(tokenizer.encode(text).unwrap(), expected, "{pre} {text:?}");
-    }
-}
-
-#[test]
-fn gguf_token_types_say_what_is_special() {
-    let mut metadata = metadata(&tiny_folder(), "smollm");
-    let mut types = vec![Gguf::I32(1); 320];
-    (types[2], types[3]) = (Gguf::I32(3), Gguf::I32(4));
-    metadata.insert("tokenizer.ggml.token_type".into(), Gguf::Array(types));
-    let tokenizer = Tokenizer::from_gguf(&metadata).unwrap();
-    let ids = tokenizer.encode("<|im_start|><|im_end|><pad>").unwrap();
-    assert!(ids.len() > 3 && ids.ends_with(&[2, 3]), "{ids:?}: only control and user-defined tokens are seen in text");
-    assert_eq!(tokenizer.decode(&ids), "<|im_start|><pad>", "only control tokens are left out");
 }
 
 #[test]
@@ -502,41 +415,6 @@ fn bad_folders_are_explained() {
         ("config.json", "", ["config.json is not JSON", "EOF"]),
     ] {
         assert_error(load(&[(file, text)]), &parts);
-    }
-}
-
-#[test]
-fn bad_gguf_metadata_is_explained() {
-    let good = metadata(&tiny_folder(), "smollm");
-    assert!(Tokenizer::from_gguf(&good).is_ok());
-    let strings = |texts: &[&str]| Gguf::Array(texts.iter().map(|text| Gguf::String((*text).into())).collect());
-    let key = |name: &str| format!("tokenizer.ggml.{name}");
-    for name in ["model", "pre", "tokens", "token_type", "merges"] {
-        let mut metadata = good.clone();
-        metadata.remove(&key(name));
-        assert_error(Tokenizer::from_gguf(&metadata), &[&key(name), "is missing"]);
-        metadata.insert(key(name), Gguf::F32(1.0));
-        assert_error(Tokenizer::from_gguf(&metadata), &[&key(name), "type F32"]);
-    }
-    for (name, value, parts) in [
-        ("model", Gguf::String("llama".into()), ["\"llama\"", "gpt2"]),
-        ("pre", Gguf::String("tekken".into()), ["\"tekken\"", "smollm, llama-bpe, default"]),
-        ("tokens", strings(&[]), ["tokens` is empty", ""]),
-        ("tokens", strings(&["a", "b"]), ["2 tokens", "320 types"]),
-        ("tokens", strings(&["a"; 320]), ["twice", "tokens"]),
-        ("tokens", Gguf::Array(vec![Gguf::U32(1)]), ["row 0", "type U32"]),
-        ("token_type", Gguf::Array(vec![Gguf::I32(-1)]), ["token_type` row 0", "type I32"]),
-        ("merges", strings(&["a b", "ab"]), ["merges` row 0", "\"ab\""]),
-        ("merges", strings(&["ab"]), ["row 0", "not two tokens"]),
-        ("merges", strings(&["zz a"]), ["row 0", "\"zz\", which is not among the tokens"]),
-        // The tokenizers crate panics on a merge longer than every token.
-        ("merges", strings(&["<|endoftext|> <|endoftext|>"]), ["row 0", "not among the tokens"]),
-        ("eos_token_id", Gguf::U32(5000), ["eos_token_id` is 5000", "320 tokens"]),
-        ("add_bos_token", Gguf::U32(1), ["add_bos_token", "type U32"]),
-    ] {
-        let mut metadata = good.clone();
-        metadata.insert(key(name), value);
-        assert_error(Tokenizer::from_gguf(&metadata), &parts);
     }
 }
 

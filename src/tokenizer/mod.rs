@@ -5,6 +5,7 @@
 
 mod folder;
 mod gguf;
+mod sentencepiece;
 mod spelling;
 mod template;
 
