@@ -18,6 +18,7 @@ mod objective;
 mod objective_identities;
 mod ops;
 mod parsing;
+mod published;
 mod random;
 mod resume;
 mod sampler;

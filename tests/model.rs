@@ -11,12 +11,6 @@ use candor::model::{Call, Model};
 use candor::ops::attention::Span;
 use candor::policy::Adapter;
 
-use candor::learner::completion_logprobs;
-use candor::learner::tree::{Branch, Tree};
-use candor::sampler::local::LocalSampler;
-use candor::sampler::{Request, Sampler, Settings};
-use candor::setup::load_model;
-
 use crate::check;
 
 /// Folders of tiny models, one of each family and one more with Llama 3's rope.
@@ -111,60 +105,6 @@ fn golden_logits_with_peft_adapters() {
             check::all_close(&path.display().to_string(), &got, &values(&golden["logits_a"]), 1e-4);
         }
     }
-}
-
-/// The real SmolLM2 through the product's own loader: log-softmax, greedy continuations and a PEFT adapter.
-#[test]
-fn golden_smollm2_logits_continuations_and_adapter() {
-    let (Some(file), Some(folder)) = (check::smollm2(), check::golden("smollm2/greedy.json")) else { return };
-    let folder = folder.parent().unwrap();
-    let (model, tokenizer) = load_model(file.to_str().unwrap(), &Device::Cpu, &|_| {}).unwrap();
-    for row in check::json(&folder.join("top20.json"))["rows"].as_array().unwrap() {
-        let prompt = tokenizer.encode(row["prompt"].as_str().unwrap()).unwrap();
-        let all = logits(&model, std::slice::from_ref(&prompt), None);
-        let last = &all[all.len() - model.architecture.vocabulary..];
-        let got: Vec<f64> = check::floats(&row["top20_ids"]).into_iter().map(|id| last[id as usize]).collect();
-        check::all_close("top 20", &got, &check::floats(&row["top20_logits"]), 1e-4);
-        check::close(
-            "mean logit",
-            last.iter().sum::<f64>() / last.len() as f64,
-            row["mean_logit"].as_f64().unwrap(),
-            1e-4,
-        );
-    }
-    let rows = check::json(&folder.join("greedy.json"))["rows"].clone();
-    let rows = rows.as_array().unwrap();
-    let ids = |value: &serde_json::Value| check::floats(value).into_iter().map(|id| id as u32).collect::<Vec<_>>();
-    let requests: Vec<Request> = rows
-        .iter()
-        .map(|row| Request { name: row["prompt"].to_string(), prompt_ids: ids(&row["prompt_ids"]), rollouts: 1 })
-        .collect();
-    let settings = Settings { max_tokens: 64, temperature: 0.0, stop: Vec::new(), seed: 0, step: 0 };
-    let mut sampler = LocalSampler::new(model.clone(), tokenizer);
-    let mut count = 0;
-    sampler
-        .sample(&requests, None, &settings, &mut |generation| {
-            let row = &rows[generation.group];
-            assert_eq!(generation.ids, ids(&row["ids"]), "{}", row["prompt"]);
-            let logprobs: Vec<f64> = generation.behavior_t.iter().map(|&logprob| f64::from(logprob)).collect();
-            check::all_close("log-probabilities", &logprobs, &check::floats(&row["logprobs"]), 1e-3);
-            count += 1;
-            Ok(())
-        })
-        .unwrap();
-    assert_eq!(count, rows.len());
-    let Some(banana) = check::golden("smollm2/adapter_banana") else { return };
-    let (adapter, _) = adapter(&model, &banana);
-    let golden = check::json(&banana.join("golden.json"));
-    let completion = ids(&golden["completion_ids"]);
-    let (behavior_t, mask_t) = (vec![0.0; completion.len()], vec![true; completion.len()]);
-    let tree = Tree {
-        name: "banana".into(),
-        prompt_ids: ids(&golden["prompt_ids"]),
-        branches: vec![Branch { rollout: 0, ids: completion, behavior_t, mask_t, advantage: 0.0 }],
-    };
-    let got = completion_logprobs(&model, Some(&adapter), &[tree], 4096, 1.0).unwrap();
-    check::all_close("banana", &got[0], &check::floats(&golden["completion_logps_with_adapter"]), 1e-4);
 }
 
 /// A call may mix adapters by row ranges, as an asynchronous sampler does: each row must see its own and no other.
