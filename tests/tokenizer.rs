@@ -308,6 +308,17 @@ fn a_bos_that_only_the_post_processor_knows_is_added() {
     assert_eq!(tokenizer.prompt_ids(&[Message::user("a")]).unwrap(), [3, 68]);
 }
 
+/// Gemma 3's tokenizer knows a token for images that its text models have no row for.
+#[test]
+fn a_token_added_beyond_the_vocabulary_is_not_counted() {
+    let mut tokenizer_json = check::json(&tiny_folder().join("tokenizer.json"));
+    let mut image = tokenizer_json["added_tokens"][0].clone();
+    (image["id"], image["content"]) = (json!(320), json!("<image>"));
+    tokenizer_json["added_tokens"].as_array_mut().unwrap().push(image);
+    let tokenizer = load(&[("tokenizer.json", &tokenizer_json.to_string())]).unwrap();
+    assert_eq!((tokenizer.vocab_size(), tokenizer.encode("a<image>").unwrap()), (320, vec![68, 320]));
+}
+
 #[test]
 fn end_tokens_come_from_every_place() {
     let answer = "{% for m in messages %}{{ m.content }}";
@@ -325,8 +336,9 @@ fn end_tokens_come_from_every_place() {
 
     let mut metadata = metadata(&tiny_folder(), "smollm");
     metadata.insert("tokenizer.ggml.eot_token_id".into(), Gguf::U32(3));
+    metadata.insert("tokenizer.ggml.eom_token_id".into(), Gguf::U32(0));
     metadata.insert("tokenizer.chat_template".into(), Gguf::String(chat("<|im_start|>")));
-    assert_eq!(Tokenizer::from_gguf(&metadata).unwrap().end_tokens(), [1, 2, 3]);
+    assert_eq!(Tokenizer::from_gguf(&metadata).unwrap().end_tokens(), [0, 1, 2, 3]);
 }
 
 #[test]

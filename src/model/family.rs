@@ -299,13 +299,15 @@ impl Keys<'_> {
 
     fn optional_number(&self, key: &str) -> Result<Option<f64>> {
         let Some((key, value)) = self.optional(key) else { return Ok(None) };
-        let number = value.to_f32().map(f64::from).or_else(|_| value.to_u32().map(f64::from));
+        let number = value.to_f32().map(f64::from).or_else(|_| value.to_u64().map(|whole| whole as f64));
         Ok(Some(number.with_context(|| format!("gguf metadata: `{key}`"))?))
     }
 
     /// A size, as JSON.
     fn count(&self, key: &str) -> Result<Value> {
-        Ok(json!(self.number(key)? as u64))
+        let number = self.number(key)?;
+        ensure!(number.fract() == 0.0, "gguf metadata: `{}.{key}` is {number}, not a whole number", self.family);
+        Ok(json!(number as u64))
     }
 }
 
@@ -327,8 +329,8 @@ fn translated(keys: &Keys, family: &Family, vocabulary: usize, tied: bool) -> Re
         "model_type": family.config,
         "vocab_size": vocabulary,
         "tie_word_embeddings": tied,
-        "hidden_size": hidden as u64,
-        "num_attention_heads": heads as u64,
+        "hidden_size": keys.count("embedding_length")?,
+        "num_attention_heads": keys.count("attention.head_count")?,
         "num_key_value_heads": keys.count("attention.head_count_kv")?,
         "head_dim": head_dim as u64,
         "intermediate_size": keys.count("feed_forward_length")?,
@@ -348,7 +350,7 @@ fn translated(keys: &Keys, family: &Family, vocabulary: usize, tied: bool) -> Re
         let Some(value) = keys.optional_number(theirs)? else { continue };
         let whole = key.starts_with("sliding");
         ensure!(!whole || family.full_every > 1, "gguf metadata: `{}.{theirs}` is not supported", family.gguf);
-        config[key] = if whole { json!(value as u64) } else { json!(value) };
+        config[key] = if whole { keys.count(theirs)? } else { json!(value) };
     }
     Ok(config)
 }

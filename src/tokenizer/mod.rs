@@ -195,9 +195,10 @@ impl Tokenizer {
         &self.end_tokens
     }
 
-    /// Number of tokens, special ones included. The model's embedding may have more rows.
+    /// Number of tokens that text can become. The model's embedding may have more rows; a token added beyond them, such as
+    /// Gemma 3's for images, may have none.
     pub fn vocab_size(&self) -> usize {
-        self.inner.get_vocab_size(true)
+        self.inner.get_vocab_size(false)
     }
 
     /// The id of a token given as the vocabulary spells it.
