@@ -9,7 +9,7 @@ use candle_nn::ops::{sigmoid, softmax};
 use candor::ops::attention::{Heads, Span, attention};
 use candor::ops::gate::{Activation, gated};
 use candor::ops::linear::{LowRank, linear};
-use candor::ops::norm::{rms_norm, rms_norm_of_heads};
+use candor::ops::norm::rms_norm;
 use candor::ops::rope::{Rotation, rope};
 use candor::random::SplitMix64;
 
@@ -170,7 +170,7 @@ fn rms_norm_of_every_head() {
         };
         let x = random(1, (rows, heads * dim));
         let name = format!("rms_norm of {rows} × {heads} × {dim}");
-        check_op(&name, &[x], |x| rms_norm_of_heads(&x[0], &gain32, EPSILON), composed);
+        check_op(&name, &[x], |x| rms_norm(&x[0], &gain32, EPSILON), composed);
     }
 }
 
@@ -362,8 +362,7 @@ fn shapes_that_do_not_fit_are_errors() {
     error(linear(&x(2, 5), &w, Some(&x(1, 5).flatten_all().unwrap()), None));
     error(linear(&x(2, 5), &w, None, Some(LowRank { a: &x(3, 4), b: &x(7, 3), scale: 1.0 })));
     error(linear(&x(2, 5), &w, None, Some(LowRank { a: &x(3, 5), b: &x(6, 3), scale: 1.0 })));
-    error(rms_norm_of_heads(&x(2, 7), &x(1, 3).flatten_all().unwrap(), 1e-5));
-    error(rms_norm(&x(2, 6), &x(1, 3).flatten_all().unwrap(), 1e-5));
+    error(rms_norm(&x(2, 7), &x(1, 3).flatten_all().unwrap(), 1e-5));
     error(gated(&x(2, 6), &x(2, 5), Activation::Silu));
     error(rope(&x(2, 6), &Rotation::new(&[0, 1], &[1.0, 0.1])));
     error(rope(&x(2, 8), &Rotation::new(&[0, 1, 2, 3], &[1.0, 0.1])));

@@ -60,7 +60,8 @@ fn merge_parts(merge: &Value) -> Vec<&str> {
 }
 
 /// Texts on which kinds of text splitting differ, beside those that all tokenizers are tried on.
-const MORE_TEXTS: [&str; 5] = [
+const MORE_TEXTS: [&str; 6] = [
+    "a written \u{2581} before a space",
     "e\u{301}galite\u{301}",
     "a  b   c    d\n\n\n\te \t f\u{a0}g 𒐫 <h1></h1>",
     "   indented by three, 31 and 32:                                                                 x",

@@ -28,7 +28,7 @@ use crate::ops::attention::{Heads, Span, attention};
 use crate::ops::gate::gated;
 use crate::ops::head::Logits;
 use crate::ops::linear::linear;
-use crate::ops::norm::{rms_norm, rms_norm_of_heads};
+use crate::ops::norm::rms_norm;
 use crate::ops::rope::{Rotation, rope};
 use crate::policy::Adapter;
 
@@ -46,11 +46,14 @@ pub struct Model {
 
 struct Layer {
     attention_norm: Tensor,
+    /// Of what attention returns.
+    attention_output_norm: Option<Tensor>,
     feed_forward_norm: Tensor,
-    /// Of what attention and the feed-forward block return.
-    output_norms: Option<[Tensor; 2]>,
-    /// Of queries and keys, each [head_dim].
-    head_norms: Option<[Tensor; 2]>,
+    /// Of what the feed-forward block returns.
+    feed_forward_output_norm: Option<Tensor>,
+    /// Of every head, [head_dim].
+    query_norm: Option<Tensor>,
+    key_norm: Option<Tensor>,
     /// By [`Projection`].
     projections: [Frozen; 7],
 }
@@ -157,25 +160,25 @@ impl Model {
         let (layer, epsilon) = (&self.layers[index], self.architecture.norm_epsilon);
         let kind = self.architecture.layers[index];
         let project = |x: &Tensor, projection: Projection| self.project(index, projection, x, context.call.adapters);
-        let turn = |x: Tensor, norm: Option<&Tensor>| {
-            let x = norm.map_or(Ok(x.clone()), |gain| rms_norm_of_heads(&x, gain, epsilon))?;
-            rope(&x, &context.rotations[kind])
+        let rotation = &context.rotations[kind];
+        let normed = |x: Tensor, gain: &Option<Tensor>| match gain {
+            Some(gain) => rms_norm(&x, gain, epsilon),
+            None => Ok(x),
         };
         let h = rms_norm(x, &layer.attention_norm, epsilon)?;
-        let [q_norm, k_norm] = [0, 1].map(|which| layer.head_norms.as_ref().map(|norms| &norms[which]));
-        let q = turn(project(&h, Projection::QProj)?, q_norm)?;
-        let k = turn(project(&h, Projection::KProj)?, k_norm)?;
+        let q = rope(&normed(project(&h, Projection::QProj)?, &layer.query_norm)?, rotation)?;
+        let k = rope(&normed(project(&h, Projection::KProj)?, &layer.key_norm)?, rotation)?;
         let v = project(&h, Projection::VProj)?;
         let (k, v) = match context.call.store {
             Some((store, stores)) => store.write(index, &k, &v, stores)?,
             None => (k, v),
         };
         let attended = attention(&q, &k, &v, self.heads(kind), &context.call.spans)?;
-        let x = (x + layer.leave(0, project(&attended, Projection::OProj)?, epsilon)?)?;
+        let x = (x + normed(project(&attended, Projection::OProj)?, &layer.attention_output_norm)?)?;
         let h = rms_norm(&x, &layer.feed_forward_norm, epsilon)?;
         let (gate, up) = (project(&h, Projection::GateProj)?, project(&h, Projection::UpProj)?);
         let gated = gated(&gate, &up, self.architecture.activation)?;
-        Ok((x + layer.leave(1, project(&gated, Projection::DownProj)?, epsilon)?)?)
+        Ok((x + normed(project(&gated, Projection::DownProj)?, &layer.feed_forward_output_norm)?)?)
     }
 
     fn heads(&self, kind: usize) -> Heads {
@@ -241,41 +244,30 @@ impl Layer {
         for projection in Projection::ALL {
             let ((wide, narrow), module) = (architecture.dimensions(projection), projection.module());
             let weight = tensor(&format!("{module}.weight"), &[wide, narrow])?;
-            let biased = architecture.has_bias(projection);
-            let bias = if biased { Some(tensor(&format!("{module}.bias"), &[wide])?) } else { None };
+            let bias = architecture.has_bias(projection).then(|| tensor(&format!("{module}.bias"), &[wide]));
+            let bias = bias.transpose()?;
             projections.push(Frozen { weight, bias });
         }
         let mut norm = |part: &str, width: usize| -> Result<Tensor> {
             Ok((tensor(&format!("{part}.weight"), &[width])? + architecture.norm_offset)?)
         };
-        let (hidden, head_dim) = (architecture.hidden, architecture.head_dim);
+        let Architecture { hidden, head_dim, output_norms, head_norms, .. } = *architecture;
         let attention_norm = norm("input_layernorm", hidden)?;
         let after_attention = norm("post_attention_layernorm", hidden)?;
-        let (feed_forward_norm, output_norms) = if architecture.output_norms {
-            let after_both = [after_attention, norm("post_feedforward_layernorm", hidden)?];
-            (norm("pre_feedforward_layernorm", hidden)?, Some(after_both))
-        } else {
-            (after_attention, None)
+        // Where only inputs are normalized, the feed-forward block's norm is called after what comes before it.
+        let (attention_output_norm, feed_forward_norm) = match output_norms {
+            true => (Some(after_attention), norm("pre_feedforward_layernorm", hidden)?),
+            false => (None, after_attention),
         };
-        let head_norms = if architecture.head_norms {
-            Some([norm("self_attn.q_norm", head_dim)?, norm("self_attn.k_norm", head_dim)?])
-        } else {
-            None
-        };
+        let mut norm_if = |there: bool, part: &str, width: usize| there.then(|| norm(part, width)).transpose();
         Ok(Self {
             attention_norm,
+            attention_output_norm,
             feed_forward_norm,
-            output_norms,
-            head_norms,
+            feed_forward_output_norm: norm_if(output_norms, "post_feedforward_layernorm", hidden)?,
+            query_norm: norm_if(head_norms, "self_attn.q_norm", head_dim)?,
+            key_norm: norm_if(head_norms, "self_attn.k_norm", head_dim)?,
             projections: projections.try_into().ok().expect("one was pushed per projection"),
         })
-    }
-
-    /// What a block returns, ready to be added: 0 is attention, 1 the feed-forward block.
-    fn leave(&self, block: usize, x: Tensor, epsilon: f64) -> Result<Tensor> {
-        match &self.output_norms {
-            Some(norms) => Ok(rms_norm(&x, &norms[block], epsilon)?),
-            None => Ok(x),
-        }
     }
 }

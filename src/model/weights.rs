@@ -173,7 +173,7 @@ fn gguf_name(name: &str, architecture: &Architecture) -> String {
         ("mlp.up_proj.", "ffn_up."),
         ("mlp.down_proj.", "ffn_down."),
     ];
-    // Where only inputs are normalized, checkpoints call the feed-forward block's norm after what comes before it.
+    // One name in checkpoints for two things: the norm after attention, or that before the feed-forward block.
     let after_attention = if architecture.output_norms { "post_attention_norm." } else { "ffn_norm." };
     let parts = PARTS.into_iter().chain([("post_attention_layernorm.", after_attention)]);
     parts.fold(name.to_string(), |name, (from, to)| name.replace(from, to))
