@@ -87,6 +87,7 @@ fn what_is_left_out_is_what_transformers_takes_or_an_error() {
         ("gemma2", json!({"layer_types": vec!["chunked_attention"; 4]}), "chunked_attention"),
         ("gemma3_text", json!({"rope_parameters": null, "rope_local_base_freq": null}), "rope_local_base_freq"),
         ("gemma3_text", json!({"use_bidirectional_attention": true}), "`use_bidirectional_attention`"),
+        ("gemma3_text", json!({"use_bidirectional_attention": "all"}), "\"all\", which is not supported"),
         ("gemma3_text", json!({"attn_logit_softcapping": 50.0}), "not supported for gemma3_text"),
     ] {
         let Some(read) = read(name, changes.clone()) else { continue };

@@ -89,7 +89,8 @@ impl Architecture {
         let name = config["model_type"].as_str().context("config.json: `model_type` is missing")?;
         let family = find("config.json: model_type", name, |family| family.config)?;
         for feature in ["attention_bias", "mlp_bias", "use_bidirectional_attention"] {
-            ensure!(!config[feature].as_bool().unwrap_or(false), "config.json: `{feature}` is not supported");
+            let absent = matches!(config[feature], Value::Null | Value::Bool(false));
+            ensure!(absent, "config.json: `{feature}` is {}, which is not supported", config[feature]);
         }
         let (hidden, heads) = (count(config, "hidden_size")?, count(config, "num_attention_heads")?);
         let head_dim = match &config["head_dim"] {

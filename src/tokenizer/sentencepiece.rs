@@ -37,7 +37,7 @@ pub(super) fn tokenizer(
     Ok(tokenizer)
 }
 
-/// Every way to join two tokens to a third, the highest score first; of one score, the longest first part first.
+/// Every way to join two tokens to a third, the highest score first.
 fn merges(tokens: &[&str], scores: &[f32], joined: impl Fn(usize) -> bool, vocabulary: &Vocab) -> Result<Merges> {
     let mut merges = Vec::new();
     for (id, token) in tokens.iter().enumerate().filter(|(id, _)| joined(*id)) {
@@ -48,7 +48,6 @@ fn merges(tokens: &[&str], scores: &[f32], joined: impl Fn(usize) -> bool, vocab
         let known = halves.filter(|(left, right)| vocabulary.contains_key(*left) && vocabulary.contains_key(*right));
         merges.extend(known.map(|(left, right)| (score, left, right)));
     }
-    let characters = |part: &str| part.chars().count();
-    merges.sort_by(|(a, left_a, _), (b, left_b, _)| b.total_cmp(a).then(characters(left_b).cmp(&characters(left_a))));
+    merges.sort_by(|(a, ..), (b, ..)| b.total_cmp(a));
     Ok(merges.into_iter().map(|(_, left, right)| (left.to_owned(), right.to_owned())).collect())
 }
