@@ -59,7 +59,10 @@ impl Check {
             "",
             format!(
                 "{millions:.1} M parameters, {} layers, hidden {}, vocabulary {}, context {}",
-                architecture.layers, architecture.hidden, architecture.vocabulary, architecture.context
+                architecture.layers.len(),
+                architecture.hidden,
+                architecture.vocabulary,
+                architecture.context
             ),
         );
         let name = |&id: &u32| format!("{} ({id})", tokenizer.decode_with_special(&[id]));
@@ -68,6 +71,12 @@ impl Check {
             "tokenizer",
             format!("{} tokens; a completion ends with {}", tokenizer.vocab_size(), ends.join(" or ")),
         );
+        if tokenizer.borrows_template() {
+            self.odd("the model's files hold no chat template; it is given Gemma's turns, which a base model may never have seen");
+        }
+        if tokenizer.folds_system() {
+            self.line("", "no system role: instructions are put before the first question");
+        }
         if ends.is_empty() {
             self.odd("the tokenizer names no end token, so every completion runs to sampling.max_tokens");
         }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use anyhow::{Context as _, Result, ensure};
 use candle_core::Device;
-use candor_environments::keys::KeyError;
+use candor_environments::keys::{self, KeyError};
 use candor_environments::{Context, Load, REGISTRY, Split, Target};
 use rayon::prelude::*;
 
@@ -33,11 +33,12 @@ impl ModelFiles {
     /// Opens a model from a source string, as `model.source` is.
     ///
     /// # Errors
-    /// If the source cannot be had, is not a model, or its tokenizer is not this model's.
+    /// If the source cannot be had, a tensor is missing or has the wrong shape, or the tokenizer is not this model's.
     pub fn open(source: &str, observer: Observer) -> Result<Self> {
         let path = resolve(source, Kind::Model, observer)?;
-        let weights = Weights::open(&path)?;
+        let mut weights = Weights::open(&path)?;
         let architecture = weights.architecture()?;
+        Model::check(&weights, &architecture)?;
         let tokenizer = match weights.metadata() {
             Some(metadata) => Tokenizer::from_gguf(metadata),
             None => Tokenizer::from_folder(&path),
@@ -136,10 +137,13 @@ impl Loader<'_> {
             let name = environment.name.as_str();
             let key = format!("{list}.{index}");
             let all = || self.environments.iter().chain(REGISTRY);
-            let known = || all().map(|(name, _)| *name).collect::<Vec<_>>().join(", ");
-            let found = all().find(|(known, _)| *known == name);
-            let (_, load) =
-                found.with_context(|| format!("{key}.name: no environment {name:?}; known: {}", known()))?;
+            let (_, load) = all().find(|(known, _)| *known == name).ok_or_else(|| {
+                let known: Vec<&str> = all().map(|(name, _)| *name).collect();
+                let meant = keys::nearest(name, known.iter().copied());
+                let meant = meant.map_or(String::new(), |meant| format!("did you mean {meant:?}? "));
+                let text = format!("no environment {name:?}; {meant}known: {}", known.join(", "));
+                self.config.locate(KeyError::new(format!("{key}.name"), text))
+            })?;
             let context = Context {
                 split,
                 options: &environment.options,

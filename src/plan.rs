@@ -148,11 +148,11 @@ impl Work {
             let (wide, narrow) = architecture.dimensions(*projection);
             config.lora.rank * (wide + narrow)
         };
-        let adapter = architecture.layers * config.lora.targets.iter().map(width).sum::<usize>();
+        let adapter = architecture.layers.len() * config.lora.targets.iter().map(width).sum::<usize>();
         // Trained, published, gradient, and two moments; the reference where there is one.
         let reference = config.learner.kl > 0.0 && config.reference() == Reference::Start;
         let copies = 5 + usize::from(reference);
-        let layers = architecture.layers;
+        let layers = architecture.layers.len();
         let inputs_of_layers = self.micro_rows * (layers + 1) * architecture.hidden;
         let weights = &inputs.model.weights;
         // A folder's files are mapped; of a GGUF file one tensor is read at a time.

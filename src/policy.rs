@@ -97,8 +97,9 @@ impl Adapter {
         lora: &Lora,
         mut tensor: impl FnMut(usize, Projection, &str, (usize, usize)) -> Result<Tensor>,
     ) -> Result<Self> {
-        let (mut pairs, mut index) = (Vec::new(), vec![None; architecture.layers * Projection::ALL.len()]);
-        for layer in 0..architecture.layers {
+        let layers = architecture.layers.len();
+        let (mut pairs, mut index) = (Vec::new(), vec![None; layers * Projection::ALL.len()]);
+        for layer in 0..layers {
             for projection in Projection::ALL.into_iter().filter(|projection| lora.targets.contains(projection)) {
                 let (wide, narrow) = architecture.dimensions(projection);
                 index[layer * Projection::ALL.len() + projection as usize] = Some(pairs.len());

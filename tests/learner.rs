@@ -164,9 +164,12 @@ fn golden_grpo_runs_of_trl() {
     }
 }
 
-/// The tiny Llama of the golden numbers with an adapter that does something.
-fn tiny() -> Option<(Arc<Model>, Adapter)> {
-    let folder = check::golden("tiny/llama")?;
+/// A plain family, and one with sliding windows shorter than the sequences, soft-caps and norms of what blocks return.
+const UNLIKE: [&str; 2] = ["llama", "gemma2"];
+
+/// A tiny model of the golden numbers with an adapter that does something.
+fn tiny(name: &str) -> Option<(Arc<Model>, Adapter)> {
+    let folder = check::golden(&format!("tiny/{name}"))?;
     let model = open(&folder);
     let (adapter, _) = adapter(&model, &folder.join("adapter_lora_all_rs"));
     Some((model, adapter))
@@ -213,25 +216,26 @@ fn assert_same_gradient(name: &str, learner: &Learner, got: &[Vec<f64>], want: &
 /// Catches denominators taken per micro-batch, a prompt counted once per branch, and branches that see each other.
 #[test]
 fn the_gradient_does_not_depend_on_trees_or_micro_batches() {
-    let Some((model, adapter)) = tiny() else { return };
-    let trees = forest(&model, &adapter);
-    let learner = Learner::new(model, &adapter, None, &settings()).unwrap();
-    let want = gradient(&learner, &trees, &shape());
-    for micro_tokens in [72, 73, 80, 100] {
-        let got = gradient(&learner, &trees, &StepShape { micro_tokens, ..shape() });
-        assert_same_gradient(&format!("micro_tokens {micro_tokens}"), &learner, &got, &want);
+    for (model, adapter) in UNLIKE.into_iter().filter_map(tiny) {
+        let trees = forest(&model, &adapter);
+        let learner = Learner::new(model, &adapter, None, &settings()).unwrap();
+        let want = gradient(&learner, &trees, &shape());
+        for micro_tokens in [72, 73, 80, 100] {
+            let got = gradient(&learner, &trees, &StepShape { micro_tokens, ..shape() });
+            assert_same_gradient(&format!("micro_tokens {micro_tokens}"), &learner, &got, &want);
+        }
+        let alone = |tree: &Tree| {
+            let single = |branch: &Branch| Tree { branches: vec![branch.clone()], ..tree.clone() };
+            tree.branches.iter().map(single).collect::<Vec<_>>()
+        };
+        let rows: Vec<Tree> = trees.iter().flat_map(alone).collect();
+        assert_same_gradient("one row per branch", &learner, &gradient(&learner, &rows, &shape()), &want);
     }
-    let alone = |tree: &Tree| {
-        let single = |branch: &Branch| Tree { branches: vec![branch.clone()], ..tree.clone() };
-        tree.branches.iter().map(single).collect::<Vec<_>>()
-    };
-    let rows: Vec<Tree> = trees.iter().flat_map(alone).collect();
-    assert_same_gradient("one row per branch", &learner, &gradient(&learner, &rows, &shape()), &want);
 }
 
 #[test]
 fn a_completion_that_does_not_fit_is_named() {
-    let Some((model, adapter)) = tiny() else { return };
+    let Some((model, adapter)) = tiny("llama") else { return };
     let trees = forest(&model, &adapter);
     let learner = Learner::new(model, &adapter, None, &settings()).unwrap();
     let error = learner.gradient(&trees, &StepShape { micro_tokens: 71, ..shape() }, &|_| {}).err().unwrap();
@@ -241,29 +245,30 @@ fn a_completion_that_does_not_fit_is_named() {
 /// The whole model's backward against central differences of its loss, in directions that touch every tensor.
 #[test]
 fn the_gradient_equals_finite_differences() {
-    let Some((model, adapter)) = tiny() else { return };
-    let trees = forest(&model, &adapter);
-    let learner = Learner::new(model.clone(), &adapter, None, &settings()).unwrap();
-    let gradients = learner.gradient(&trees, &shape(), &|_| {}).unwrap().gradients;
-    let loss = |scale: f64| {
-        let moved = adapter
-            .tensors()
-            .into_iter()
-            .zip(&gradients)
-            .map(|((name, tensor), gradient)| (name, (tensor + (gradient * scale).unwrap()).unwrap()));
-        let moved = like_tiny(&model, moved);
-        let learner = Learner::new(model.clone(), &moved, None, &settings()).unwrap();
-        learner.gradient(&trees, &shape(), &|_| {}).unwrap().report.loss
-    };
-    let square: f64 = gradients.iter().map(|g| values(g).iter().map(|x| x * x).sum::<f64>()).sum();
-    let step = 2e-3 / square.sqrt();
-    check::close("directional derivative", (loss(step) - loss(-step)) / (2.0 * step), square, 5e-3);
+    for (model, adapter) in UNLIKE.into_iter().filter_map(tiny) {
+        let trees = forest(&model, &adapter);
+        let learner = Learner::new(model.clone(), &adapter, None, &settings()).unwrap();
+        let gradients = learner.gradient(&trees, &shape(), &|_| {}).unwrap().gradients;
+        let loss = |scale: f64| {
+            let moved = adapter
+                .tensors()
+                .into_iter()
+                .zip(&gradients)
+                .map(|((name, tensor), gradient)| (name, (tensor + (gradient * scale).unwrap()).unwrap()));
+            let moved = like_tiny(&model, moved);
+            let learner = Learner::new(model.clone(), &moved, None, &settings()).unwrap();
+            learner.gradient(&trees, &shape(), &|_| {}).unwrap().report.loss
+        };
+        let square: f64 = gradients.iter().map(|g| values(g).iter().map(|x| x * x).sum::<f64>()).sum();
+        let step = 2e-3 / square.sqrt();
+        check::close("directional derivative", (loss(step) - loss(-step)) / (2.0 * step), square, 5e-3);
+    }
 }
 
 /// A gradient that is not finite must stop the step and leave the adapter as it was.
 #[test]
 fn a_gradient_that_is_not_finite_is_an_error() {
-    let Some((model, adapter)) = tiny() else { return };
+    let Some((model, adapter)) = tiny("llama") else { return };
     let tensors = adapter.tensors().into_iter().map(|(name, tensor)| {
         let broken = name.contains("layers.2.mlp.up_proj.lora_B");
         let tensor = if broken { (tensor * f64::INFINITY).unwrap() } else { tensor };

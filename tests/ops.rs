@@ -110,16 +110,20 @@ fn linear_without_and_with_an_adapter() {
         let (x, w) = (random(1, (rows, narrow)), random(2, (wide, narrow)));
         let (a, b) = (random(3, (rank, narrow)), random(4, (wide, rank)));
         let w32 = narrowed(&w);
+        let bias = random(5, (1, wide)).flatten_all().unwrap();
+        let bias32 = narrowed(&bias);
         let plain = |x: &[Tensor]| x[0].matmul(&w.t()?);
-        check_op(
-            &format!("frozen linear, {rows} rows"),
-            std::slice::from_ref(&x),
-            |x| linear(&x[0], &w32, None),
-            plain,
-        );
+        let one = std::slice::from_ref(&x);
+        check_op(&format!("frozen linear, {rows} rows"), one, |x| linear(&x[0], &w32, None, None), plain);
+        let biased = |x: &[Tensor]| linear(&x[0], &w32, Some(&bias32), None);
+        check_op(&format!("biased linear, {rows} rows"), one, biased, |x| plain(x)?.broadcast_add(&bias));
         let adapted = |x: &[Tensor]| plain(x)? + (x[0].matmul(&x[1].t()?)?.matmul(&x[2].t()?)? * 0.7)?;
-        let low_rank = |x: &[Tensor]| linear(&x[0], &w32, Some(LowRank { a: &x[1], b: &x[2], scale: 0.7 }));
+        let low_rank = |x: &[Tensor]| linear(&x[0], &w32, None, Some(LowRank { a: &x[1], b: &x[2], scale: 0.7 }));
         check_op(&format!("adapted linear, {rows} rows"), &[x.clone(), a.clone(), b.clone()], low_rank, adapted);
+        let both = |x: &[Tensor]| linear(&x[0], &w32, Some(&bias32), Some(LowRank { a: &x[1], b: &x[2], scale: 0.7 }));
+        check_op(&format!("adapted and biased linear, {rows} rows"), &[x.clone(), a.clone(), b.clone()], both, |x| {
+            adapted(x)?.broadcast_add(&bias)
+        });
         // Part of the rows, as for a call with several adapters: the storage starts before the values.
         let rest = |x: &[Tensor]| -> Result<Vec<Tensor>> {
             Ok(vec![x[0].narrow(0, rows / 2, rows - rows / 2)?, x[1].clone(), x[2].clone()])
@@ -150,6 +154,23 @@ fn rms_norm_with_a_gain() {
                 |x| composed(&[(&x[0] * scale)?]),
             );
         }
+    }
+}
+
+#[test]
+fn rms_norm_of_every_head() {
+    const EPSILON: f64 = 1e-2;
+    for (rows, heads, dim) in [(1, 3, 16), (17, 1, 21), (300, 3, 8)] {
+        let gain = random(2, (1, dim)).flatten_all().unwrap();
+        let gain32 = narrowed(&gain);
+        let composed = |x: &[Tensor]| {
+            let x = x[0].reshape((rows, heads, dim))?;
+            let mean = (x.sqr()?.sum_keepdim(2)? / dim as f64)?;
+            x.broadcast_div(&(mean + EPSILON)?.sqrt()?)?.broadcast_mul(&gain)?.reshape((rows, heads * dim))
+        };
+        let x = random(1, (rows, heads * dim));
+        let name = format!("rms_norm of {rows} × {heads} × {dim}");
+        check_op(&name, &[x], |x| rms_norm(&x[0], &gain32, EPSILON), composed);
     }
 }
 
@@ -336,11 +357,12 @@ fn shapes_that_do_not_fit_are_errors() {
     // More queries than keys of their own, many enough that a block of them has none at all.
     assert!(attend(&x(80, 8), &x(80, 4), 0..80, 0..80, 0..3).contains("points outside"));
     let w = x(7, 5);
-    error(linear(&x(2, 6), &w, None));
-    error(linear(&x(5, 4), &w, None));
-    error(linear(&x(2, 5), &w, Some(LowRank { a: &x(3, 4), b: &x(7, 3), scale: 1.0 })));
-    error(linear(&x(2, 5), &w, Some(LowRank { a: &x(3, 5), b: &x(6, 3), scale: 1.0 })));
-    error(rms_norm(&x(2, 6), &x(1, 3).flatten_all().unwrap(), 1e-5));
+    error(linear(&x(2, 6), &w, None, None));
+    error(linear(&x(5, 4), &w, None, None));
+    error(linear(&x(2, 5), &w, Some(&x(1, 5).flatten_all().unwrap()), None));
+    error(linear(&x(2, 5), &w, None, Some(LowRank { a: &x(3, 4), b: &x(7, 3), scale: 1.0 })));
+    error(linear(&x(2, 5), &w, None, Some(LowRank { a: &x(3, 5), b: &x(6, 3), scale: 1.0 })));
+    error(rms_norm(&x(2, 7), &x(1, 3).flatten_all().unwrap(), 1e-5));
     error(gated(&x(2, 6), &x(2, 5), Activation::Silu));
     error(rope(&x(2, 6), &Rotation::new(&[0, 1], &[1.0, 0.1])));
     error(rope(&x(2, 8), &Rotation::new(&[0, 1, 2, 3], &[1.0, 0.1])));

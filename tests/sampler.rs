@@ -11,7 +11,6 @@ use candle_core::Device;
 use candor::learner::completion_logprobs;
 use candor::learner::tree::{Branch, Tree};
 use candor::model::{Architecture, KeyValueStore, Model};
-use candor::ops::gate::Activation;
 use candor::policy::Adapter;
 use candor::sampler::local::LocalSampler;
 use candor::sampler::{Generation, Request, Sampler, Settings};
@@ -305,20 +304,8 @@ proptest! {
 }
 
 fn store(rows: usize) -> KeyValueStore {
-    let architecture = Architecture {
-        vocabulary: 2,
-        hidden: 2,
-        intermediate: 2,
-        layers: 1,
-        heads: 1,
-        key_value_heads: 1,
-        head_dim: 2,
-        norm_epsilon: 1e-5,
-        activation: Activation::Silu,
-        frequencies: vec![1.0],
-        tied: true,
-        context: 8,
-    };
+    let config = check::json(&Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/golden/tiny/llama/config.json"));
+    let architecture = Architecture::from_config(&config).unwrap();
     KeyValueStore::new(&architecture, rows, &Device::Cpu).unwrap()
 }
 

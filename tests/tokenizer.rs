@@ -1,6 +1,5 @@
-//! Tokenizers and chat templates against transformers, GGUF against `tokenizer.json`, and what bad files are answered.
+//! Tokenizers and chat templates against transformers, and what bad files are answered. GGUF has a module of its own.
 
-use std::collections::HashMap;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
@@ -12,8 +11,9 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use crate::check;
+use crate::tokenizer_gguf::metadata;
 
-const TEXTS: [&str; 8] = [
+pub const TEXTS: [&str; 8] = [
     "",
     "Hello, world!",
     " leading and trailing ",
@@ -34,11 +34,11 @@ fn smollm2() -> Option<Tokenizer> {
 }
 
 /// The tiny model that the repository keeps: a byte-level tokenizer of 320 tokens.
-fn tiny_folder() -> PathBuf {
+pub fn tiny_folder() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/golden/tiny/llama")
 }
 
-fn tiny() -> Tokenizer {
+pub fn tiny() -> Tokenizer {
     Tokenizer::from_folder(&tiny_folder()).unwrap()
 }
 
@@ -59,7 +59,7 @@ fn load(files: &[(&str, &str)]) -> anyhow::Result<Tokenizer> {
 }
 
 #[track_caller]
-fn assert_error<T>(result: anyhow::Result<T>, parts: &[&str]) {
+pub fn assert_error<T>(result: anyhow::Result<T>, parts: &[&str]) {
     let Err(error) = result else { panic!("no error; expected {parts:?}") };
     let text = format!("{error:#}");
     for part in parts {
@@ -149,7 +149,7 @@ fn published_tokenizers() {
     let hello = [
         ("qwen2_5", [9707, 1879], vec![151645]),
         ("llama3_2", [9906, 1917], vec![128009]),
-        ("gemma2", [4521, 2134], vec![1]),
+        ("gemma2", [4521, 2134], vec![1, 107]),
     ];
     for (name, expected, end_tokens) in hello {
         let Some(folder) = check::data(&format!("tokenizers/{name}")) else { continue };
@@ -192,6 +192,55 @@ fn published_chat_templates() {
     }
 }
 
+/// Gemma 2's tokenizer comes without a template; its turns are known, and they have no place for a system role.
+#[test]
+fn gemma_2_is_given_its_turns_and_told_instructions_by_the_user() {
+    let Some(folder) = check::data("tokenizers/gemma2") else { return };
+    let tokenizer = Tokenizer::from_folder(&folder).unwrap();
+    assert!(tokenizer.borrows_template() && tokenizer.folds_system());
+    let turns = [
+        Message { role: Role::System, content: "Be brief.".into() },
+        Message::user(" Hi "),
+        Message { role: Role::Assistant, content: "Hello".into() },
+        Message::user("Bye"),
+    ];
+    let text = "<bos><start_of_turn>user\nBe brief.\n\n Hi<end_of_turn>\n<start_of_turn>model\nHello<end_of_turn>\n\
+        <start_of_turn>user\nBye<end_of_turn>\n<start_of_turn>model\n";
+    assert_eq!(tokenizer.render(&turns, true).unwrap(), text);
+    let prompt = tokenizer.prompt_ids(&turns).unwrap();
+    assert_eq!(tokenizer.decode_with_special(&prompt), text);
+    assert_eq!((prompt[0], prompt.iter().filter(|id| **id == 2).count()), (2, 1));
+    assert_error(tokenizer.render(&turns[2..], true), &["roles must alternate"]);
+    let [qwen, llama] = ["qwen2_5", "llama3_2"].map(|name| check::data(&format!("tokenizers/{name}")));
+    for folder in qwen.into_iter().chain(llama) {
+        let tokenizer = Tokenizer::from_folder(&folder).unwrap();
+        assert!(!tokenizer.borrows_template() && !tokenizer.folds_system(), "{folder:?}");
+    }
+}
+
+#[test]
+fn instructions_are_folded_where_a_template_would_refuse_or_lose_them() {
+    let system = Message { role: Role::System, content: "S".into() };
+    let answer = Message { role: Role::Assistant, content: "A".into() };
+    let each = "{% for m in messages %}[{{ m.content }}]{% endfor %}";
+    let raises = format!("{{% if messages[0].role == 'system' %}}{{{{ raise_exception('no') }}}}{{% endif %}}{each}");
+    let loses = "{% for m in messages if m.role != 'system' %}[{{ m.content }}]{% endfor %}";
+    let takes = "{% if messages[0].role == 'system' %}{{ messages[0].content }}{% set messages = messages[1:] %}{% endif %}{{ messages[0].content }}";
+    for (template, folds, expected) in
+        [(each, false, "[S][U][A]"), (&raises, true, "[S\n\nU][A]"), (loses, true, "[S\n\nU][A]"), (takes, false, "SU")]
+    {
+        let tokenizer = load(&[("chat_template.jinja", template)]).unwrap();
+        assert_eq!(tokenizer.folds_system(), folds, "{template}");
+        let conversation = [system.clone(), Message::user("U"), answer.clone()];
+        assert_eq!(tokenizer.render(&conversation, true).unwrap(), expected, "{template}");
+    }
+    // Nothing else is touched: instructions without a question are the template's to judge.
+    let tokenizer = load(&[("chat_template.jinja", &raises)]).unwrap();
+    assert_eq!(tokenizer.render(&[Message::user("U"), answer], true).unwrap(), "[U][A]");
+    assert_error(tokenizer.render(&[system], true), &["does not render these messages", "no"]);
+    assert!(!load(&[]).unwrap().folds_system());
+}
+
 #[test]
 fn tokens_inside_one_character_cover_it_together() {
     let tokenizer = tiny();
@@ -220,93 +269,6 @@ proptest! {
         prop_assert_eq!(tokenizer.decode_with_special(&ids), reference.decode(&ids, false).unwrap());
         assert_covers(&tokenizer, &ids);
     }
-
-    #[test]
-    fn gguf_metadata_makes_the_same_tokenizer(text in any::<String>(), words in "[ a-e0-9'.\n]{0,40}") {
-        let (from_folder, from_gguf) = (tiny(), Tokenizer::from_gguf(&metadata(&tiny_folder(), "smollm")).unwrap());
-        for text in [text, words] {
-            prop_assert_eq!(from_gguf.encode(&text).unwrap(), from_folder.encode(&text).unwrap());
-        }
-    }
-}
-
-/// The GGUF metadata that a converter would write for the tokenizer in `folder`.
-fn metadata(folder: &Path, pre: &str) -> HashMap<String, Gguf> {
-    let tokenizer = check::json(&folder.join("tokenizer.json"));
-    let (model, added) = (&tokenizer["model"], tokenizer["added_tokens"].as_array().unwrap());
-    let mut vocabulary: Vec<(u64, &str)> =
-        model["vocab"].as_object().unwrap().iter().map(|(token, id)| (id.as_u64().unwrap(), token.as_str())).collect();
-    vocabulary.extend(added.iter().map(|one| (one["id"].as_u64().unwrap(), one["content"].as_str().unwrap())));
-    vocabulary.sort_unstable();
-    vocabulary.dedup();
-    let special = |token: &str| added.iter().any(|one| one["content"] == token);
-    let merge = |merge: &Value| match merge.as_array() {
-        Some(pair) => format!("{} {}", pair[0].as_str().unwrap(), pair[1].as_str().unwrap()),
-        None => merge.as_str().unwrap().to_owned(),
-    };
-    let strings = |texts: Vec<String>| Gguf::Array(texts.into_iter().map(Gguf::String).collect());
-    let entries = [
-        ("model", Gguf::String("gpt2".into())),
-        ("pre", Gguf::String(pre.into())),
-        ("tokens", strings(vocabulary.iter().map(|(_, token)| (*token).to_owned()).collect())),
-        (
-            "token_type",
-            Gguf::Array(vocabulary.iter().map(|(_, token)| Gguf::I32(if special(token) { 3 } else { 1 })).collect()),
-        ),
-        ("merges", strings(model["merges"].as_array().unwrap().iter().map(merge).collect())),
-        ("bos_token_id", Gguf::U32(0)),
-        ("eos_token_id", Gguf::U32(2)),
-    ];
-    entries.into_iter().map(|(key, value)| (format!("tokenizer.ggml.{key}"), value)).collect()
-}
-
-#[test]
-fn gguf_of_llama_3_is_its_tokenizer_json() {
-    let Some(folder) = check::data("tokenizers/llama3_2") else { return };
-    let (from_folder, mut metadata) = (Tokenizer::from_folder(&folder).unwrap(), metadata(&folder, "llama-bpe"));
-    metadata.insert("tokenizer.chat_template".into(), Gguf::String("{{ messages[0].content }}".into()));
-    let from_gguf = Tokenizer::from_gguf(&metadata).unwrap();
-    for text in TEXTS {
-        assert_eq!(from_gguf.encode(text).unwrap(), from_folder.encode(text).unwrap(), "{text:?}");
-        assert_eq!(from_gguf.prompt_ids(&[Message::user(text)]).unwrap()[0], 0, "files of this kind add a BOS token");
-    }
-}
-
-#[test]
-fn gguf_kinds_cut_text_differently() {
-    let tokens = ["<0>", "Ġ", "!", "=", "1", "2", "3", "4", "a", "12", "123", "1234", "Ġ!", "a!", "!=", "Ġa"];
-    let merges = ["1 2", "12 3", "123 4", "Ġ !", "a !", "! =", "Ġ a"];
-    let cases = [
-        ("smollm", "1234", vec!["1", "2", "3", "4"]),
-        ("llama-bpe", "1234", vec!["123", "4"]),
-        ("default", "1234", vec!["123", "4"]),
-        ("smollm", "a !=", vec!["a", "Ġ!", "="]),
-        ("llama-bpe", "a !=", vec!["a", "Ġ!", "="]),
-        ("default", "a !=", vec!["a", "Ġ", "!="]),
-        ("default", "a a", vec!["a", "Ġa"]),
-    ];
-    let strings = |texts: &[&str]| Gguf::Array(texts.iter().map(|text| Gguf::String((*text).into())).collect());
-    for (pre, text, expected) in cases {
-        let mut metadata = metadata(&tiny_folder(), pre);
-        metadata.insert("tokenizer.ggml.tokens".into(), strings(&tokens));
-        metadata.insert("tokenizer.ggml.merges".into(), strings(&merges));
-        metadata.insert("tokenizer.ggml.token_type".into(), Gguf::Array(vec![Gguf::I32(1); tokens.len()]));
-        let tokenizer = Tokenizer::from_gguf(&metadata).unwrap();
-        let expected: Vec<u32> = expected.iter().map(|token| tokenizer.token_id(token).unwrap()).collect();
-        assert_eq!(tokenizer.encode(text).unwrap(), expected, "{pre} {text:?}");
-    }
-}
-
-#[test]
-fn gguf_token_types_say_what_is_special() {
-    let mut metadata = metadata(&tiny_folder(), "smollm");
-    let mut types = vec![Gguf::I32(1); 320];
-    (types[2], types[3]) = (Gguf::I32(3), Gguf::I32(4));
-    metadata.insert("tokenizer.ggml.token_type".into(), Gguf::Array(types));
-    let tokenizer = Tokenizer::from_gguf(&metadata).unwrap();
-    let ids = tokenizer.encode("<|im_start|><|im_end|><pad>").unwrap();
-    assert!(ids.len() > 3 && ids.ends_with(&[2, 3]), "{ids:?}: only control and user-defined tokens are seen in text");
-    assert_eq!(tokenizer.decode(&ids), "<|im_start|><pad>", "only control tokens are left out");
 }
 
 #[test]
@@ -346,6 +308,17 @@ fn a_bos_that_only_the_post_processor_knows_is_added() {
     assert_eq!(tokenizer.prompt_ids(&[Message::user("a")]).unwrap(), [3, 68]);
 }
 
+/// Gemma 3's tokenizer knows a token for images that its text models have no row for.
+#[test]
+fn a_token_added_beyond_the_vocabulary_is_not_counted() {
+    let mut tokenizer_json = check::json(&tiny_folder().join("tokenizer.json"));
+    let mut image = tokenizer_json["added_tokens"][0].clone();
+    (image["id"], image["content"]) = (json!(320), json!("<image>"));
+    tokenizer_json["added_tokens"].as_array_mut().unwrap().push(image);
+    let tokenizer = load(&[("tokenizer.json", &tokenizer_json.to_string())]).unwrap();
+    assert_eq!((tokenizer.vocab_size(), tokenizer.encode("a<image>").unwrap()), (320, vec![68, 320]));
+}
+
 #[test]
 fn end_tokens_come_from_every_place() {
     let answer = "{% for m in messages %}{{ m.content }}";
@@ -363,8 +336,9 @@ fn end_tokens_come_from_every_place() {
 
     let mut metadata = metadata(&tiny_folder(), "smollm");
     metadata.insert("tokenizer.ggml.eot_token_id".into(), Gguf::U32(3));
+    metadata.insert("tokenizer.ggml.eom_token_id".into(), Gguf::U32(0));
     metadata.insert("tokenizer.chat_template".into(), Gguf::String(chat("<|im_start|>")));
-    assert_eq!(Tokenizer::from_gguf(&metadata).unwrap().end_tokens(), [1, 2, 3]);
+    assert_eq!(Tokenizer::from_gguf(&metadata).unwrap().end_tokens(), [0, 1, 2, 3]);
 }
 
 #[test]
@@ -453,41 +427,6 @@ fn bad_folders_are_explained() {
         ("config.json", "", ["config.json is not JSON", "EOF"]),
     ] {
         assert_error(load(&[(file, text)]), &parts);
-    }
-}
-
-#[test]
-fn bad_gguf_metadata_is_explained() {
-    let good = metadata(&tiny_folder(), "smollm");
-    assert!(Tokenizer::from_gguf(&good).is_ok());
-    let strings = |texts: &[&str]| Gguf::Array(texts.iter().map(|text| Gguf::String((*text).into())).collect());
-    let key = |name: &str| format!("tokenizer.ggml.{name}");
-    for name in ["model", "pre", "tokens", "token_type", "merges"] {
-        let mut metadata = good.clone();
-        metadata.remove(&key(name));
-        assert_error(Tokenizer::from_gguf(&metadata), &[&key(name), "is missing"]);
-        metadata.insert(key(name), Gguf::F32(1.0));
-        assert_error(Tokenizer::from_gguf(&metadata), &[&key(name), "type F32"]);
-    }
-    for (name, value, parts) in [
-        ("model", Gguf::String("llama".into()), ["\"llama\"", "gpt2"]),
-        ("pre", Gguf::String("tekken".into()), ["\"tekken\"", "smollm, llama-bpe, default"]),
-        ("tokens", strings(&[]), ["tokens` is empty", ""]),
-        ("tokens", strings(&["a", "b"]), ["2 tokens", "320 types"]),
-        ("tokens", strings(&["a"; 320]), ["twice", "tokens"]),
-        ("tokens", Gguf::Array(vec![Gguf::U32(1)]), ["row 0", "type U32"]),
-        ("token_type", Gguf::Array(vec![Gguf::I32(-1)]), ["token_type` row 0", "type I32"]),
-        ("merges", strings(&["a b", "ab"]), ["merges` row 0", "\"ab\""]),
-        ("merges", strings(&["ab"]), ["row 0", "not two tokens"]),
-        ("merges", strings(&["zz a"]), ["row 0", "\"zz\", which is not among the tokens"]),
-        // The tokenizers crate panics on a merge longer than every token.
-        ("merges", strings(&["<|endoftext|> <|endoftext|>"]), ["row 0", "not among the tokens"]),
-        ("eos_token_id", Gguf::U32(5000), ["eos_token_id` is 5000", "320 tokens"]),
-        ("add_bos_token", Gguf::U32(1), ["add_bos_token", "type U32"]),
-    ] {
-        let mut metadata = good.clone();
-        metadata.insert(key(name), value);
-        assert_error(Tokenizer::from_gguf(&metadata), &parts);
     }
 }
 

@@ -291,12 +291,13 @@ fn shapes_and_sizes_come_from_headers() {
     let stored = file.path().join("m.gguf");
     fs::write(&stored, micro_gguf()).unwrap();
     for (path, stored) in [(folder.path(), folder.path().join("model.safetensors")), (file.path(), stored)] {
-        let weights = Weights::open(path).unwrap();
+        let mut weights = Weights::open(path).unwrap();
+        let architecture = weights.architecture().unwrap();
         for (name, _, shape) in TENSORS {
-            assert_eq!(weights.shape(name).unwrap(), shape, "{name}");
+            assert_eq!(weights.shape(name, &architecture).unwrap(), shape, "{name}");
         }
         assert_error(
-            weights.shape("lm_head.weight").map(drop),
+            weights.shape("lm_head.weight", &architecture).map(drop),
             &[stored.to_str().unwrap(), "lm_head.weight", "missing"],
         );
         assert_eq!(weights.stored_bytes().unwrap(), fs::metadata(stored).unwrap().len());
@@ -328,8 +329,9 @@ fn a_model_in_several_files_is_one_model() {
     // What the index does not name is not looked at.
     fs::write(folder.path().join("other.safetensors"), "not one").unwrap();
     write_index(folder.path(), &index);
-    let weights = Weights::open(folder.path()).unwrap();
-    assert!(TENSORS.iter().all(|(name, _, shape)| weights.shape(name).unwrap() == *shape));
+    let mut weights = Weights::open(folder.path()).unwrap();
+    let architecture = weights.architecture().unwrap();
+    assert!(TENSORS.iter().all(|(name, _, shape)| weights.shape(name, &architecture).unwrap() == *shape));
     let lengths = [0, 1].map(|n| fs::metadata(folder.path().join(format!("model-{n}.safetensors"))).unwrap().len());
     assert_eq!(weights.stored_bytes().unwrap(), lengths.iter().sum::<u64>());
 }

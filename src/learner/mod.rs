@@ -118,7 +118,7 @@ impl Learner {
         let mut gradients = self.variables.iter().map(zeros).collect::<Result<Vec<_>>>()?;
         let mut report = StepReport { loss: 0.0, grad_norm: 0.0, tokens: 0, metrics: Metrics::default() };
         let micro_batches = pack(trees, shape.micro_tokens)?;
-        let (mut done, total) = (0, micro_batches.len() * self.model.architecture.layers);
+        let (mut done, total) = (0, micro_batches.len() * self.model.architecture.layers.len());
         let mut layer_done = || {
             done += 1;
             observer(Event::Progress { what: "learning", done, total });
@@ -186,7 +186,7 @@ impl Learner {
         let call = call(micro, &adapters);
         let context = self.model.begin(&call)?;
         let mut inputs = vec![self.model.embed(&call)?];
-        for index in 0..self.model.architecture.layers {
+        for index in 0..self.model.architecture.layers.len() {
             let output = self.model.layer(index, &inputs[index], &context)?;
             inputs.push(output);
         }
@@ -206,7 +206,7 @@ impl Learner {
         let call = call(micro, &adapters);
         let context = self.model.begin(&call)?;
         let mut seed = seed;
-        for index in (0..self.model.architecture.layers).rev() {
+        for index in (0..self.model.architecture.layers.len()).rev() {
             let x = Var::from_tensor(&inputs[index])?;
             let y = self.model.layer(index, &x, &context)?;
             let mut grads = (y * seed)?.sum_all()?.backward()?;

@@ -31,13 +31,13 @@ impl KeyValueStore {
     pub fn new(architecture: &Architecture, rows: usize, device: &Device) -> Result<Self> {
         let shape = (rows, architecture.key_value_heads * architecture.head_dim);
         let zeros = || Tensor::zeros(shape, DType::F32, device);
-        let layers = (0..architecture.layers).map(|_| Ok((zeros()?, zeros()?))).collect::<Result<_>>()?;
+        let layers = architecture.layers.iter().map(|_| Ok((zeros()?, zeros()?))).collect::<Result<_>>()?;
         Ok(Self { layers, free: std::iter::once(0..rows).collect(), rows })
     }
 
     /// What `rows` rows take, in bytes.
     pub fn bytes(architecture: &Architecture, rows: usize) -> usize {
-        2 * architecture.layers * rows * architecture.key_value_heads * architecture.head_dim * size_of::<f32>()
+        2 * architecture.layers.len() * rows * architecture.key_value_heads * architecture.head_dim * size_of::<f32>()
     }
 
     /// Rows in all.

@@ -3,13 +3,15 @@
 //! Sampler, learner and reference run this one forward path on the same frozen tensors; the adapter is an argument.
 //! Rows are tokens, without batch dimension or padding: [`Call`] says which sequence each row continues.
 //!
-//! * [`architecture`]: what a decoder looks like, from `config.json` or GGUF metadata
+//! * [`architecture`]: what a decoder looks like
+//! * [`family`]: the families that are known, read from `config.json` or GGUF metadata
 //! * [`weights`]: tensors by name from safetensors or GGUF
 //! * [`gguf`], [`safetensors`]: the two kinds of files
 //! * [`cache`]: keys and values of past tokens, for the sampler
 
 pub mod architecture;
 pub mod cache;
+pub mod family;
 pub mod gguf;
 pub mod safetensors;
 pub mod weights;
@@ -19,9 +21,9 @@ use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::{Result, ensure};
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 
-pub use architecture::{Architecture, Projection};
+pub use architecture::{Architecture, AttentionKind, Projection};
 pub use cache::{KeyValueStore, Store};
 pub use weights::Weights;
 
@@ -47,9 +49,24 @@ pub struct Model {
 
 struct Layer {
     attention_norm: Tensor,
+    /// Of what attention returns.
+    attention_output_norm: Option<Tensor>,
     feed_forward_norm: Tensor,
-    /// By [`Projection`], each [out, in].
-    projections: [Tensor; 7],
+    /// Of what the feed-forward block returns.
+    feed_forward_output_norm: Option<Tensor>,
+    /// Of every head, [head_dim].
+    query_norm: Option<Tensor>,
+    key_norm: Option<Tensor>,
+    /// By [`Projection`].
+    projections: [Frozen; 7],
+}
+
+/// A projection that is never trained.
+struct Frozen {
+    /// [out, in].
+    weight: Tensor,
+    /// [out].
+    bias: Option<Tensor>,
 }
 
 /// The rows of one forward call: consecutive rows of one or several sequences.
@@ -68,7 +85,8 @@ pub struct Call<'a> {
 
 /// What every layer of one call needs beside its input.
 pub struct LayerCall<'a> {
-    rotation: Rotation,
+    /// By kind of attention.
+    rotations: Vec<Rotation>,
     call: &'a Call<'a>,
 }
 
@@ -79,26 +97,35 @@ impl Model {
     /// If a tensor is missing or has the wrong shape.
     pub fn load(weights: &mut Weights, device: &Device) -> Result<Self> {
         let architecture = weights.architecture()?;
-        let mut tensor = |name: &str, shape: &[usize]| weights.tensor(name, shape, &architecture, device);
+        Self::assemble(&architecture, device, |name, shape| weights.tensor(name, shape, &architecture, device))
+    }
+
+    /// Checks from the header alone that every tensor is there and has its shape.
+    ///
+    /// # Errors
+    /// As [`Model::load`].
+    pub fn check(weights: &Weights, architecture: &Architecture) -> Result<()> {
+        let nothing = Tensor::zeros((), DType::F32, &Device::Cpu)?;
+        let expect = |name: &str, shape: &[usize]| {
+            weights.expect(name, shape, architecture)?;
+            Ok(nothing.clone())
+        };
+        Self::assemble(architecture, &Device::Cpu, expect).map(drop)
+    }
+
+    fn assemble(
+        architecture: &Architecture,
+        device: &Device,
+        mut tensor: impl FnMut(&str, &[usize]) -> Result<Tensor>,
+    ) -> Result<Self> {
         let table = [architecture.vocabulary, architecture.hidden];
         let embedding = tensor("model.embed_tokens.weight", &table)?;
         let head = if architecture.tied { embedding.clone() } else { tensor("lm_head.weight", &table)? };
-        let mut layers = Vec::new();
-        for index in 0..architecture.layers {
-            let name = |part: &str| format!("model.layers.{index}.{part}.weight");
-            let mut projections = Vec::new();
-            for projection in Projection::ALL {
-                let (wide, narrow) = architecture.dimensions(projection);
-                projections.push(tensor(&name(projection.module()), &[wide, narrow])?);
-            }
-            layers.push(Layer {
-                attention_norm: tensor(&name("input_layernorm"), &[architecture.hidden])?,
-                feed_forward_norm: tensor(&name("post_attention_layernorm"), &[architecture.hidden])?,
-                projections: projections.try_into().expect("one tensor was pushed per projection"),
-            });
-        }
-        let norm = tensor("model.norm.weight", &[architecture.hidden])?;
-        Ok(Self { architecture, device: device.clone(), embedding, layers, norm, head })
+        let layers = (0..architecture.layers.len()).map(|index| Layer::load(index, architecture, &mut tensor));
+        let layers = layers.collect::<Result<_>>()?;
+        let norm = (tensor("model.norm.weight", &[architecture.hidden])? + architecture.norm_offset)?;
+        let (architecture, device) = (architecture.clone(), device.clone());
+        Ok(Self { architecture, device, embedding, layers, norm, head })
     }
 
     /// Opens and loads a model: see [`Weights::open`].
@@ -116,7 +143,7 @@ impl Model {
 
     /// How logits are made at a temperature.
     pub fn logits(&self, temperature: f64) -> Logits {
-        Logits { soft_cap: None, temperature: temperature as f32 }
+        Logits { soft_cap: self.architecture.logit_cap.map(|cap| cap as f32), temperature: temperature as f32 }
     }
 
     /// Prepares what all layers of a call share.
@@ -135,7 +162,8 @@ impl Model {
         if let Some(position) = call.positions.iter().find(|&&position| position >= context) {
             anyhow::bail!("position {position} is outside the model's context of {context} tokens");
         }
-        Ok(LayerCall { rotation: Rotation::new(call.positions, &self.architecture.frequencies), call })
+        let kinds = self.architecture.attention.iter();
+        Ok(LayerCall { rotations: kinds.map(|kind| Rotation::new(call.positions, &kind.frequencies)).collect(), call })
     }
 
     /// Embeds the call's tokens: [rows, hidden].
@@ -143,7 +171,9 @@ impl Model {
     /// # Errors
     /// If the device fails.
     pub fn embed(&self, call: &Call) -> Result<Tensor> {
-        Ok(self.embedding.index_select(&Tensor::new(call.ids, &self.device)?, 0)?)
+        let embedded = self.embedding.index_select(&Tensor::new(call.ids, &self.device)?, 0)?;
+        let scale = self.architecture.embedding_scale;
+        Ok(if scale == 1.0 { embedded } else { (embedded * scale)? })
     }
 
     /// One layer: [rows, hidden] to [rows, hidden].
@@ -152,27 +182,39 @@ impl Model {
     /// If the device fails.
     pub fn layer(&self, index: usize, x: &Tensor, context: &LayerCall) -> Result<Tensor> {
         let (layer, epsilon) = (&self.layers[index], self.architecture.norm_epsilon);
+        let kind = self.architecture.layers[index];
         let project = |x: &Tensor, projection: Projection| self.project(index, projection, x, context.call.adapters);
+        let rotation = &context.rotations[kind];
+        let normed = |x: Tensor, gain: &Option<Tensor>| match gain {
+            Some(gain) => rms_norm(&x, gain, epsilon),
+            None => Ok(x),
+        };
         let h = rms_norm(x, &layer.attention_norm, epsilon)?;
-        let q = rope(&project(&h, Projection::QProj)?, &context.rotation)?;
-        let k = rope(&project(&h, Projection::KProj)?, &context.rotation)?;
+        let q = rope(&normed(project(&h, Projection::QProj)?, &layer.query_norm)?, rotation)?;
+        let k = rope(&normed(project(&h, Projection::KProj)?, &layer.key_norm)?, rotation)?;
         let v = project(&h, Projection::VProj)?;
         let (k, v) = match context.call.store {
             Some((store, stores)) => store.write(index, &k, &v, stores)?,
             None => (k, v),
         };
-        let attended = attention(&q, &k, &v, self.heads(), &context.call.spans)?;
-        let x = (x + project(&attended, Projection::OProj)?)?;
+        let attended = attention(&q, &k, &v, self.heads(kind), &context.call.spans)?;
+        let x = (x + normed(project(&attended, Projection::OProj)?, &layer.attention_output_norm)?)?;
         let h = rms_norm(&x, &layer.feed_forward_norm, epsilon)?;
         let (gate, up) = (project(&h, Projection::GateProj)?, project(&h, Projection::UpProj)?);
         let gated = gated(&gate, &up, self.architecture.activation)?;
-        Ok((x + project(&gated, Projection::DownProj)?)?)
+        Ok((x + normed(project(&gated, Projection::DownProj)?, &layer.feed_forward_output_norm)?)?)
     }
 
-    fn heads(&self) -> Heads {
-        let Architecture { heads, key_value_heads, head_dim, .. } = self.architecture;
-        let scale = 1.0 / (head_dim as f32).sqrt();
-        Heads { query: heads, key: key_value_heads, dim: head_dim, scale, soft_cap: None, window: None }
+    fn heads(&self, kind: usize) -> Heads {
+        let Architecture { heads, key_value_heads, head_dim, score_scale, score_cap, .. } = self.architecture;
+        Heads {
+            query: heads,
+            key: key_value_heads,
+            dim: head_dim,
+            scale: score_scale as f32,
+            soft_cap: score_cap.map(|cap| cap as f32),
+            window: self.architecture.attention[kind].window,
+        }
     }
 
     fn project(
@@ -182,12 +224,12 @@ impl Model {
         x: &Tensor,
         adapters: &[(Range<usize>, Option<&Adapter>)],
     ) -> Result<Tensor> {
-        let weight = &self.layers[index].projections[projection as usize];
+        let Frozen { weight, bias } = &self.layers[index].projections[projection as usize];
         let mut parts = Vec::with_capacity(adapters.len());
         for (rows, adapter) in adapters {
             let low_rank = adapter.and_then(|adapter| adapter.low_rank(index, projection));
             // With one adapter this is all of x, and no copy is made.
-            parts.push(linear(&x.narrow(0, rows.start, rows.len())?, weight, low_rank)?);
+            parts.push(linear(&x.narrow(0, rows.start, rows.len())?, weight, bias.as_ref(), low_rank)?);
         }
         if parts.len() == 1 { Ok(parts.remove(0)) } else { Ok(Tensor::cat(&parts, 0)?) }
     }
@@ -212,5 +254,44 @@ impl Model {
             x = self.layer(index, &x, &context)?;
         }
         Ok(x)
+    }
+}
+
+impl Layer {
+    fn load(
+        index: usize,
+        architecture: &Architecture,
+        tensor: &mut impl FnMut(&str, &[usize]) -> Result<Tensor>,
+    ) -> Result<Self> {
+        let mut tensor = |part: &str, shape: &[usize]| tensor(&format!("model.layers.{index}.{part}"), shape);
+        let mut projections = Vec::new();
+        for projection in Projection::ALL {
+            let ((wide, narrow), module) = (architecture.dimensions(projection), projection.module());
+            let weight = tensor(&format!("{module}.weight"), &[wide, narrow])?;
+            let bias = architecture.has_bias(projection).then(|| tensor(&format!("{module}.bias"), &[wide]));
+            let bias = bias.transpose()?;
+            projections.push(Frozen { weight, bias });
+        }
+        let mut norm = |part: &str, width: usize| -> Result<Tensor> {
+            Ok((tensor(&format!("{part}.weight"), &[width])? + architecture.norm_offset)?)
+        };
+        let Architecture { hidden, head_dim, output_norms, head_norms, .. } = *architecture;
+        let attention_norm = norm("input_layernorm", hidden)?;
+        let after_attention = norm("post_attention_layernorm", hidden)?;
+        // Where only inputs are normalized, the feed-forward block's norm is called after what comes before it.
+        let (attention_output_norm, feed_forward_norm) = match output_norms {
+            true => (Some(after_attention), norm("pre_feedforward_layernorm", hidden)?),
+            false => (None, after_attention),
+        };
+        let mut norm_if = |there: bool, part: &str, width: usize| there.then(|| norm(part, width)).transpose();
+        Ok(Self {
+            attention_norm,
+            attention_output_norm,
+            feed_forward_norm,
+            feed_forward_output_norm: norm_if(output_norms, "post_feedforward_layernorm", hidden)?,
+            query_norm: norm_if(head_norms, "self_attn.q_norm", head_dim)?,
+            key_norm: norm_if(head_norms, "self_attn.k_norm", head_dim)?,
+            projections: projections.try_into().ok().expect("one was pushed per projection"),
+        })
     }
 }

@@ -59,20 +59,22 @@ impl Weights {
     ///
     /// # Errors
     /// If the description is missing or of an unsupported family.
-    pub fn architecture(&self) -> Result<Architecture> {
+    pub fn architecture(&mut self) -> Result<Architecture> {
         match self {
-            Self::Gguf { path, content, .. } => {
+            Self::Gguf { path, content, reader } => {
                 let embedding = content.tensor_infos.get("token_embd.weight").map(|info| info.shape.dims().to_vec());
                 let Some([vocabulary, _]) = embedding.as_deref() else {
                     bail!("{}: tensor token_embd.weight is missing or not a matrix", path.display());
                 };
                 let tied = !content.tensor_infos.contains_key("output.weight");
-                ensure!(
-                    !content.tensor_infos.contains_key("rope_freqs.weight"),
-                    "{}: scaled rope is not supported in gguf files yet; use the safetensors folder",
-                    path.display()
-                );
-                Architecture::from_gguf(&content.metadata, *vocabulary, tied)
+                // Llama 3's scaling comes as what each rotary frequency is divided by.
+                let divisors = match content.tensor_infos.contains_key("rope_freqs.weight") {
+                    true => Some(content.tensor(reader, "rope_freqs.weight", &Device::Cpu)?.dequantize(&Device::Cpu)?),
+                    false => None,
+                };
+                let divisors = divisors.map(|divisors| divisors.to_vec1::<f32>()).transpose();
+                let divisors = divisors.with_context(|| format!("{}: tensor rope_freqs.weight", path.display()))?;
+                Architecture::from_gguf(&content.metadata, *vocabulary, tied, divisors.as_deref())
                     .with_context(|| path.display().to_string())
             }
             Self::Folder { path, .. } => {
@@ -125,16 +127,30 @@ impl Weights {
     ///
     /// # Errors
     /// If it is missing.
-    pub fn shape(&self, name: &str) -> Result<Vec<usize>> {
+    pub fn shape(&self, name: &str, architecture: &Architecture) -> Result<Vec<usize>> {
         match self {
             Self::Folder { tensors, .. } => tensors.shape(name),
             Self::Gguf { path, content, .. } => {
-                let stored = gguf_name(name);
+                let stored = gguf_name(name, architecture);
                 let info = content.tensor_infos.get(&stored);
                 let info = info.with_context(|| format!("{}: tensor {stored} ({name}) is missing", path.display()))?;
                 Ok(info.shape.dims().to_vec())
             }
         }
+    }
+
+    /// Checks in the header that a tensor is there, and of this shape.
+    ///
+    /// # Errors
+    /// If it is not.
+    pub fn expect(&self, name: &str, shape: &[usize], architecture: &Architecture) -> Result<()> {
+        let stored = self.shape(name, architecture)?;
+        ensure!(
+            stored == shape,
+            "{}: tensor {name} has shape {stored:?}, the model's description asks for {shape:?}",
+            self.path().display()
+        );
+        Ok(())
     }
 
     /// The tensor of this Hugging Face name, in f32.
@@ -148,16 +164,11 @@ impl Weights {
         architecture: &Architecture,
         device: &Device,
     ) -> Result<Tensor> {
-        let stored = self.shape(name)?;
-        ensure!(
-            stored == shape,
-            "{}: tensor {name} has shape {stored:?}, the model's description asks for {shape:?}",
-            self.path().display()
-        );
+        self.expect(name, shape, architecture)?;
         let tensor = match self {
             Self::Folder { tensors, .. } => tensors.tensor(name, device)?,
             Self::Gguf { path, content, reader } => {
-                let stored = gguf_name(name);
+                let stored = gguf_name(name, architecture);
                 let found = content.tensor(reader, &stored, device);
                 let found = found.with_context(|| format!("{}: tensor {stored} ({name})", path.display()))?;
                 unpermute(name, found.dequantize(device)?, architecture)?
@@ -168,14 +179,17 @@ impl Weights {
 }
 
 /// GGUF's name of a tensor: `model.layers.3.self_attn.q_proj.weight` is `blk.3.attn_q.weight`.
-fn gguf_name(name: &str) -> String {
-    const PARTS: [(&str, &str); 13] = [
+fn gguf_name(name: &str, architecture: &Architecture) -> String {
+    const PARTS: [(&str, &str); 16] = [
         ("model.embed_tokens.", "token_embd."),
         ("model.norm.", "output_norm."),
         ("lm_head.", "output."),
         ("model.layers.", "blk."),
         ("input_layernorm.", "attn_norm."),
-        ("post_attention_layernorm.", "ffn_norm."),
+        ("pre_feedforward_layernorm.", "ffn_norm."),
+        ("post_feedforward_layernorm.", "post_ffw_norm."),
+        ("self_attn.q_norm.", "attn_q_norm."),
+        ("self_attn.k_norm.", "attn_k_norm."),
         ("self_attn.q_proj.", "attn_q."),
         ("self_attn.k_proj.", "attn_k."),
         ("self_attn.v_proj.", "attn_v."),
@@ -184,13 +198,16 @@ fn gguf_name(name: &str) -> String {
         ("mlp.up_proj.", "ffn_up."),
         ("mlp.down_proj.", "ffn_down."),
     ];
-    PARTS.iter().fold(name.to_string(), |name, (from, to)| name.replace(from, to))
+    // One name in checkpoints for two things: the norm after attention, or that before the feed-forward block.
+    let after_attention = if architecture.output_norms { "post_attention_norm." } else { "ffn_norm." };
+    let parts = PARTS.into_iter().chain([("post_attention_layernorm.", after_attention)]);
+    parts.fold(name.to_string(), |name, (from, to)| name.replace(from, to))
 }
 
-/// Llama's GGUF files store queries and keys with the two halves of each head interleaved; checkpoints do not.
+/// Undoes the interleaving of the two halves of each head of queries and keys, where files do that.
 fn unpermute(name: &str, tensor: Tensor, architecture: &Architecture) -> Result<Tensor> {
     let permuted = [Projection::QProj, Projection::KProj].iter().any(|projection| name.contains(projection.module()));
-    if !permuted {
+    if !architecture.interleaved || !permuted {
         return Ok(tensor);
     }
     let (out, width) = tensor.dims2()?;

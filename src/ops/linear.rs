@@ -1,8 +1,10 @@
-//! `y = x Wᵀ + s (x Aᵀ) Bᵀ`: a frozen weight and the low-rank adapter beside it (LoRA, Hu et al. 2021, eq. 3).
+//! `y = x Wᵀ + c + s (x Aᵀ) Bᵀ`: a frozen weight and bias, and the low-rank adapter beside it (LoRA, Hu et al. 2021, eq. 3).
 //!
-//! W is never differentiated: candle's own backward would compute a gradient as large as the model and throw it away.
+//! W and c are never differentiated: candle's own backward would compute a gradient as large as the model and throw it away.
 
 use candle_core::{CpuStorage, CustomOp1, CustomOp3, Layout, Result, Shape, Tensor, bail};
+
+use rayon::prelude::*;
 
 use super::matmul::{Matrix, Threads, matmul, product};
 use super::{output, values, with_values};
@@ -18,25 +20,43 @@ pub struct LowRank<'a> {
     pub scale: f32,
 }
 
-/// `x` [rows, in] times the frozen `weight` [out, in], plus the adapter if there is one: [rows, out].
+/// `x` [rows, in] times the frozen `weight` [out, in], plus the frozen `bias` [out] and the adapter if there are any: [rows, out].
 ///
 /// # Errors
 /// If shapes disagree or a tensor is not f32.
-pub fn linear(x: &Tensor, weight: &Tensor, adapter: Option<LowRank>) -> Result<Tensor> {
+pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, adapter: Option<LowRank>) -> Result<Tensor> {
     let ((_, width), (wide, narrow)) = (x.dims2()?, weight.dims2()?);
     let rank = adapter.map_or(Ok(0), |adapter| adapter.a.dim(0))?;
     let misfit = |LowRank { a, b, .. }: LowRank| a.dims() != [rank, narrow] || b.dims() != [wide, rank];
     if width != narrow || adapter.is_some_and(misfit) {
         bail!("linear: rows of {width} do not fit a weight of {:?} and an adapter of rank {rank}", weight.dims());
     }
+    if let Some(bias) = bias.filter(|bias| bias.dims() != [wide]) {
+        bail!("linear: a bias of {:?} does not fit a weight of {:?}", bias.dims(), weight.dims());
+    }
+    let frozen = Frozen { weight: weight.clone(), bias: bias.cloned() };
     match adapter {
-        None => x.apply_op1(Frozen { weight: weight.clone() }),
-        Some(LowRank { a, b, scale }) => x.apply_op3(a, b, Adapted { weight: weight.clone(), scale }),
+        None => x.apply_op1(frozen),
+        Some(LowRank { a, b, scale }) => x.apply_op3(a, b, Adapted { frozen, scale }),
     }
 }
 
 struct Frozen {
     weight: Tensor,
+    bias: Option<Tensor>,
+}
+
+impl Frozen {
+    fn apply(&self, x: Matrix) -> Result<Vec<f32>> {
+        let (wide, narrow) = self.weight.dims2()?;
+        let mut y = with_values([&self.weight], |[w]| product(x, Matrix::dense(w, narrow).t()))?;
+        if let Some(bias) = &self.bias {
+            with_values([bias], |[bias]| {
+                y.par_chunks_mut(wide).for_each(|y| y.iter_mut().zip(bias).for_each(|(y, bias)| *y += bias));
+            })?;
+        }
+        Ok(y)
+    }
 }
 
 impl CustomOp1 for Frozen {
@@ -47,9 +67,7 @@ impl CustomOp1 for Frozen {
     fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
         let (rows, _) = layout.shape().dims2()?;
         let (wide, narrow) = self.weight.dims2()?;
-        let x = values(x, layout)?;
-        let y = with_values([&self.weight], |[w]| product(Matrix::dense(x, narrow), Matrix::dense(w, narrow).t()))?;
-        output(y, (rows, wide))
+        output(self.apply(Matrix::dense(values(x, layout)?, narrow))?, (rows, wide))
     }
 
     fn bwd(&self, x: &Tensor, _y: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
@@ -62,7 +80,7 @@ impl CustomOp1 for Frozen {
 }
 
 struct Adapted {
-    weight: Tensor,
+    frozen: Frozen,
     scale: f32,
 }
 
@@ -82,10 +100,10 @@ impl CustomOp3 for Adapted {
     ) -> Result<(CpuStorage, Shape)> {
         let (rows, _) = x_layout.shape().dims2()?;
         let (rank, narrow) = a_layout.shape().dims2()?;
-        let (wide, _) = self.weight.dims2()?;
+        let (wide, _) = self.frozen.weight.dims2()?;
         let x = Matrix::dense(values(x, x_layout)?, narrow);
         let (a, b) = (values(a, a_layout)?, values(b, b_layout)?);
-        let mut y = with_values([&self.weight], |[w]| product(x, Matrix::dense(w, narrow).t()))?;
+        let mut y = self.frozen.apply(x)?;
         let down = product(x, Matrix::dense(a, narrow).t());
         let up = Matrix::dense(b, rank).t();
         matmul(&mut y, wide, 1.0, self.scale, Matrix::dense(&down, rank), up, Threads::All);
@@ -100,9 +118,9 @@ impl CustomOp3 for Adapted {
         _y: &Tensor,
         grad: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        let ((rank, narrow), (wide, _)) = (a.dims2()?, self.weight.dims2()?);
+        let ((rank, narrow), (wide, _)) = (a.dims2()?, self.frozen.weight.dims2()?);
         let grad = grad.contiguous()?;
-        let (dx, da, db) = with_values([x, a, b, &grad, &self.weight], |[xs, a, b, g, w]| {
+        let (dx, da, db) = with_values([x, a, b, &grad, &self.frozen.weight], |[xs, a, b, g, w]| {
             let (x, g) = (Matrix::dense(xs, narrow), Matrix::dense(g, wide));
             let (a, b) = (Matrix::dense(a, narrow), Matrix::dense(b, rank));
             let down = product(x, a.t());

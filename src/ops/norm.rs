@@ -5,12 +5,13 @@ use rayon::prelude::*;
 
 use super::{output, values, vectorized, with_values};
 
-/// Normalises each row of `x` [rows, width] and multiplies it with `gain` [width].
+/// Normalizes each row of `x` [rows, width] and multiplies it with `gain` [width]. Rows may hold several such stretches, the
+/// heads of queries or keys: each is normalized by itself.
 ///
 /// # Errors
-/// If the widths differ or a tensor is not f32.
+/// If rows are not whole stretches, or a tensor is not f32.
 pub fn rms_norm(x: &Tensor, gain: &Tensor, epsilon: f64) -> Result<Tensor> {
-    if x.dim(D::Minus1)? != gain.elem_count() {
+    if gain.elem_count() == 0 || !x.dim(D::Minus1)?.is_multiple_of(gain.elem_count()) {
         bail!("rms norm: rows of {:?} do not fit a gain of {:?}", x.dims(), gain.dims());
     }
     x.apply_op1(RmsNorm { gain: gain.clone(), epsilon })

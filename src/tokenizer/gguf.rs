@@ -1,4 +1,5 @@
-//! The tokenizer in a GGUF file's metadata: byte-level BPE whose text splitting is known only by name (`tokenizer.ggml.pre`).
+//! The tokenizer in a GGUF file's metadata: byte-level BPE whose text splitting is known only by name
+//! (`tokenizer.ggml.pre`), or SentencePiece's BPE.
 
 use std::collections::HashMap;
 
@@ -6,12 +7,13 @@ use anyhow::{Context, Result, bail, ensure};
 use candle_core::quantized::gguf_file::Value;
 use tokenizers::decoders::byte_level::ByteLevel;
 use tokenizers::models::bpe::{BPE, Merges, Vocab};
+use tokenizers::normalizers::NFC;
 use tokenizers::pre_tokenizers::PreTokenizerWrapper;
 use tokenizers::pre_tokenizers::sequence::Sequence;
 use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
 use tokenizers::{AddedToken, SplitDelimiterBehavior};
 
-use super::Parts;
+use super::{Parts, sentencepiece};
 
 type Metadata = HashMap<String, Value>;
 
@@ -20,6 +22,8 @@ struct PreTokenizer {
     name: &'static str,
     /// Text is cut by these in turn; a match and what lies between two matches are pieces.
     splits: &'static [&'static str],
+    /// Characters are composed first (Unicode's NFC).
+    composes: bool,
     /// A piece that is a token is taken whole, without going through the merges.
     ignores_merges: bool,
     /// Used where the file has no `tokenizer.ggml.add_bos_token`.
@@ -28,32 +32,33 @@ struct PreTokenizer {
 
 const GPT2: &str = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+";
 const LLAMA3: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+const QWEN2: &str =
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+
+const PLAIN: PreTokenizer = PreTokenizer {
+    name: "default",
+    splits: &[r"[\p{P}$+<=>^~|]+", GPT2, r"\p{N}+", "[0-9][0-9][0-9]"],
+    composes: false,
+    ignores_merges: false,
+    adds_bos: false,
+};
 
 /// The kinds we know.
-const PRE_TOKENIZERS: [PreTokenizer; 3] = [
-    PreTokenizer { name: "smollm", splits: &[r"\p{N}", GPT2], ignores_merges: false, adds_bos: false },
-    PreTokenizer { name: "llama-bpe", splits: &[LLAMA3], ignores_merges: true, adds_bos: true },
-    PreTokenizer {
-        name: "default",
-        splits: &[r"[\p{P}$+<=>^~|]+", GPT2, r"\p{N}+", "[0-9][0-9][0-9]"],
-        ignores_merges: false,
-        adds_bos: false,
-    },
+const PRE_TOKENIZERS: [PreTokenizer; 4] = [
+    PreTokenizer { name: "smollm", splits: &[r"\p{N}", GPT2], ..PLAIN },
+    PreTokenizer { name: "llama-bpe", splits: &[LLAMA3], ignores_merges: true, adds_bos: true, ..PLAIN },
+    PreTokenizer { name: "qwen2", splits: &[QWEN2], composes: true, ..PLAIN },
+    PLAIN,
 ];
 
+/// The token type of GGUF that most tokens have.
+const NORMAL: u32 = 1;
 /// Token types of GGUF that are recognized inside text; control tokens are also left out when decoding.
 const CONTROL: u32 = 3;
 const USER_DEFINED: u32 = 4;
 
 /// Reads the tokenizer, its special tokens and the chat template.
 pub(super) fn read(metadata: &Metadata) -> Result<Parts> {
-    let model = required(metadata, "tokenizer.ggml.model", string)?;
-    ensure!(model == "gpt2", "`tokenizer.ggml.model` is {model:?}; only \"gpt2\" (byte-level BPE) can be read");
-    let name = required(metadata, "tokenizer.ggml.pre", string)?;
-    let Some(pre_tokenizer) = PRE_TOKENIZERS.iter().find(|known| known.name == name) else {
-        let known = PRE_TOKENIZERS.map(|known| known.name).join(", ");
-        bail!("`tokenizer.ggml.pre` is {name:?}; the kinds known are {known}");
-    };
     let tokens = list(metadata, "tokenizer.ggml.tokens", string)?;
     let types = list(metadata, "tokenizer.ggml.token_type", integer)?;
     let (tokens_len, types_len) = (tokens.len(), types.len());
@@ -63,14 +68,17 @@ pub(super) fn read(metadata: &Metadata) -> Result<Parts> {
         "`tokenizer.ggml.tokens` has {tokens_len} tokens but `tokenizer.ggml.token_type` has {types_len} types"
     );
 
-    let merges = list(metadata, "tokenizer.ggml.merges", string)?;
-    let bpe = bpe(&tokens, &merges, pre_tokenizer.ignores_merges)?;
-    let mut tokenizer = tokenizers::Tokenizer::new(bpe);
-    tokenizer.with_pre_tokenizer(Some(splitting(pre_tokenizer.splits)?)).with_decoder(Some(ByteLevel::default()));
+    let (mut tokenizer, adds_bos) = match required(metadata, "tokenizer.ggml.model", string)? {
+        "gpt2" => byte_level(metadata, &tokens)?,
+        "llama" => (sentencepiece(metadata, &tokens, &types)?, true),
+        model => {
+            bail!("`tokenizer.ggml.model` is {model:?}; gpt2 (byte-level BPE) and llama (SentencePiece) are known")
+        }
+    };
     let added = tokens.iter().zip(&types).filter(|(_, kind)| [CONTROL, USER_DEFINED].contains(*kind));
-    tokenizer
-        .add_tokens(added.map(|(token, &kind)| AddedToken::from(*token, kind == CONTROL).normalized(false)))
-        .map_err(anyhow::Error::from_boxed)?;
+    // A user-defined run of spaces must be found where the text's spaces have been replaced.
+    let added = added.map(|(token, &kind)| AddedToken::from(*token, kind == CONTROL).normalized(kind == USER_DEFINED));
+    tokenizer.add_tokens(added).map_err(anyhow::Error::from_boxed)?;
 
     let token = |key: &str| -> Result<Option<String>> {
         let Some(id) = optional(metadata, key, integer)? else { return Ok(None) };
@@ -78,15 +86,42 @@ pub(super) fn read(metadata: &Metadata) -> Result<Parts> {
         Ok(Some((*token).to_owned()))
     };
     let eos_token = token("tokenizer.ggml.eos_token_id")?;
-    let end_of_turn = token("tokenizer.ggml.eot_token_id")?;
+    let [end_of_turn, end_of_message] = ["eot", "eom"].map(|end| token(&format!("tokenizer.ggml.{end}_token_id")));
     Ok(Parts {
         tokenizer,
         bos_token: token("tokenizer.ggml.bos_token_id")?,
-        adds_bos: optional(metadata, "tokenizer.ggml.add_bos_token", boolean)?.unwrap_or(pre_tokenizer.adds_bos),
-        end_tokens: end_of_turn.into_iter().collect(),
+        adds_bos: optional(metadata, "tokenizer.ggml.add_bos_token", boolean)?.unwrap_or(adds_bos),
+        end_tokens: end_of_turn?.into_iter().chain(end_of_message?).collect(),
         eos_token,
         chat_template: optional(metadata, "tokenizer.chat_template", string)?.map(str::to_owned),
     })
+}
+
+/// Byte-level BPE, and whether its kind adds a BOS token.
+fn byte_level(metadata: &Metadata, tokens: &[&str]) -> Result<(tokenizers::Tokenizer, bool)> {
+    let name = required(metadata, "tokenizer.ggml.pre", string)?;
+    let Some(kind) = PRE_TOKENIZERS.iter().find(|known| known.name == name) else {
+        let known = PRE_TOKENIZERS.map(|known| known.name).join(", ");
+        bail!("`tokenizer.ggml.pre` is {name:?}; the kinds known are {known}");
+    };
+    let merges = list(metadata, "tokenizer.ggml.merges", string)?;
+    let mut tokenizer = tokenizers::Tokenizer::new(bpe(tokens, &merges, kind.ignores_merges)?);
+    tokenizer.with_normalizer(kind.composes.then_some(NFC)).map_err(anyhow::Error::from_boxed)?;
+    tokenizer.with_pre_tokenizer(Some(splitting(kind.splits)?)).with_decoder(Some(ByteLevel::default()));
+    Ok((tokenizer, kind.adds_bos))
+}
+
+/// SentencePiece's BPE, of the kind that puts no space before the text: Gemma's.
+fn sentencepiece(metadata: &Metadata, tokens: &[&str], types: &[u32]) -> Result<tokenizers::Tokenizer> {
+    const KEY: &str = "tokenizer.ggml.add_space_prefix";
+    let prefix = optional(metadata, KEY, boolean)?.unwrap_or(true);
+    ensure!(!prefix, "`{KEY}` is not false: tokenizers that put a space before the text are not supported");
+    let scores = list(metadata, "tokenizer.ggml.scores", float)?;
+    let (tokens_len, scores_len) = (tokens.len(), scores.len());
+    ensure!(tokens_len == scores_len, "`tokenizer.ggml.scores` has {scores_len} scores for {tokens_len} tokens");
+    let unknown = optional(metadata, "tokenizer.ggml.unknown_token_id", integer)?;
+    let unknown = unknown.and_then(|id| tokens.get(id as usize)).copied();
+    sentencepiece::tokenizer(tokens, &scores, |id| types[id] == NORMAL, unknown)
 }
 
 /// The merges are checked here, with their row, because the builder assumes that each makes a token.
@@ -148,6 +183,10 @@ fn array(value: &Value) -> Option<&[Value]> {
 
 fn boolean(value: &Value) -> Option<bool> {
     if let Value::Bool(flag) = value { Some(*flag) } else { None }
+}
+
+fn float(value: &Value) -> Option<f32> {
+    if let Value::F32(number) = value { Some(*number) } else { None }
 }
 
 fn integer(value: &Value) -> Option<u32> {

@@ -5,6 +5,7 @@
 
 mod folder;
 mod gguf;
+mod sentencepiece;
 mod spelling;
 mod template;
 
@@ -24,6 +25,7 @@ pub struct Tokenizer {
     inner: tokenizers::Tokenizer,
     spelling: Spelling,
     template: Option<ChatTemplate>,
+    borrows_template: bool,
     bos: Option<u32>,
     adds_bos: bool,
     end_tokens: Vec<u32>,
@@ -73,8 +75,12 @@ impl Tokenizer {
         ensure!(!adds_bos || bos.is_some(), "a BOS token is to be added to every text, but none is named");
         let mut ends: BTreeSet<u32> =
             end_tokens.iter().chain(&eos_token).map(id).collect::<Result<_>>().context("an end token")?;
-        let template = chat_template.map(|source| ChatTemplate::new(source, bos_token, eos_token)).transpose()?;
-        let mut this = Self { inner: tokenizer, spelling, template, bos, adds_bos, end_tokens: Vec::new() };
+        let gemma = ["<start_of_turn>", "<end_of_turn>"].iter().all(|turn| tokenizer.token_to_id(turn).is_some());
+        let borrows_template = chat_template.is_none() && gemma;
+        let source = chat_template.or(gemma.then(|| template::GEMMA_TURNS.to_owned()));
+        let template = source.map(|source| ChatTemplate::new(source, bos_token, eos_token)).transpose()?;
+        let end_tokens = Vec::new();
+        let mut this = Self { inner: tokenizer, spelling, template, borrows_template, bos, adds_bos, end_tokens };
         ends.extend(this.end_of_turn()?);
         this.end_tokens = ends.into_iter().collect();
         Ok(this)
@@ -138,7 +144,19 @@ impl Tokenizer {
         (text, ranges)
     }
 
+    /// empty line between them.
+    pub fn folds_system(&self) -> bool {
+        self.template.as_ref().is_some_and(ChatTemplate::folds_system)
+    }
+
+    /// Whether the model's files hold no chat template and it is given Gemma's, because its vocabulary has Gemma's turns. A
+    /// base model may never have seen them.
+    pub fn borrows_template(&self) -> bool {
+        self.borrows_template
+    }
+
     /// `messages` as the chat template writes them; `add_generation_prompt` also opens the assistant's turn.
+    /// Instructions that open the conversation are folded if [`folds_system`](Self::folds_system).
     ///
     /// # Errors
     /// The model has no chat template, or the template refuses the messages.
@@ -180,9 +198,10 @@ impl Tokenizer {
         &self.end_tokens
     }
 
-    /// One more than the largest token id, special ones included. The model's embedding may have more rows.
+    /// One more than the largest token id that text can become. The model's embedding may have more rows; a token added beyond
+    /// them, such as Gemma 3's for images, may have none.
     pub fn vocab_size(&self) -> usize {
-        self.inner.get_vocab(true).into_values().max().map_or(0, |largest| largest as usize + 1)
+        self.inner.get_vocab(false).into_values().max().map_or(0, |largest| largest as usize + 1)
     }
 
     /// The token that begins a text, if the model has one.

@@ -3,6 +3,8 @@
 //! Rendering follows transformers' `apply_chat_template`: blocks trimmed on both sides, one final newline of the template
 //! dropped, Python's string methods, `raise_exception`, `strftime_now`, `bos_token` and `eos_token`. No tools are passed.
 
+use std::borrow::Cow;
+
 use anyhow::{Context, Result};
 use candor_environments::{Message, Role};
 use jiff::{Timestamp, fmt::strtime, tz::TimeZone};
@@ -16,9 +18,18 @@ const NAME: &str = "chat_template";
 /// Instructions after which rendering is given up: about a second. A long conversation takes some ten thousand.
 const MOST_INSTRUCTIONS: u64 = 10_000_000;
 
+/// The turns of Gemma, for its tokenizers that come without a template: like Gemma 2's own, it knows no system role.
+pub(super) const GEMMA_TURNS: &str = "{{ bos_token }}{% for message in messages %}\
+{% if (message.role == 'user') != (loop.index0 % 2 == 0) %}\
+{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}\
+{{ '<start_of_turn>' + ('model' if message.role == 'assistant' else message.role) + '\\n' }}\
+{{ message.content | trim + '<end_of_turn>\\n' }}{% endfor %}\
+{% if add_generation_prompt %}{{ '<start_of_turn>model\\n' }}{% endif %}";
+
 /// A compiled chat template, knowing the tokens that it may write.
 pub(super) struct ChatTemplate {
     environment: Environment<'static>,
+    folds_system: bool,
 }
 
 impl ChatTemplate {
@@ -43,7 +54,24 @@ impl ChatTemplate {
             }
         }
         environment.add_template_owned(NAME, source).context("the chat template does not compile")?;
-        Ok(Self { environment })
+        let mut this = Self { environment, folds_system: false };
+        this.folds_system = this.refuses_system();
+        Ok(this)
+    }
+
+    /// Whether a system message is put before the first user message, because the template knows no system role.
+    pub(super) fn folds_system(&self) -> bool {
+        self.folds_system
+    }
+
+    /// Whether the template writes a question, but not instructions before it: it raises, or leaves them out.
+    fn refuses_system(&self) -> bool {
+        let question = Message::user("a question that no template contains");
+        let system = Message { role: Role::System, content: "instructions that no template contains".into() };
+        let writes = |messages: &[Message], part: &Message| {
+            self.render(messages, true).is_ok_and(|text| text.contains(&part.content))
+        };
+        writes(std::slice::from_ref(&question), &question) && !writes(&[system.clone(), question], &system)
     }
 
     /// The prompt of `messages`; `add_generation_prompt` also opens the assistant's turn.
@@ -51,9 +79,10 @@ impl ChatTemplate {
     /// # Errors
     /// The template raises (on roles it does not accept, for example) or uses what this Jinja does not have.
     pub(super) fn render(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String> {
+        let messages = if self.folds_system { folded(messages) } else { messages.into() };
         let template = self.environment.get_template(NAME)?;
         template
-            .render(context! { messages => Serde(messages), add_generation_prompt })
+            .render(context! { messages => Serde(messages.as_ref()), add_generation_prompt })
             .context("the chat template does not render these messages")
     }
 
@@ -65,5 +94,16 @@ impl ChatTemplate {
         let rendered = self.render(&[Message::user("a question"), answer], false).ok()?;
         let (_, rest) = rendered.rsplit_once(ANSWER)?;
         Some(rest.trim_start().to_owned())
+    }
+}
+
+/// A system message at the beginning, put before the user message that follows it.
+fn folded(messages: &[Message]) -> Cow<'_, [Message]> {
+    match messages {
+        [system, user, rest @ ..] if system.role == Role::System && user.role == Role::User => {
+            let user = Message::user(format!("{}\n\n{}", system.content, user.content));
+            std::iter::once(user).chain(rest.iter().cloned()).collect()
+        }
+        _ => messages.into(),
     }
 }
