@@ -17,7 +17,7 @@ use crate::hub_server::{DATA, File, LARGE, MAIN, MODEL, OLD, Reply, SMALL, World
 fn a_model_is_fetched_once_and_only_what_it_is_read_from() {
     let world = World::new(Kind::Model, MODEL, honestly);
     let folder = world.fetch(Kind::Model, "hf:org/name").unwrap();
-    assert_eq!(folder, world.hub.cache.join("models--org--name/snapshots").join(MAIN));
+    assert_eq!(folder, world.hub.cache.path().join("models--org--name/snapshots").join(MAIN));
     assert_eq!(below(&folder), ["config.json", "model.safetensors", "tokenizer.json"]);
     assert_eq!(fs::read(folder.join("model.safetensors")).unwrap(), b"weights");
     assert_eq!(fs::read_to_string(folder.join("tokenizer.json")).unwrap(), "{\"words\": 3}");
@@ -37,7 +37,7 @@ fn a_model_is_fetched_once_and_only_what_it_is_read_from() {
     assert_eq!((world.cdn.asked().len(), world.said.take().len()), (0, 1));
 
     // Nothing is written where nothing is lacking: the cache may be read-only.
-    let repository = world.hub.cache.join("models--org--name");
+    let repository = world.hub.cache.path().join("models--org--name");
     let changed = |path: &Path| path.metadata().unwrap().modified().unwrap();
     let before = (changed(&repository), changed(&repository.join("refs")));
     world.fetch(Kind::Model, "hf:org/name").unwrap();
@@ -55,7 +55,7 @@ fn data_sets_and_models_are_apart() {
     let folder = world.fetch(Kind::Data, "hf:org/name").unwrap();
     assert_eq!(below(&folder), ["data/train 1.parquet", "more/a.jsonl.gz", "more/b.jsonl"]);
     assert_eq!(fs::read(folder.join("data/train 1.parquet")).unwrap(), b"PAR1");
-    assert!(folder.starts_with(world.hub.cache.join("datasets--org--name")));
+    assert!(folder.starts_with(world.hub.cache.path().join("datasets--org--name")));
     let message = format!("{:#}", world.fetch(Kind::Model, "hf:org/name").unwrap_err());
     assert!(message.contains("sought among the models") && message.contains("404 RepoNotFound"), "{message}");
 }
@@ -99,7 +99,7 @@ fn the_token_is_told_to_the_hub_alone() {
     assert!(cdn.len() == 1 && !cdn[0].contains("Bearer"), "{cdn:?}");
     assert!(!format!("{:?} {:?}", world.hub, world.said).contains("secret"));
     for name in world.cached() {
-        assert!(!fs::read_to_string(world.hub.cache.join(name)).unwrap().contains("secret"));
+        assert!(!fs::read_to_string(world.hub.cache.path().join(name)).unwrap().contains("secret"));
     }
     assert!(Token::new("two words").is_err() && Token::new("a\nb").is_err() && Token::new(" ").is_err());
 }
@@ -344,7 +344,7 @@ fn the_hub_is_where_the_environment_says() {
     let located = |set: &[(&str, &str)]| {
         Hub::located_by(|name| set.iter().find(|(key, _)| *key == name).map(|(_, value)| value.into()))
     };
-    let cache = |set: &[(&str, &str)]| located(set).unwrap().cache;
+    let cache = |set: &[(&str, &str)]| located(set).unwrap().cache.path().clone();
     let variables = [("HF_HUB_CACHE", "/c"), ("HF_HOME", home), ("XDG_CACHE_HOME", "/x"), ("HOME", "/h")];
     assert_eq!(cache(&variables), Path::new("/c"));
     assert_eq!(cache(&variables[1..]), folder.path().join("hub"));

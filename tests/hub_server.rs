@@ -10,6 +10,7 @@ use std::thread;
 use std::time::Duration;
 
 use candor::source::{Address, Hub, Kind, Source};
+use hf_hub::Cache;
 use serde_json::json;
 use sha1::Sha1;
 use sha2::{Digest, Sha256};
@@ -183,7 +184,7 @@ impl World {
         let folder = tempfile::tempdir().unwrap();
         let hub = Hub {
             endpoint: format!("{}/", site.address),
-            cache: folder.path().join("hub"),
+            cache: Cache::new(folder.path().join("hub")),
             token: None,
             offline: false,
             patience: Duration::from_secs(20),
@@ -211,7 +212,7 @@ impl World {
 
     /// Every file and link in the cache.
     pub fn cached(&self) -> Vec<String> {
-        below(&self.hub.cache)
+        below(self.hub.cache.path())
     }
 }
 

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow};
+use hf_hub::Cache;
 
 use super::address::{Address, Kind};
 use super::repository::Repository;
@@ -17,7 +18,7 @@ pub struct Hub {
     /// The hub's address.
     pub endpoint: String,
     /// Where repositories are kept.
-    pub cache: PathBuf,
+    pub cache: Cache,
     /// Who asks; only the endpoint is told.
     pub token: Option<Token>,
     /// Whether nothing may be asked.
@@ -34,6 +35,7 @@ impl Hub {
     /// # Errors
     /// If there is no place for the cache, or the token cannot be read.
     pub fn located_by(variable: impl Fn(&str) -> Option<OsString>) -> Result<Hub> {
+        // hf-hub's own reading of them knows only `HF_HOME`, panics without a home, and takes an unreadable token for none.
         let set = |name: &str| variable(name).filter(|value| !value.is_empty());
         let text = |name: &str| match set(name).map(OsString::into_string) {
             Some(Err(_)) => Err(anyhow!("{name} is not text")),
@@ -42,10 +44,11 @@ impl Hub {
         let caches = set("XDG_CACHE_HOME").map(PathBuf::from);
         let caches = caches.or_else(|| set("HOME").map(|home| PathBuf::from(home).join(".cache")));
         let home = set("HF_HOME").map(PathBuf::from).or_else(|| caches.map(|caches| caches.join("huggingface")));
-        let cache = set("HF_HUB_CACHE").map(PathBuf::from).or_else(|| home.as_ref().map(|home| home.join("hub")));
+        let home = home.map(|home| Cache::new(home.join("hub")));
+        let cache = set("HF_HUB_CACHE").map(|folder| Cache::new(folder.into())).or_else(|| home.clone());
         let mut token = text("HF_TOKEN")?.or(text("HUGGING_FACE_HUB_TOKEN")?);
         if let (None, Some(home)) = (&token, &home) {
-            let file = home.join("token");
+            let file = home.token_path();
             token = match std::fs::read_to_string(&file) {
                 Err(error) if error.kind() == ErrorKind::NotFound => None,
                 read => Some(read.with_context(|| format!("cannot read the hub's token in {}", file.display()))?),

@@ -1,6 +1,9 @@
 //! A repository of a hub in the cache, which is laid out as huggingface_hub's, so that what Python fetched is found here and
 //! the other way round: `blobs/` by hash, `snapshots/COMMIT/` of links to them, `refs/` from revisions to commits. A blob
 //! appears whole and checked, links after all of their blobs, and the note of a revision last.
+//!
+//! hf-hub says what lies where. Notes of revisions are read and written here: its `get` follows one wherever it points, its
+//! `create_ref` empties one before it writes it.
 
 use std::collections::BTreeMap;
 use std::io::{ErrorKind, Read, Write};
@@ -8,6 +11,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
+use hf_hub::{CacheRepo, Repo, RepoType};
 use serde::Deserialize;
 use sha1::Sha1;
 use sha2::digest::DynDigest;
@@ -42,13 +46,16 @@ pub(super) struct Repository<'a> {
     kind: Kind,
     /// Its place in the cache.
     folder: PathBuf,
+    cache: CacheRepo,
     progress: &'a dyn Fn(&str),
 }
 
 impl<'a> Repository<'a> {
     pub fn new(hub: &'a Hub, address: &'a Address, kind: Kind, progress: &'a dyn Fn(&str)) -> Repository<'a> {
-        let folder = hub.cache.join(format!("{}--{}", kind.plural(), address.id.replace('/', "--")));
-        Repository { hub, address, kind, folder, progress }
+        let of = if kind == Kind::Data { RepoType::Dataset } else { RepoType::Model };
+        let repo = Repo::with_revision(address.id.clone(), of, address.revision.clone());
+        let folder = hub.cache.path().join(repo.folder_name());
+        Repository { hub, address, kind, folder, cache: hub.cache.repo(repo), progress }
     }
 
     /// Asks the hub, downloads what the cache lacks, and returns where the wanted files are.
@@ -67,7 +74,7 @@ impl<'a> Repository<'a> {
         let wanted = self.address.wanted(self.kind, &files)?;
         (self.progress)(&format!("{} is commit {}", self.address, listing.sha));
 
-        let snapshot = self.folder.join("snapshots").join(&listing.sha);
+        let snapshot = self.cache.pointer_path(&listing.sha);
         let wanted_sizes = wanted.iter().map(|file| (*file, sizes.get(file).copied().flatten()));
         let lacking: Vec<_> = wanted_sizes.filter(|(file, size)| !holds(&snapshot.join(file), *size)).collect();
         // A cache that has everything may be read-only.
@@ -82,15 +89,15 @@ impl<'a> Repository<'a> {
         let partial = Partial::create(&self.folder, "HF_HUB_CACHE")?;
         let mut links = Vec::new();
         for (file, size) in files {
-            let blob = self.download(client, commit, file, *size, &partial);
+            let blob = self.download(client, commit, file, *size, &partial.folder);
             links.push((file, blob.with_context(|| file.to_string())?));
         }
         for (file, blob) in links {
-            let linked = link(&self.folder, commit, file, &blob, &partial);
-            linked.with_context(|| format!("cannot put {file} into the cache"))?;
+            self.link(commit, file, &blob, &partial.folder)
+                .with_context(|| format!("cannot put {file} into the cache"))?;
         }
         if self.commit().as_deref() != Some(commit) {
-            self.note(commit, &partial).context("cannot note the revision in the cache")?;
+            self.note(commit, &partial.folder).context("cannot note the revision in the cache")?;
         }
         Ok(())
     }
@@ -98,8 +105,7 @@ impl<'a> Repository<'a> {
     /// What the hub has at the revision.
     fn list(&self, client: &Client) -> Result<Listing> {
         let (kind, id, revision) = (self.kind.plural(), &self.address.id, self.address.revision.replace('/', "%2F"));
-        let endpoint = self.hub.endpoint.trim_end_matches('/');
-        let reply = client.get(&format!("{endpoint}/api/{kind}/{id}/revision/{revision}?blobs=true"));
+        let reply = client.get(&format!("api/{kind}/{id}/revision/{revision}?blobs=true"));
         let mut text = Vec::new();
         let mut body = reply.map_err(|failure| self.explained(failure))?.body.take(LONGEST_LISTING);
         body.read_to_end(&mut text).map_err(|error| {
@@ -116,27 +122,19 @@ impl<'a> Repository<'a> {
     }
 
     /// Puts a file's content into the cache, unless it is there already, and returns its name there, its hash.
-    fn download(
-        &self,
-        client: &Client,
-        commit: &str,
-        file: &str,
-        listed: Option<u64>,
-        partial: &Partial,
-    ) -> Result<String> {
+    fn download(&self, client: &Client, commit: &str, file: &str, size: Option<u64>, partial: &Path) -> Result<String> {
         let prefix = if self.kind == Kind::Data { "datasets/" } else { "" };
-        let (endpoint, id) = (self.hub.endpoint.trim_end_matches('/'), &self.address.id);
-        let reply = client.get(&format!("{endpoint}/{prefix}{id}/resolve/{commit}/{}", encoded(file)));
-        let mut reply = reply.map_err(|failure| self.explained(failure))?;
+        let reply = client.get(&format!("{prefix}{}/resolve/{commit}/{}", self.address.id, encoded(file)));
+        let reply = reply.map_err(|failure| self.explained(failure))?;
         let hash = reply.etag.context("the hub gives no hash of it")?;
-        let size = reply.size.or(listed).context("the hub does not say how large it is")?;
+        let size = reply.size.or(size).context("the hub does not say how large it is")?;
         let mut hasher = hasher(&hash, size)?;
         let blob = self.folder.join("blobs").join(&hash);
         if holds(&blob, Some(size)) {
             return Ok(hash);
         }
-        let whole = partial.folder.join("file");
-        self.receive(&mut reply.body, size, &whole, &mut *hasher, file)?;
+        let whole = partial.join("file");
+        self.receive(reply.body, size, &whole, &mut *hasher, file)?;
         let found = hex(&hasher.finalize());
         ensure!(found == hash, "what arrived has the hash {found}, the hub announced {hash}; nothing was kept");
         let kept = std::fs::create_dir_all(self.folder.join("blobs")).and_then(|()| std::fs::rename(&whole, &blob));
@@ -144,16 +142,9 @@ impl<'a> Repository<'a> {
         Ok(hash)
     }
 
-    fn receive(
-        &self,
-        body: &mut impl Read,
-        size: u64,
-        path: &Path,
-        hasher: &mut dyn DynDigest,
-        file: &str,
-    ) -> Result<()> {
+    fn receive(&self, mut body: impl Read, size: u64, to: &Path, hasher: &mut dyn DynDigest, file: &str) -> Result<()> {
         let say = |arrived: &str| (self.progress)(&format!("downloading {}/{file}{arrived}", self.address.id));
-        let mut target = std::fs::File::create(path).context("cannot write into the cache")?;
+        let mut target = std::fs::File::create(to).context("cannot write into the cache")?;
         let (mut arrived, mut buffer, mut said) = (0, vec![0; 1 << 18], Instant::now());
         say("");
         loop {
@@ -208,7 +199,7 @@ impl<'a> Repository<'a> {
     /// What the cache holds of the revision.
     pub fn cached(&self) -> Result<PathBuf> {
         let missing = || format!("{} holds no revision {:?}", self.folder.display(), self.address.revision);
-        let snapshot = self.folder.join("snapshots").join(self.commit().with_context(missing)?);
+        let snapshot = self.cache.pointer_path(&self.commit().with_context(missing)?);
         let mut held = files_below(&snapshot)?;
         held.retain(|path| path.is_file());
         let name = |path: &PathBuf| Some(path.strip_prefix(&snapshot).ok()?.to_str()?.to_string());
@@ -225,6 +216,17 @@ impl<'a> Repository<'a> {
         }
     }
 
+    /// Lets a file of a snapshot be a blob.
+    fn link(&self, commit: &str, file: &str, blob: &str, partial: &Path) -> std::io::Result<()> {
+        let (place, link) = (self.cache.pointer_path(commit).join(file), partial.join("link"));
+        std::fs::create_dir_all(place.parent().unwrap_or(&place))?;
+        #[cfg(unix)]
+        std::os::unix::fs::symlink(format!("{}blobs/{blob}", "../".repeat(2 + file.matches('/').count())), &link)?;
+        #[cfg(not(unix))]
+        std::fs::hard_link(self.folder.join("blobs").join(blob), &link)?;
+        std::fs::rename(link, place)
+    }
+
     /// The commit that the revision is, or was when the hub was last asked.
     fn commit(&self) -> Option<String> {
         let revision = &self.address.revision;
@@ -234,8 +236,8 @@ impl<'a> Repository<'a> {
     }
 
     /// Notes which commit the revision is.
-    fn note(&self, commit: &str, partial: &Partial) -> std::io::Result<()> {
-        let (whole, note) = (partial.folder.join("ref"), self.folder.join("refs").join(&self.address.revision));
+    fn note(&self, commit: &str, partial: &Path) -> std::io::Result<()> {
+        let (whole, note) = (partial.join("ref"), self.folder.join("refs").join(&self.address.revision));
         std::fs::write(&whole, commit)?;
         std::fs::create_dir_all(note.parent().unwrap_or(&note))?;
         std::fs::rename(whole, note)
@@ -245,17 +247,6 @@ impl<'a> Repository<'a> {
 /// Whether a file is there, and of this size if that is known.
 fn holds(path: &Path, size: Option<u64>) -> bool {
     path.metadata().is_ok_and(|held| held.is_file() && size.is_none_or(|size| size == held.len()))
-}
-
-/// Lets a file of a snapshot be a blob.
-fn link(folder: &Path, commit: &str, file: &str, blob: &str, partial: &Partial) -> std::io::Result<()> {
-    let (place, link) = (folder.join("snapshots").join(commit).join(file), partial.folder.join("link"));
-    std::fs::create_dir_all(place.parent().unwrap_or(folder))?;
-    #[cfg(unix)]
-    std::os::unix::fs::symlink(format!("{}blobs/{blob}", "../".repeat(2 + file.matches('/').count())), &link)?;
-    #[cfg(not(unix))]
-    std::fs::hard_link(folder.join("blobs").join(blob), &link)?;
-    std::fs::rename(link, place)
 }
 
 /// What a hub names a file by: the SHA-256 of large ones, Git's SHA-1 of small ones.

@@ -81,9 +81,10 @@ impl<'a> Client<'a> {
         Ok(Client { agent, endpoint: uri, token, patience })
     }
 
-    /// Gets an address of the endpoint, wherever that leads.
-    pub fn get(&self, address: &str) -> Result<Reply, Failure> {
+    /// Gets what is at a path below the endpoint, wherever that leads.
+    pub fn get(&self, path: &str) -> Result<Reply, Failure> {
         let strange = |what: &str| Failure::Strange(what.into());
+        let address = format!("{}/{path}", self.endpoint.to_string().trim_end_matches('/'));
         let mut uri: Uri = address.parse().map_err(|_| strange("the address cannot be written"))?;
         let (mut etag, mut size) = (None, None);
         for _ in 0..=MOST_REDIRECTS {
