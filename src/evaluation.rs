@@ -1,4 +1,4 @@
-//! How good stated confidences are (SCIENCE 1.3, 1.4, 1.6).
+//! How good stated confidences are (SCIENCE 1.3, 1.4, 1.6), and the one that token probabilities state (SCIENCE 2.4).
 
 use anyhow::{Result, ensure};
 
@@ -6,6 +6,9 @@ use crate::random::SplitMix64;
 
 /// Resamples of a bootstrap.
 pub const RESAMPLES: usize = 2000;
+
+/// The least that a token's probability counts as in a confidence: one surprise must not decide alone.
+const SMALLEST: f64 = 1e-10;
 
 /// The ends of a 95% interval.
 const TAILS: [f64; 2] = [0.025, 0.975];
@@ -92,6 +95,13 @@ pub fn auroc(predictions: &Predictions) -> Option<f64> {
         wrongs += wrong;
     }
     (rights > 0.0 && wrongs > 0.0).then(|| wins / (rights * wrongs))
+}
+
+/// The confidence that a model's own probabilities state: the geometric mean of those of its answer's tokens, given as
+/// natural logarithms of the untempered softmax. One below 1e-10 counts as that much. `None` where there is no token.
+pub fn token_confidence(logprobs_t: &[f64]) -> Option<f64> {
+    let floored = logprobs_t.iter().map(|logprob| logprob.max(SMALLEST.ln()));
+    (!logprobs_t.is_empty()).then(|| (floored.sum::<f64>() / logprobs_t.len() as f64).exp())
 }
 
 /// A 95% percentile interval.

@@ -7,10 +7,9 @@ use std::sync::Arc;
 use anyhow::{Context, Result, ensure};
 use candle_core::Device;
 
-use crate::checkpoint;
 use crate::config::Config;
 use crate::event::Observer;
-use crate::inputs::Inputs;
+use crate::inputs::{Inputs, Policy};
 use crate::policy::Adapter;
 use crate::rollout::{Collector, Group, SCORE_TIMEOUT};
 use crate::run::{Row, RowSplit};
@@ -65,13 +64,8 @@ impl Evaluation {
     pub fn prepare(config: Config, adapter: Option<&Path>, options: &Options) -> Result<Self> {
         ensure!(config.evaluation.tasks > 0, "evaluation.tasks is 0, so there is nothing to evaluate; raise it");
         let Inputs { model, heldout, .. } = Inputs::open(&config, options.environments, options.observer)?;
-        let (tokenizer, device) = (model.tokenizer.clone(), Device::Cpu);
-        let read = |folder: &Path| {
-            let lora = checkpoint::described(folder)?;
-            checkpoint::load_adapter(folder, &model.architecture, &lora, &device)
-        };
-        let adapter = adapter.map(read).transpose().context("--adapter")?;
-        let sampler = LocalSampler::new(model.load(&device, options.observer)?, tokenizer.clone());
+        let Policy { model, tokenizer, adapter } = model.policy(adapter, &Device::Cpu, options.observer)?;
+        let sampler = LocalSampler::new(model, tokenizer.clone());
         Ok(Self { config, sources: heldout, tokenizer, sampler, adapter })
     }
 

@@ -1,7 +1,7 @@
 //! What is read before anything is computed: the model's header, its tokenizer, the environments and their tasks, and
 //! whether they fit each other. A run, a dry run, a check and an evaluation all begin with this.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::{Context as _, Result, ensure};
@@ -11,9 +11,11 @@ use candor_environments::{Context, Load, REGISTRY, Split, Target};
 use rayon::prelude::*;
 
 use crate::advantage::AdvantageKind;
+use crate::checkpoint;
 use crate::config::{self, Config, LongPrompts};
 use crate::event::{Event, Observer};
 use crate::model::{Architecture, Model, Weights};
+use crate::policy::Adapter;
 use crate::scorers::no_panic;
 use crate::selection::{Source, shares};
 use crate::source::{self, Kind};
@@ -53,6 +55,20 @@ impl ModelFiles {
         Ok(Self { weights, architecture, tokenizer: Arc::new(tokenizer) })
     }
 
+    /// Reads the weights, and the PEFT adapter in a folder if one is given. Its rank, scale and targets are its own.
+    ///
+    /// # Errors
+    /// If the adapter cannot be read or is not this model's, or as [`ModelFiles::load`].
+    pub fn policy(self, adapter: Option<&Path>, device: &Device, observer: Observer) -> Result<Policy> {
+        let read = |folder: &Path| {
+            let lora = checkpoint::described(folder)?;
+            checkpoint::load_adapter(folder, &self.architecture, &lora, device)
+        };
+        let adapter = adapter.map(read).transpose().context("--adapter")?;
+        let tokenizer = self.tokenizer.clone();
+        Ok(Policy { model: self.load(device, observer)?, tokenizer, adapter })
+    }
+
     /// Reads the weights.
     ///
     /// # Errors
@@ -61,6 +77,16 @@ impl ModelFiles {
         observer(Event::Line(&format!("loading the model from {}", self.weights.path().display())));
         Ok(Arc::new(Model::load(&mut self.weights, device)?))
     }
+}
+
+/// A model that is ready to be asked: as it is, or with an adapter.
+pub struct Policy {
+    /// The frozen base.
+    pub model: Arc<Model>,
+    /// Its tokenizer and chat template.
+    pub tokenizer: Arc<Tokenizer>,
+    /// What was trained.
+    pub adapter: Option<Adapter>,
 }
 
 /// The model and its tokenizer from a source string.

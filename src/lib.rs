@@ -8,6 +8,7 @@
 //! * [`inputs`]: the model's files and the environments, opened and found to fit together
 //! * [`plan`], [`check`]: what a run would do and need, and what is odd about it
 //! * [`heldout`]: held-out tasks, completed and scored
+//! * [`prompts`], [`logprob`]: rows of prompts, and what a model makes of them
 //! * [`selection`]: which tasks a step takes
 //! * [`rollout`]: tasks are sampled and scored, and become groups
 //! * [`scorers`]: completions are scored as they end
@@ -33,11 +34,13 @@ pub mod event;
 pub mod heldout;
 pub mod inputs;
 pub mod learner;
+pub mod logprob;
 pub mod model;
 pub mod objective;
 pub mod ops;
 pub mod plan;
 pub mod policy;
+pub mod prompts;
 pub mod random;
 pub mod report;
 pub mod rollout;

@@ -13,9 +13,14 @@ use crate::toy::{lines, model};
 #[test]
 fn help_fits_a_terminal_of_80_columns() {
     let place = Place::new("");
-    for arguments in
-        [&["--help"][..], &["train", "--help"], &["eval", "--help"], &["check", "--help"], &["train", "-h"]]
-    {
+    for arguments in [
+        &["--help"][..],
+        &["train", "--help"],
+        &["eval", "--help"],
+        &["check", "--help"],
+        &["train", "-h"],
+        &["logprob", "--help"],
+    ] {
         let ended = place.candor(arguments);
         assert_eq!((ended.code, ended.stderr.as_str()), (Some(0), ""));
         for line in ended.stdout.lines() {

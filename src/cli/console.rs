@@ -5,6 +5,7 @@ use std::process::ExitCode;
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
+use anyhow::{Context, Result};
 use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressState, ProgressStyle};
 
 use crate::event::Event;
@@ -63,6 +64,15 @@ impl Console {
     pub fn print(&self, text: &str) {
         self.end();
         drop(writeln!(std::io::stdout(), "{}", text.trim_end()));
+    }
+
+    /// One whole line of a result that is still being made.
+    ///
+    /// # Errors
+    /// If it cannot be written: nobody reads on, or the disk is full.
+    pub fn row(&self, line: &str) -> Result<()> {
+        let written = self.bars.suspend(|| writeln!(std::io::stdout().lock(), "{line}"));
+        written.context("standard output: cannot write")
     }
 
     /// An error, and the exit code that goes with it.

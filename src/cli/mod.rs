@@ -2,9 +2,11 @@
 //!
 //! * [`console`]: lines and progress bars
 //! * [`log`]: the log in the run folder
+//! * [`models`]: the commands on a model rather than on a config
 
 mod console;
 mod log;
+mod models;
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -63,6 +65,18 @@ enum Command {
         #[command(flatten)]
         input: Input,
     },
+    /// Print the log-probability of every token of given completions, as JSON lines
+    Logprob(models::Logprob),
+}
+
+impl Command {
+    /// Whether lines and progress are unwanted.
+    fn quiet(&self) -> bool {
+        match self {
+            Self::Train { input, .. } | Self::Eval { input, .. } | Self::Check { input } => input.quiet,
+            Self::Logprob(command) => command.base.quiet,
+        }
+    }
 }
 
 /// What every command on a config takes.
@@ -94,8 +108,7 @@ enum Failure {
 /// Exit codes: 0 done, 1 the run failed, 2 the input was wrong, 130 interrupted after saving.
 pub fn run(environments: &[(&str, Load)]) -> ExitCode {
     let Arguments { command } = Arguments::parse();
-    let (Command::Train { input, .. } | Command::Eval { input, .. } | Command::Check { input }) = &command;
-    let console = Arc::new(Console::new(input.quiet));
+    let console = Arc::new(Console::new(command.quiet()));
     let makes_folder = matches!(command, Command::Train { dry_run: false, .. });
     let ended = Log::start(makes_folder).map_err(Failure::Input).and_then(|log| {
         let observer = |event: Event| {
@@ -103,14 +116,15 @@ pub fn run(environments: &[(&str, Load)]) -> ExitCode {
             console.show(event);
         };
         let options = Options { results: Path::new(RESULTS), resume: false, environments, observer: &observer };
-        let config = Config::load(&input.config, &input.sets).map_err(Failure::Input)?;
+        let load = |input: &Input| Config::load(&input.config, &input.sets).map_err(Failure::Input);
         match &command {
-            Command::Train { dry_run: true, .. } => plan(&config, &options, &console),
+            Command::Train { dry_run: true, input, .. } => plan(&load(input)?, &options, &console),
             Command::Train { input, resume, .. } => {
-                run_training(config, &Options { resume: *resume, ..options }, input, &console, &log)
+                run_training(load(input)?, &Options { resume: *resume, ..options }, input, &console, &log)
             }
-            Command::Eval { adapter, .. } => evaluate(config, adapter.as_deref(), &options, &console),
-            Command::Check { .. } => check(&config, &options, &console),
+            Command::Eval { input, adapter } => evaluate(load(input)?, adapter.as_deref(), &options, &console),
+            Command::Check { input } => check(&load(input)?, &options, &console),
+            Command::Logprob(command) => command.run(&observer, &console),
         }
     });
     match ended {

@@ -13,6 +13,10 @@ fn problem<T>(key: &str, text: impl Into<String>) -> Result<T, KeyError> {
     Err(KeyError::new(key, text))
 }
 
+/// What is said of everything that comes with a later version.
+const LATER: &str = "not in this version: ";
+const F32_ONLY: &str = "this version computes in f32; use \"auto\" or \"f32\"";
+
 /// More of anything than this is a slip of the keyboard; it also keeps products of two counts inside 64 bits.
 const MOST: u64 = 1 << 30;
 
@@ -160,7 +164,7 @@ impl Config {
                 "model.device",
                 "this build computes on the CPU only; use \"auto\" or \"cpu\"",
             ),
-            (self.model.dtype == Dtype::Bf16, "model.dtype", "this version computes in f32; use \"auto\" or \"f32\""),
+            (self.model.dtype == Dtype::Bf16, "model.dtype", F32_ONLY),
             (self.model.quantization.is_some(), "model.quantization", "weights are unpacked when loaded; remove it"),
             (
                 self.sampling.kind != SamplerKind::Local,
@@ -175,9 +179,20 @@ impl Config {
             ),
         ];
         match later.into_iter().find(|(asked, ..)| *asked) {
-            Some((_, key, text)) => problem(key, format!("not in this version: {text}")),
+            Some((_, key, text)) => problem(key, format!("{LATER}{text}")),
             None => Ok(()),
         }
+    }
+}
+
+impl Dtype {
+    /// Refuses what the engine does not compute in yet, as the config's `model.dtype` does.
+    ///
+    /// # Errors
+    /// If it is not offered.
+    pub fn check_offered(self) -> anyhow::Result<()> {
+        anyhow::ensure!(self != Self::Bf16, "{LATER}{F32_ONLY}");
+        Ok(())
     }
 }
 

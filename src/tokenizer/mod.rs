@@ -29,6 +29,7 @@ pub struct Tokenizer {
     bos: Option<u32>,
     adds_bos: bool,
     end_tokens: Vec<u32>,
+    end_of_turn: Option<u32>,
 }
 
 /// What both sources of a tokenizer say; tokens are given as their text.
@@ -79,15 +80,16 @@ impl Tokenizer {
         let borrows_template = chat_template.is_none() && gemma;
         let source = chat_template.or(gemma.then(|| template::GEMMA_TURNS.to_owned()));
         let template = source.map(|source| ChatTemplate::new(source, bos_token, eos_token)).transpose()?;
-        let end_tokens = Vec::new();
-        let mut this = Self { inner: tokenizer, spelling, template, borrows_template, bos, adds_bos, end_tokens };
-        ends.extend(this.end_of_turn()?);
+        let (end_tokens, end_of_turn) = (Vec::new(), None);
+        let mut this =
+            Self { inner: tokenizer, spelling, template, borrows_template, bos, adds_bos, end_tokens, end_of_turn };
+        this.end_of_turn = this.after_answer()?;
+        ends.extend(this.end_of_turn);
         this.end_tokens = ends.into_iter().collect();
         Ok(this)
     }
 
-    /// The special token that the chat template writes after an assistant's answer, if it is one.
-    fn end_of_turn(&self) -> Result<Option<u32>> {
+    fn after_answer(&self) -> Result<Option<u32>> {
         let Some(rest) = self.template.as_ref().and_then(ChatTemplate::after_answer) else { return Ok(None) };
         Ok(self.encode(&rest)?.first().copied().filter(|id| self.is_special(*id)))
     }
@@ -144,7 +146,8 @@ impl Tokenizer {
         (text, ranges)
     }
 
-    /// empty line between them.
+    /// Whether instructions that open a conversation are put before its first question, because the template knows no system
+    /// role, with an empty line between them.
     pub fn folds_system(&self) -> bool {
         self.template.as_ref().is_some_and(ChatTemplate::folds_system)
     }
@@ -169,12 +172,20 @@ impl Tokenizer {
 
     /// Token ids of the prompt that asks the model to answer `messages`.
     ///
-    /// A BOS token stands first exactly once if the template writes it or the tokenizer adds it to every text.
-    ///
     /// # Errors
     /// As [`render`](Self::render) and [`encode`](Self::encode).
     pub fn prompt_ids(&self, messages: &[Message]) -> Result<Vec<u32>> {
-        let mut ids = self.encode(&self.render(messages, true)?)?;
+        self.text_prompt_ids(&self.render(messages, true)?)
+    }
+
+    /// Token ids of a prompt that is plain text, to be continued as it is.
+    ///
+    /// A BOS token stands first exactly once if the text begins with it or the tokenizer adds it to every text.
+    ///
+    /// # Errors
+    /// As [`encode`](Self::encode).
+    pub fn text_prompt_ids(&self, text: &str) -> Result<Vec<u32>> {
+        let mut ids = self.encode(text)?;
         if let Some(bos) = self.bos {
             let written = ids.iter().take_while(|id| **id == bos).count();
             let wanted = usize::from(written > 0 || self.adds_bos);
@@ -196,6 +207,16 @@ impl Tokenizer {
     /// template writes after an assistant's answer. Empty if there are none.
     pub fn end_tokens(&self) -> &[u32] {
         &self.end_tokens
+    }
+
+    /// The special token that the chat template writes after an assistant's answer, if it writes one.
+    pub fn end_of_turn(&self) -> Option<u32> {
+        self.end_of_turn
+    }
+
+    /// Whether there is a chat template: without one, the model only continues text.
+    pub fn has_template(&self) -> bool {
+        self.template.is_some()
     }
 
     /// One more than the largest token id that text can become. The model's embedding may have more rows; a token added beyond

@@ -1,0 +1,109 @@
+//! `candor logprob`: the log-probability that a model gives to each token of completions that are already there.
+
+use std::ops::Range;
+use std::path::Path;
+
+use anyhow::{Result, ensure};
+use candle_core::Device;
+use candor_environments::rows::field;
+use serde::Serialize;
+
+use crate::config::Batch;
+use crate::evaluation::token_confidence;
+use crate::event::{Event, Observer};
+use crate::inputs::{ModelFiles, Policy};
+use crate::learner::completion_logprobs;
+use crate::learner::tree::{Branch, Tree};
+use crate::prompts::{Prompt, check_room};
+use crate::tokenizer::Tokenizer;
+
+/// Rows that are computed before the next are begun; how they share forward calls depends on their lengths.
+const ROWS: usize = 64;
+
+/// Completions that are ready to be looked at.
+pub struct Logprob {
+    policy: Policy,
+    rows: Vec<Tree>,
+}
+
+/// What the model says of one completion, untempered.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Scored {
+    /// The completion's tokens, with the end of the turn where it is an assistant's.
+    pub token_ids: Vec<u32>,
+    /// The natural logarithm of each one's probability.
+    pub logprobs: Vec<f32>,
+    /// Their sum.
+    pub sum: f64,
+    /// Their mean.
+    pub mean: f64,
+    /// The geometric mean of the probabilities of the tokens that are text, or null if there is none.
+    pub confidence: Option<f64>,
+}
+
+impl Logprob {
+    /// Reads a file of rows and loads the model. A completion is encoded apart from its prompt; one that answers a chat is
+    /// followed by the token that ends a turn, which training is about too.
+    ///
+    /// # Errors
+    /// If a row, named by file and line, the model or the adapter is not what it should be.
+    pub fn prepare(source: &str, file: &Path, adapter: Option<&Path>, observer: Observer) -> Result<Self> {
+        let model = ModelFiles::open(source, observer)?;
+        let rows = Prompt::read(file, &model, |Prompt { row, ids: prompt_ids, is_chat }| {
+            let mut ids = model.tokenizer.encode(&field::<String>(&row, "completion")?)?;
+            ids.extend(model.tokenizer.end_of_turn().filter(|_| is_chat));
+            ensure!(!ids.is_empty(), "field `completion`: there are no tokens");
+            check_room(&model, prompt_ids.len(), ids.len())?;
+            let (behavior_t, mask_t) = (vec![0.0; ids.len()], vec![true; ids.len()]);
+            let branch = Branch { rollout: 0, ids, behavior_t, mask_t, advantage: 0.0 };
+            Ok(Tree { name: file.display().to_string(), prompt_ids, branches: vec![branch] })
+        })?;
+        Ok(Self { policy: model.policy(adapter, &Device::Cpu, observer)?, rows })
+    }
+
+    /// Computes all rows and hands each to `scored`, in order.
+    ///
+    /// # Errors
+    /// If the device fails, or `scored` does.
+    pub fn run(&self, observer: Observer, scored: &mut dyn FnMut(Scored) -> Result<()>) -> Result<()> {
+        let Policy { model, tokenizer, adapter } = &self.policy;
+        let (mut done, total) = (0, self.rows.len());
+        let longest = self.rows.iter().map(|row| row.prompt_ids.len() + row.branches[0].ids.len()).max();
+        let budget = Batch::default().micro_tokens.max(longest.unwrap_or(0));
+        for rows in self.rows.chunks(ROWS) {
+            let logprobs = completion_logprobs(model, adapter.as_ref(), rows, budget, 1.0)?;
+            for (row, logprobs) in rows.iter().zip(logprobs) {
+                scored(Scored::new(row.branches[0].ids.clone(), &logprobs, tokenizer))?;
+            }
+            done += rows.len();
+            observer(Event::Progress { what: "completions", done, total });
+        }
+        Ok(())
+    }
+}
+
+impl Scored {
+    fn new(token_ids: Vec<u32>, logprobs_t: &[f64], tokenizer: &Tokenizer) -> Self {
+        let sum: f64 = logprobs_t.iter().sum();
+        Self {
+            confidence: answer_confidence(&token_ids, logprobs_t, usize::MAX, tokenizer),
+            // They were computed in f32; as such they are short to write.
+            logprobs: logprobs_t.iter().map(|&logprob| logprob as f32).collect(),
+            sum,
+            mean: sum / logprobs_t.len() as f64,
+            token_ids,
+        }
+    }
+}
+
+/// The [`token_confidence`] of the tokens that spell the first `length` bytes of a completion's text: special tokens and the end
+/// of a turn are no part of an answer.
+pub fn answer_confidence(ids: &[u32], logprobs_t: &[f64], length: usize, tokenizer: &Tokenizer) -> Option<f64> {
+    let (_, ranges) = tokenizer.token_ranges(ids);
+    let spells = |(id, range): (&u32, &Range<usize>)| {
+        !range.is_empty() && range.start < length && !tokenizer.end_tokens().contains(id)
+    };
+    let answer =
+        ids.iter().zip(&ranges).zip(logprobs_t).filter_map(|(token, logprob)| spells(token).then_some(*logprob));
+    token_confidence(&answer.collect::<Vec<_>>())
+}
