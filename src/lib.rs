@@ -8,7 +8,8 @@
 //! * [`inputs`]: the model's files and the environments, opened and found to fit together
 //! * [`plan`], [`check`]: what a run would do and need, and what is odd about it
 //! * [`heldout`]: held-out tasks, completed and scored
-//! * [`prompts`], [`logprob`]: rows of prompts, and what a model makes of them
+//! * [`prompts`], [`logprob`], [`sample`], [`chat`]: rows of prompts and conversations, and what a
+//!   model makes of them
 //! * [`selection`]: which tasks a step takes
 //! * [`rollout`]: tasks are sampled and scored, and become groups
 //! * [`scorers`]: completions are scored as they end
@@ -25,6 +26,7 @@
 //! * [`random`], [`event`]: random numbers by counter, and what a run tells whoever watches
 
 pub mod advantage;
+pub mod chat;
 pub mod check;
 pub mod checkpoint;
 pub mod cli;
@@ -45,6 +47,7 @@ pub mod random;
 pub mod report;
 pub mod rollout;
 pub mod run;
+pub mod sample;
 pub mod sampler;
 pub mod scorers;
 pub mod selection;

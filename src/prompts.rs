@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Result, bail, ensure};
 use candor_environments::Message;
 use candor_environments::rows::{each_row, field};
 use serde_json::{Map, Value, json};
@@ -56,8 +56,7 @@ impl Prompt {
     pub fn written(text: &str, tokenizer: &Tokenizer) -> Result<Self> {
         let (name, value) =
             if tokenizer.has_template() { (CHAT, json!([Message::user(text)])) } else { (TEXT, json!(text)) };
-        let prompt = Self::of(Map::from_iter([(name.to_string(), value)]), tokenizer);
-        prompt.with_context(|| format!("--prompt {text:?}"))
+        Self::of(Map::from_iter([(name.to_string(), value)]), tokenizer)
     }
 
     /// Reads the rows of a file: all of them, so that a row that is wrong is found before any work is done.

@@ -6,7 +6,7 @@ use std::collections::VecDeque;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
-use candor_environments::{Completion, Score, ScoreError, Target, Task};
+use candor_environments::{Score, ScoreError, Target, Task};
 use tracing::debug;
 
 use crate::event::{Event, Observer};
@@ -166,15 +166,7 @@ impl Collector<'_> {
     }
 
     fn ended(&self, generation: Generation, settings: &Settings) -> Ended {
-        let text = self.tokenizer.decode(&generation.ids);
-        let cut = settings.stop.iter().filter_map(|stop| text.find(stop.as_str())).min();
-        let completion = Completion {
-            text: cut.map_or(text.clone(), |end| text[..end].to_string()),
-            finish: generation.finish,
-            num_tokens: generation.ids.len(),
-            max_tokens: settings.max_tokens,
-        };
-        Ended { generation, completion }
+        Ended { completion: generation.completion(self.tokenizer, settings), generation }
     }
 }
 

@@ -88,7 +88,6 @@ impl Row {
         let numbers = |pairs: &[(&'static str, f64)]| {
             pairs.iter().map(|(name, value)| (name.to_string(), Value::from(*value))).collect()
         };
-        let untempered_t = &rollout.generation.untempered_t;
         Self {
             schema: SCHEMA,
             split,
@@ -109,8 +108,7 @@ impl Row {
             parse: score.map(|score| score.parse),
             flags: score.map(|score| score.flags.iter().map(|flag| flag.to_string()).collect()).unwrap_or_default(),
             judge: None,
-            mean_logprob: untempered_t.iter().map(|&logprob| f64::from(logprob)).sum::<f64>()
-                / untempered_t.len() as f64,
+            mean_logprob: rollout.generation.mean_logprob(),
             error: rollout.score.as_ref().err().map(ToString::to_string),
         }
     }

@@ -20,6 +20,8 @@ fn help_fits_a_terminal_of_80_columns() {
         &["check", "--help"],
         &["train", "-h"],
         &["logprob", "--help"],
+        &["sample", "--help"],
+        &["chat", "--help"],
     ] {
         let ended = place.candor(arguments);
         assert_eq!((ended.code, ended.stderr.as_str()), (Some(0), ""));

@@ -5,6 +5,7 @@
 mod advantage;
 mod binary;
 mod boolq;
+mod chat;
 mod check;
 mod commands;
 mod config;
@@ -31,6 +32,7 @@ mod published;
 mod random;
 mod resume;
 mod rows;
+mod sample;
 mod sampler;
 mod scoring;
 mod source;

@@ -66,12 +66,13 @@ impl Console {
         drop(writeln!(std::io::stdout(), "{}", text.trim_end()));
     }
 
-    /// One whole line of a result that is still being made.
+    /// A part of a result that is still being made, at once and whole.
     ///
     /// # Errors
     /// If it cannot be written: nobody reads on, or the disk is full.
-    pub fn row(&self, line: &str) -> Result<()> {
-        let written = self.bars.suspend(|| writeln!(std::io::stdout().lock(), "{line}"));
+    pub fn write(&self, text: &str) -> Result<()> {
+        let mut output = std::io::stdout().lock();
+        let written = self.bars.suspend(|| output.write_all(text.as_bytes()).and_then(|()| output.flush()));
         written.context("standard output: cannot write")
     }
 

@@ -2,8 +2,9 @@
 //!
 //! * [`console`]: lines and progress bars
 //! * [`log`]: the log in the run folder
-//! * [`models`]: the commands on a model rather than on a config
+//! * [`models`]: the commands on a model rather than on a config; [`chat`] is the one that talks
 
+mod chat;
 mod console;
 mod log;
 mod models;
@@ -67,6 +68,10 @@ enum Command {
     },
     /// Print the log-probability of every token of given completions, as JSON lines
     Logprob(models::Logprob),
+    /// Answer prompts or the rows of a file, as JSON lines
+    Sample(models::Sample),
+    /// Talk with a model, line by line
+    Chat(chat::Chat),
 }
 
 impl Command {
@@ -74,7 +79,9 @@ impl Command {
     fn quiet(&self) -> bool {
         match self {
             Self::Train { input, .. } | Self::Eval { input, .. } | Self::Check { input } => input.quiet,
-            Self::Logprob(command) => command.base.quiet,
+            Self::Logprob(models::Logprob { base, .. })
+            | Self::Sample(models::Sample { base, .. })
+            | Self::Chat(chat::Chat { base, .. }) => base.quiet,
         }
     }
 }
@@ -125,6 +132,8 @@ pub fn run(environments: &[(&str, Load)]) -> ExitCode {
             Command::Eval { input, adapter } => evaluate(load(input)?, adapter.as_deref(), &options, &console),
             Command::Check { input } => check(&load(input)?, &options, &console),
             Command::Logprob(command) => command.run(&observer, &console),
+            Command::Sample(command) => command.run(&observer, &console),
+            Command::Chat(command) => command.run(&observer, &console),
         }
     });
     match ended {

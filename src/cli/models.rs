@@ -1,9 +1,12 @@
 //! The commands on a model rather than on a config.
 
+use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
 use anyhow::Result;
-use clap::Args;
+use clap::builder::NonEmptyStringValueParser;
+use clap::{ArgGroup, Args, value_parser};
+use serde::Serialize;
 use serde::de::value::{Error as ValueError, StrDeserializer};
 use serde::de::{DeserializeOwned, IntoDeserializer};
 
@@ -12,15 +15,17 @@ use super::console::Console;
 use crate::config::Dtype;
 use crate::event::Observer;
 use crate::logprob;
+use crate::sample::{self, Prompts};
+use crate::sampler::Settings;
 
 /// What all of them take.
 #[derive(Args)]
 pub struct Base {
     /// A folder, a .gguf file, hf:org/name[@revision][/path] or pip:name==version[/path]
-    model: String,
+    pub model: String,
     /// A PEFT adapter folder, such as results/NAME/checkpoints/step-000020; without it, the model as it is
     #[arg(long, value_name = "DIR")]
-    adapter: Option<PathBuf>,
+    pub adapter: Option<PathBuf>,
     /// Say nothing but warnings, errors and the result
     #[arg(long)]
     pub quiet: bool,
@@ -61,10 +66,88 @@ impl Logprob {
             logprob::Logprob::prepare(model, file, adapter.as_deref(), observer)
         };
         let prepared = prepare().map_err(Failure::Input)?;
-        let print = &mut |scored| console.row(&serde_json::to_string(&scored)?);
+        let print = &mut |scored| print(&scored, console);
         prepared.run(observer, print).map_err(Failure::Run)?;
         Ok(0)
     }
+}
+
+const SAMPLE: &str = "\
+Every row holds one of:
+  prompt    a text that is continued as it is
+  messages  a chat, [{\"role\": \"user\", \"content\": \"...\"}], for the chat template
+  question  a chat of one message; a plain text if there is no chat template
+
+Printed: every row, in order, with \"completion\", \"finish\", \"tokens\",
+\"mean_logprob\" and \"confidence\" in place of its own fields of these names. Mean
+and confidence are at temperature 1; the confidence is the geometric mean of the
+probabilities of the completion's tokens that are text.";
+
+/// `candor sample`.
+#[derive(Args)]
+#[command(after_help = SAMPLE, group = ArgGroup::new("prompts").required(true).args(["file", "prompt"]))]
+pub struct Sample {
+    #[command(flatten)]
+    pub base: Base,
+    /// Rows as JSON lines, plain or .gz, or .parquet
+    file: Option<PathBuf>,
+    /// A question, or a text to continue if there is no chat template; may be repeated
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
+    prompt: Vec<String>,
+    /// Completions of every prompt
+    #[arg(long, value_name = "N", default_value = "1", value_parser = value_parser!(u32).range(1..=65536))]
+    samples: u32,
+    /// A text that ends a completion; may be repeated
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true, value_parser = NonEmptyStringValueParser::new())]
+    stop: Vec<String>,
+    #[command(flatten)]
+    sampling: Sampling,
+    /// The softmax temperature; 0 takes the most likely token
+    #[arg(long, value_name = "T", default_value = "1", value_parser = temperature)]
+    temperature: f64,
+}
+
+/// How completions are made.
+#[derive(Args)]
+pub struct Sampling {
+    /// Tokens after which a completion is cut
+    #[arg(long, value_name = "N", default_value = "512")]
+    max_tokens: NonZeroUsize,
+    /// The same seed gives the same completions
+    #[arg(long, value_name = "N", default_value = "0")]
+    seed: u64,
+}
+
+impl Sampling {
+    /// With the temperature and stop strings, all that a sampler is told.
+    pub fn settings(&self, temperature: f64, stop: &[String]) -> Settings {
+        let Self { max_tokens, seed } = *self;
+        Settings { max_tokens: max_tokens.get(), temperature, stop: stop.to_vec(), seed, step: 0 }
+    }
+}
+
+impl Sample {
+    /// Runs it.
+    pub fn run(&self, observer: Observer, console: &Console) -> Result<u8, Failure> {
+        let Self { base: Base { model, adapter, .. }, file, prompt, samples, stop, sampling, temperature } = self;
+        let (samples, settings) = (*samples as usize, sampling.settings(*temperature, stop));
+        let prompts = file.as_deref().map_or(Prompts::Written(prompt), Prompts::File);
+        let sample = sample::Sample::prepare(model, prompts, adapter.as_deref(), samples, settings, observer);
+        let print = &mut |row| print(&row, console);
+        sample.map_err(Failure::Input)?.run(observer, print).map_err(Failure::Run)?;
+        Ok(0)
+    }
+}
+
+/// Prints a row as one line, whole even if the program is ended.
+fn print(row: &impl Serialize, console: &Console) -> Result<()> {
+    console.write(&format!("{}\n", serde_json::to_string(row)?))
+}
+
+/// A temperature that a softmax can be taken at, or 0.
+pub fn temperature(text: &str) -> Result<f64, String> {
+    let number = text.parse().ok().filter(|number| *number == 0.0 || (0.01..=100.0).contains(number));
+    number.ok_or_else(|| "not 0, nor a number from 0.01 to 100".to_string())
 }
 
 /// A word that a config's key could have as its value.

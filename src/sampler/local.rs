@@ -7,14 +7,12 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use anyhow::{Context, Result, ensure};
-use candor_environments::Finish;
 
+use super::rows::Rows;
 use super::{Generation, Request, Sampler, Settings};
-use crate::model::{Call, KeyValueStore, Model, Store};
-use crate::ops::attention::Span;
-use crate::ops::head::{Choice, Chosen, choose};
+use crate::model::{KeyValueStore, Model};
+use crate::ops::head::Choice;
 use crate::policy::Adapter;
-use crate::random::{self, Purpose};
 use crate::tokenizer::Tokenizer;
 
 /// Tokens whose keys and values are kept at once, unless one group alone needs more.
@@ -42,27 +40,7 @@ struct Branch {
     untempered_t: Vec<f32>,
 }
 
-/// The rows of the next forward call, and the row that predicts the next token of every branch.
-#[derive(Default)]
-struct Rows {
-    ids: Vec<u32>,
-    positions: Vec<usize>,
-    spans: Vec<Span>,
-    stores: Vec<Store>,
-    predicting: Vec<u32>,
-}
-
 impl Rows {
-    /// Adds consecutive tokens of one sequence: its context is `prefix`, then `own`, whose last rows are these tokens.
-    fn push(&mut self, ids: &[u32], prefix: Range<usize>, own: Range<usize>) {
-        let rows = self.ids.len()..self.ids.len() + ids.len();
-        let end = prefix.len() + own.len();
-        self.positions.extend(end - ids.len()..end);
-        self.stores.push(Store { from: rows.clone(), to: own.end - ids.len() });
-        self.spans.push(Span { queries: rows, prefix, own });
-        self.ids.extend(ids);
-    }
-
     /// Adds the last token of every running branch, and says which row predicts each branch's next one: that token's row,
     /// or, for branches that were just admitted, the last row of their prompt.
     fn predict(&mut self, branches: &[Branch], running: usize) -> Result<()> {
@@ -99,15 +77,6 @@ impl LocalSampler {
         }
     }
 
-    /// Why a completion ends after its last token, if it does.
-    fn finish(&self, ids: &[u32], settings: &Settings) -> Option<Finish> {
-        let ended = ids.last().is_some_and(|id| self.tokenizer.end_tokens().contains(id));
-        if ended || (!settings.stop.is_empty() && stopped(&self.tokenizer.decode(ids), &settings.stop)) {
-            return Some(Finish::Stop);
-        }
-        (ids.len() >= settings.max_tokens).then_some(Finish::Length)
-    }
-
     /// Refuses what could not be sampled, before anything is.
     fn check(&self, requests: &[Request], settings: &Settings) -> Result<()> {
         for request in requests {
@@ -122,28 +91,6 @@ impl LocalSampler {
         }
         Ok(())
     }
-
-    /// One forward call: the next token of every branch.
-    fn advance(
-        &self,
-        rows: &Rows,
-        branches: &[Branch],
-        store: &KeyValueStore,
-        adapter: Option<&Adapter>,
-        settings: &Settings,
-    ) -> Result<Vec<Chosen>> {
-        let call = Call {
-            ids: &rows.ids,
-            positions: &rows.positions,
-            spans: rows.spans.as_slice().into(),
-            adapters: &[(0..rows.ids.len(), adapter)],
-            store: Some((store, &rows.stores)),
-        };
-        let hidden = self.model.select(&self.model.forward(&call)?, &rows.predicting)?;
-        let choices: Vec<Choice> = branches.iter().map(|branch| choice(branch, settings)).collect();
-        let temperature = if settings.temperature == 0.0 { 1.0 } else { settings.temperature };
-        Ok(choose(&hidden, self.model.head(), &choices, self.model.logits(temperature))?)
-    }
 }
 
 /// Rows of the store that a whole group needs.
@@ -156,23 +103,15 @@ pub fn stored_rows(groups: impl Iterator<Item = usize> + Clone) -> usize {
     groups.clone().sum::<usize>().min(STORED_TOKENS).max(groups.max().unwrap_or(0))
 }
 
+/// How many completions of one prompt the store holds together; one more than it holds is always possible.
+pub fn most_rollouts(prompt_tokens: usize, settings: &Settings) -> usize {
+    (STORED_TOKENS.saturating_sub(prompt_tokens) / settings.max_tokens).max(1)
+}
+
 /// The most rows of one forward call over groups with these prompts: prompts being read beside a token of every other rollout.
 pub fn forward_rows(prompt_tokens: &[usize], rollouts: usize) -> usize {
     let prompts = prompt_tokens.iter().sum::<usize>().min(PREFILL_TOKENS);
     prompts.max(prompt_tokens.iter().copied().max().unwrap_or(0)) + prompt_tokens.len() * rollouts
-}
-
-fn stopped(text: &str, stop: &[String]) -> bool {
-    stop.iter().any(|stop| text.contains(stop.as_str()))
-}
-
-/// Greedy, or the random number that belongs to the branch's next position.
-fn choice(branch: &Branch, settings: &Settings) -> Choice {
-    if settings.temperature == 0.0 {
-        return Choice::Greedy;
-    }
-    let counters = [settings.step, branch.group as u64, branch.rollout as u64, branch.ids.len() as u64];
-    Choice::Sample(random::uniform(random::key(settings.seed, Purpose::Sampling, &counters)))
 }
 
 /// Admits waiting groups while their rows fit: their prompts become rows of the next call, their completions branches.
@@ -220,13 +159,15 @@ impl Sampler for LocalSampler {
             let running = branches.len();
             admit(&mut waiting, requests, settings, &mut store, &mut rows, &mut branches);
             rows.predict(&branches, running)?;
-            let chosen = self.advance(&rows, &branches, &store, adapter, settings)?;
+            let choice = |branch: &Branch| settings.choice(branch.group, branch.rollout, branch.ids.len());
+            let choices: Vec<Choice> = branches.iter().map(choice).collect();
+            let chosen = rows.next_tokens(&self.model, &store, adapter, &choices, settings)?;
             let mut still = Vec::with_capacity(branches.len());
             for (mut branch, chosen) in branches.into_iter().zip(chosen) {
                 branch.ids.push(chosen.token);
                 branch.behavior_t.push(chosen.logprob);
                 branch.untempered_t.push(chosen.untempered);
-                let Some(finish) = self.finish(&branch.ids, settings) else {
+                let Some(finish) = settings.finish(&branch.ids, &self.tokenizer) else {
                     still.push(branch);
                     continue;
                 };

@@ -1,14 +1,20 @@
 //! The sampler: prompts in, completions out, each handed over as soon as it ends.
 //!
 //! * [`local`]: continuous batching in this process, on the learner's own copy of the base weights
+//! * [`conversation`]: one sequence that goes on turn by turn, each token handed over at once
 
+pub mod conversation;
 pub mod local;
+mod rows;
 
 use anyhow::Result;
-use candor_environments::Finish;
+use candor_environments::{Completion, Finish};
 
 use crate::config::{Config, Evaluation, Sampling};
+use crate::ops::head::Choice;
 use crate::policy::Adapter;
+use crate::random::{self, Purpose};
+use crate::tokenizer::Tokenizer;
 
 /// A prompt to continue several times.
 #[derive(Clone, Debug)]
@@ -48,6 +54,29 @@ impl Settings {
         let Evaluation { max_tokens, temperature, .. } = config.evaluation;
         Self { max_tokens, temperature, ..Self::training(config, step) }
     }
+
+    /// Greedy, or the random number that belongs to this position of a completion.
+    fn choice(&self, group: usize, rollout: usize, position: usize) -> Choice {
+        if self.temperature == 0.0 {
+            return Choice::Greedy;
+        }
+        let counters = [self.step, group as u64, rollout as u64, position as u64];
+        Choice::Sample(random::uniform(random::key(self.seed, Purpose::Sampling, &counters)))
+    }
+
+    /// Why a completion ends after its last token, if it does.
+    fn finish(&self, ids: &[u32], tokenizer: &Tokenizer) -> Option<Finish> {
+        let ended = ids.last().is_some_and(|id| tokenizer.end_tokens().contains(id));
+        if ended || (!self.stop.is_empty() && self.stopped(&tokenizer.decode(ids)).is_some()) {
+            return Some(Finish::Stop);
+        }
+        (ids.len() >= self.max_tokens).then_some(Finish::Length)
+    }
+
+    /// Where the first stop string in a text begins.
+    fn stopped(&self, text: &str) -> Option<usize> {
+        self.stop.iter().filter_map(|stop| text.find(stop.as_str())).min()
+    }
 }
 
 /// One sampled completion.
@@ -65,6 +94,20 @@ pub struct Generation {
     pub untempered_t: Vec<f32>,
     /// Why it ended.
     pub finish: Finish,
+}
+
+impl Generation {
+    /// Its text, without what ended it.
+    pub fn completion(&self, tokenizer: &Tokenizer, settings: &Settings) -> Completion {
+        let mut text = tokenizer.decode(&self.ids);
+        text.truncate(settings.stopped(&text).unwrap_or(text.len()));
+        Completion { text, finish: self.finish, num_tokens: self.ids.len(), max_tokens: settings.max_tokens }
+    }
+
+    /// The mean log-probability of its tokens at temperature 1.
+    pub fn mean_logprob(&self) -> f64 {
+        self.untempered_t.iter().copied().map(f64::from).sum::<f64>() / self.untempered_t.len() as f64
+    }
 }
 
 /// What continues prompts.

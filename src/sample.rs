@@ -1,0 +1,120 @@
+//! `candor sample`: rows of prompts are answered, many at a time, and come out in order with their completions.
+
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use candle_core::Device;
+use serde_json::{Map, Value, json};
+
+use crate::event::{Event, Observer};
+use crate::inputs::{ModelFiles, Policy};
+use crate::logprob::answer_confidence;
+use crate::prompts::{Prompt, check_room};
+use crate::sampler::local::{LocalSampler, most_rollouts};
+use crate::sampler::{Generation, Request, Sampler, Settings};
+use crate::tokenizer::Tokenizer;
+
+/// Where prompts come from.
+#[derive(Clone, Copy)]
+pub enum Prompts<'a> {
+    /// The rows of a file.
+    File(&'a Path),
+    /// Texts on the command line.
+    Written(&'a [String]),
+}
+
+/// Prompts that are ready to be answered.
+pub struct Sample {
+    policy: Policy,
+    prompts: Vec<Prompt>,
+    /// Completions of each.
+    samples: usize,
+    settings: Settings,
+}
+
+impl Sample {
+    /// Reads the prompts and loads the model; `samples` completions are to be made of each.
+    ///
+    /// # Errors
+    /// If a prompt, the model or the adapter is not what it should be, or a prompt leaves no room for a completion.
+    pub fn prepare(
+        source: &str,
+        prompts: Prompts,
+        adapter: Option<&Path>,
+        samples: usize,
+        settings: Settings,
+        observer: Observer,
+    ) -> Result<Self> {
+        let model = ModelFiles::open(source, observer)?;
+        let fitting = |prompt: Prompt| {
+            check_room(&model, prompt.ids.len(), settings.max_tokens)?;
+            Ok(prompt)
+        };
+        let written = |text: &String| {
+            let prompt = Prompt::written(text, &model.tokenizer).and_then(fitting);
+            prompt.with_context(|| format!("--prompt {text:?}"))
+        };
+        let prompts = match prompts {
+            Prompts::File(path) => Prompt::read(path, &model, fitting)?,
+            Prompts::Written(texts) => texts.iter().map(written).collect::<Result<_>>()?,
+        };
+        Ok(Self { policy: model.policy(adapter, &Device::Cpu, observer)?, prompts, samples, settings })
+    }
+
+    /// Samples all completions and hands each to `answered`, as its prompt's row with what was sampled: in the order of the
+    /// prompts, though they end in another one.
+    ///
+    /// # Errors
+    /// If the device fails, or `answered` does.
+    pub fn run(&self, observer: Observer, answered: &mut dyn FnMut(Map<String, Value>) -> Result<()>) -> Result<()> {
+        let Self { policy: Policy { model, tokenizer, adapter }, prompts, samples, settings } = self;
+        let (mut requests, mut owners) = (Vec::new(), Vec::new());
+        for (index, prompt) in prompts.iter().enumerate() {
+            // No more at once than the store holds: what is asked for must not decide how much memory is taken.
+            let together = most_rollouts(prompt.ids.len(), settings);
+            for first in (0..*samples).step_by(together) {
+                let (name, rollouts) = (format!("prompt {index}"), together.min(samples - first));
+                requests.push(Request { name, prompt_ids: prompt.ids.clone(), rollouts });
+                owners.push(&prompt.row);
+            }
+        }
+        let mut ended: Vec<Vec<Generation>> = requests.iter().map(|_| Vec::new()).collect();
+        let (mut next, mut done, total) = (0, 0, prompts.len() * samples);
+        let mut sampler = LocalSampler::new(model.clone(), tokenizer.clone());
+        sampler.sample(&requests, adapter.as_ref(), settings, &mut |generation| {
+            ended[generation.group].push(generation);
+            done += 1;
+            observer(Event::Progress { what: "completions", done, total });
+            while requests.get(next).is_some_and(|request| ended[next].len() == request.rollouts) {
+                let mut group = std::mem::take(&mut ended[next]);
+                group.sort_by_key(|generation| generation.rollout);
+                group.iter().try_for_each(|one| answered(row(owners[next], one, tokenizer, settings)))?;
+                next += 1;
+            }
+            Ok(())
+        })
+    }
+}
+
+/// The prompt's row with what was sampled; fields of the same names give way.
+fn row(
+    row: &Map<String, Value>,
+    generation: &Generation,
+    tokenizer: &Tokenizer,
+    settings: &Settings,
+) -> Map<String, Value> {
+    let completion = generation.completion(tokenizer, settings);
+    let untempered_t: Vec<f64> = generation.untempered_t.iter().copied().map(f64::from).collect();
+    let confidence = answer_confidence(&generation.ids, &untempered_t, completion.text.len(), tokenizer);
+    let mut row = row.clone();
+    for (name, value) in [
+        ("completion", json!(completion.text)),
+        ("finish", json!(completion.finish)),
+        ("tokens", json!(completion.num_tokens)),
+        ("mean_logprob", json!(generation.mean_logprob())),
+        ("confidence", json!(confidence)),
+    ] {
+        row.insert(name.to_string(), value);
+    }
+    row
+}

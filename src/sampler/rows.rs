@@ -1,0 +1,54 @@
+//! One forward call of a sampler: the last tokens of sequences whose keys and values are stored, and what comes next.
+
+use std::ops::Range;
+
+use anyhow::Result;
+
+use super::Settings;
+use crate::model::{Call, KeyValueStore, Model, Store};
+use crate::ops::attention::Span;
+use crate::ops::head::{Choice, Chosen, choose};
+use crate::policy::Adapter;
+
+/// The rows of the next forward call, and the row that predicts the next token of every sequence.
+#[derive(Default)]
+pub(super) struct Rows {
+    pub ids: Vec<u32>,
+    positions: Vec<usize>,
+    pub spans: Vec<Span>,
+    stores: Vec<Store>,
+    pub predicting: Vec<u32>,
+}
+
+impl Rows {
+    /// Adds consecutive tokens of one sequence: its context is `prefix`, then `own`, whose last rows are these tokens.
+    pub fn push(&mut self, ids: &[u32], prefix: Range<usize>, own: Range<usize>) {
+        let rows = self.ids.len()..self.ids.len() + ids.len();
+        let end = prefix.len() + own.len();
+        self.positions.extend(end - ids.len()..end);
+        self.stores.push(Store { from: rows.clone(), to: own.end - ids.len() });
+        self.spans.push(Span { queries: rows, prefix, own });
+        self.ids.extend(ids);
+    }
+
+    /// Runs the call: the next token of every sequence that has one to predict.
+    pub fn next_tokens(
+        &self,
+        model: &Model,
+        store: &KeyValueStore,
+        adapter: Option<&Adapter>,
+        choices: &[Choice],
+        settings: &Settings,
+    ) -> Result<Vec<Chosen>> {
+        let call = Call {
+            ids: &self.ids,
+            positions: &self.positions,
+            spans: self.spans.as_slice().into(),
+            adapters: &[(0..self.ids.len(), adapter)],
+            store: Some((store, &self.stores)),
+        };
+        let hidden = model.select(&model.forward(&call)?, &self.predicting)?;
+        let temperature = if settings.temperature == 0.0 { 1.0 } else { settings.temperature };
+        Ok(choose(&hidden, model.head(), choices, model.logits(temperature))?)
+    }
+}
