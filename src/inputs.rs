@@ -55,17 +55,24 @@ impl ModelFiles {
         Ok(Self { weights, architecture, tokenizer: Arc::new(tokenizer) })
     }
 
-    /// Reads the weights, and the PEFT adapter in a folder if one is given. Its rank, scale and targets are its own.
+    /// Reads the PEFT adapter in a folder if one is given.
     ///
     /// # Errors
-    /// If the adapter cannot be read or is not this model's, or as [`ModelFiles::load`].
-    pub fn policy(self, adapter: Option<&Path>, device: &Device, observer: Observer) -> Result<Policy> {
+    /// If it cannot be read or is not this model's.
+    pub fn adapter(&self, folder: Option<&Path>, device: &Device) -> Result<Option<Adapter>> {
         let read = |folder: &Path| {
             let lora = checkpoint::described(folder)?;
             checkpoint::load_adapter(folder, &self.architecture, &lora, device)
         };
-        let adapter = adapter.map(read).transpose().context("--adapter")?;
-        let tokenizer = self.tokenizer.clone();
+        folder.map(read).transpose().context("--adapter")
+    }
+
+    /// Reads the weights, and the PEFT adapter in a folder if one is given. Its rank, scale and targets are its own.
+    ///
+    /// # Errors
+    /// As [`ModelFiles::adapter`] and [`ModelFiles::load`].
+    pub fn policy(self, adapter: Option<&Path>, device: &Device, observer: Observer) -> Result<Policy> {
+        let (adapter, tokenizer) = (self.adapter(adapter, device)?, self.tokenizer.clone());
         Ok(Policy { model: self.load(device, observer)?, tokenizer, adapter })
     }
 

@@ -10,6 +10,7 @@
 //! * [`heldout`]: held-out tasks, completed and scored
 //! * [`prompts`], [`logprob`], [`sample`], [`chat`]: rows of prompts and conversations, and what a
 //!   model makes of them
+//! * [`export`]: a model with its adapter merged, for other programs
 //! * [`selection`]: which tasks a step takes
 //! * [`rollout`]: tasks are sampled and scored, and become groups
 //! * [`scorers`]: completions are scored as they end
@@ -33,6 +34,7 @@ pub mod cli;
 pub mod config;
 pub mod evaluation;
 pub mod event;
+pub mod export;
 pub mod heldout;
 pub mod inputs;
 pub mod learner;

@@ -22,6 +22,7 @@ fn help_fits_a_terminal_of_80_columns() {
         &["logprob", "--help"],
         &["sample", "--help"],
         &["chat", "--help"],
+        &["export", "--help"],
     ] {
         let ended = place.candor(arguments);
         assert_eq!((ended.code, ended.stderr.as_str()), (Some(0), ""));

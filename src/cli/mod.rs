@@ -72,6 +72,8 @@ enum Command {
     Sample(models::Sample),
     /// Talk with a model, line by line
     Chat(chat::Chat),
+    /// Merge an adapter into its model and write both as one
+    Export(models::Export),
 }
 
 impl Command {
@@ -81,7 +83,8 @@ impl Command {
             Self::Train { input, .. } | Self::Eval { input, .. } | Self::Check { input } => input.quiet,
             Self::Logprob(models::Logprob { base, .. })
             | Self::Sample(models::Sample { base, .. })
-            | Self::Chat(chat::Chat { base, .. }) => base.quiet,
+            | Self::Chat(chat::Chat { base, .. })
+            | Self::Export(models::Export { base, .. }) => base.quiet,
         }
     }
 }
@@ -134,6 +137,7 @@ pub fn run(environments: &[(&str, Load)]) -> ExitCode {
             Command::Logprob(command) => command.run(&observer, &console),
             Command::Sample(command) => command.run(&observer, &console),
             Command::Chat(command) => command.run(&observer, &console),
+            Command::Export(command) => command.run(&observer),
         }
     });
     match ended {

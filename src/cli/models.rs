@@ -13,7 +13,8 @@ use serde::de::{DeserializeOwned, IntoDeserializer};
 use super::Failure;
 use super::console::Console;
 use crate::config::Dtype;
-use crate::event::Observer;
+use crate::event::{Event, Observer};
+use crate::export;
 use crate::logprob;
 use crate::sample::{self, Prompts};
 use crate::sampler::Settings;
@@ -85,6 +86,7 @@ probabilities of the completion's tokens that are text.";
 
 /// `candor sample`.
 #[derive(Args)]
+#[command(override_usage = "candor sample [OPTIONS] <MODEL> <FILE|--prompt <TEXT>...>")]
 #[command(after_help = SAMPLE, group = ArgGroup::new("prompts").required(true).args(["file", "prompt"]))]
 pub struct Sample {
     #[command(flatten)]
@@ -135,6 +137,40 @@ impl Sample {
         let sample = sample::Sample::prepare(model, prompts, adapter.as_deref(), samples, settings, observer);
         let print = &mut |row| print(&row, console);
         sample.map_err(Failure::Input)?.run(observer, print).map_err(Failure::Run)?;
+        Ok(0)
+    }
+}
+
+const EXPORT: &str = "\
+Weights become W + scale * B * A, computed in f32 and then written as --dtype.
+A folder holds safetensors, config.json and the tokenizer's files, for
+transformers and vLLM. A GGUF file is made of a GGUF file only; vectors stay f32.";
+
+/// `candor export`.
+#[derive(Args)]
+#[command(after_help = EXPORT)]
+pub struct Export {
+    #[command(flatten)]
+    pub base: Base,
+    /// The folder, or the .gguf file, to be made; nothing is overwritten
+    out: PathBuf,
+    /// safetensors or gguf; without it, as OUT's name ends
+    #[arg(long, value_parser = word::<export::Format>)]
+    format: Option<export::Format>,
+    /// f32, f16 or bf16
+    #[arg(long, value_parser = word::<export::Dtype>, default_value = "f32")]
+    dtype: export::Dtype,
+}
+
+impl Export {
+    /// Runs it.
+    pub fn run(&self, observer: Observer) -> Result<u8, Failure> {
+        let Self { base: Base { model, adapter, .. }, out, format, dtype } = self;
+        let (source, adapter, format, dtype, shard) = (model, adapter.as_deref(), *format, *dtype, export::SHARD);
+        let settings = export::Settings { source, adapter, out, format, dtype, shard };
+        let export = export::Export::prepare(&settings, observer).map_err(Failure::Input)?;
+        export.write(observer).map_err(Failure::Run)?;
+        observer(Event::Line(&format!("wrote {}", out.display())));
         Ok(0)
     }
 }

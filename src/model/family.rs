@@ -16,6 +16,8 @@ use crate::ops::gate::Activation;
 struct Family {
     /// `model_type` of `config.json`.
     config: &'static str,
+    /// What transformers calls the model in `architectures`.
+    class: &'static str,
     /// `general.architecture` of GGUF files.
     gguf: &'static str,
     /// What all of Gemma has: norms on both sides of a block, their gains stored minus 1, embeddings multiplied with the
@@ -40,6 +42,7 @@ struct Family {
 
 const PLAIN: Family = Family {
     config: "llama",
+    class: "LlamaForCausalLM",
     gguf: "llama",
     gemma: false,
     soft_caps: false,
@@ -56,11 +59,20 @@ const GEMMA: Family = Family { gemma: true, ..PLAIN };
 /// The families that are known.
 const FAMILIES: [Family; 5] = [
     Family { interleaved: true, ..PLAIN },
-    Family { config: "qwen2", gguf: "qwen2", biases: true, ..PLAIN },
-    Family { config: "qwen3", gguf: "qwen3", head_norms: true, ..PLAIN },
-    Family { config: "gemma2", gguf: "gemma2", soft_caps: true, full_every: 2, wide_scale_layers: Some(46), ..GEMMA },
+    Family { config: "qwen2", class: "Qwen2ForCausalLM", gguf: "qwen2", biases: true, ..PLAIN },
+    Family { config: "qwen3", class: "Qwen3ForCausalLM", gguf: "qwen3", head_norms: true, ..PLAIN },
+    Family {
+        config: "gemma2",
+        class: "Gemma2ForCausalLM",
+        gguf: "gemma2",
+        soft_caps: true,
+        full_every: 2,
+        wide_scale_layers: Some(46),
+        ..GEMMA
+    },
     Family {
         config: "gemma3_text",
+        class: "Gemma3ForCausalLM",
         gguf: "gemma3",
         head_norms: true,
         full_every: 6,
@@ -146,8 +158,7 @@ impl Architecture {
         tied: bool,
         divisors: Option<&[f32]>,
     ) -> Result<Self> {
-        let name = metadata.get("general.architecture").context("gguf metadata: `general.architecture` is missing")?;
-        let family = find("gguf metadata: architecture", name.to_string()?, |family| family.gguf)?;
+        let family = family_of(metadata)?;
         let config = translated(&Keys { metadata, family: family.gguf }, family, vocabulary, tied)?;
         let read = Self::from_config(&config).context("gguf metadata, in config.json's words")?;
         // Converters add the offset.
@@ -161,6 +172,43 @@ impl Architecture {
         }
         architecture.checked()
     }
+
+    /// What `config.json` says of a GGUF file's model, so that transformers reads it too: what the family's class would have
+    /// by default is spelled out, and what older versions ask for stands beside what newer ones do.
+    ///
+    /// # Errors
+    /// As [`Architecture::from_gguf`].
+    pub fn config_of_gguf(metadata: &HashMap<String, Metadata>, vocabulary: usize, tied: bool) -> Result<Value> {
+        let family = family_of(metadata)?;
+        let mut config = translated(&Keys { metadata, family: family.gguf }, family, vocabulary, tied)?;
+        config["architectures"] = json!([family.class]);
+        let rope = LAYER_TYPES.map(|name| {
+            let mut rope = config["rope_parameters"][name].clone();
+            if rope["rope_type"].is_null() {
+                rope["rope_type"] = json!("default");
+            }
+            rope
+        });
+        let [full, local] = &rope;
+        config["rope_theta"] = full["rope_theta"].clone();
+        config["rope_scaling"] = if full["rope_type"] == "default" { Value::Null } else { full.clone() };
+        config["rope_parameters"] = full.clone();
+        if family.local_rope {
+            config["rope_local_base_freq"] = local["rope_theta"].clone();
+            config["rope_parameters"] = json!({LAYER_TYPES[0]: full, LAYER_TYPES[1]: local});
+        }
+        if family.full_every > 1 {
+            let types = layers(&config, family)?.into_iter().map(|kind| LAYER_TYPES[kind]);
+            config["layer_types"] = types.collect();
+        }
+        Ok(config)
+    }
+}
+
+/// The family that a GGUF file's metadata names.
+fn family_of(metadata: &HashMap<String, Metadata>) -> Result<&'static Family> {
+    let name = metadata.get("general.architecture").context("gguf metadata: `general.architecture` is missing")?;
+    find("gguf metadata: architecture", name.to_string()?, |family| family.gguf)
 }
 
 /// A whole number between 1 and 2²⁸.
@@ -338,10 +386,14 @@ fn translated(keys: &Keys, family: &Family, vocabulary: usize, tied: bool) -> Re
         "num_hidden_layers": layers,
         "max_position_embeddings": keys.count("context_length")?,
         "rms_norm_eps": keys.number("attention.layer_norm_rms_epsilon")?,
-        "query_pre_attn_scalar": if wide { hidden / heads } else { head_dim },
         "hidden_act": if family.gemma { "gelu_pytorch_tanh" } else { "silu" },
         "rope_parameters": rope(keys, family)?,
     });
+    if family.gemma {
+        let scalar = if wide { hidden / heads } else { head_dim };
+        // transformers takes whole numbers only.
+        config["query_pre_attn_scalar"] = if scalar.fract() == 0.0 { json!(scalar as u64) } else { json!(scalar) };
+    }
     for (key, theirs) in [
         ("attn_logit_softcapping", "attn_logit_softcapping"),
         ("final_logit_softcapping", "final_logit_softcapping"),

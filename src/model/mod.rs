@@ -105,12 +105,20 @@ impl Model {
     /// # Errors
     /// As [`Model::load`].
     pub fn check(weights: &Weights, architecture: &Architecture) -> Result<()> {
-        let nothing = Tensor::zeros((), DType::F32, &Device::Cpu)?;
-        let expect = |name: &str, shape: &[usize]| {
-            weights.expect(name, shape, architecture)?;
+        Self::tensors(architecture)?.iter().try_for_each(|(name, shape)| weights.expect(name, shape, architecture))
+    }
+
+    /// Name and shape of every tensor of such a model.
+    ///
+    /// # Errors
+    /// None that a description which was read can bring about.
+    pub fn tensors(architecture: &Architecture) -> Result<Vec<(String, Vec<usize>)>> {
+        let (nothing, mut tensors) = (Tensor::zeros((), DType::F32, &Device::Cpu)?, Vec::new());
+        Self::assemble(architecture, &Device::Cpu, |name, shape| {
+            tensors.push((name.to_string(), shape.to_vec()));
             Ok(nothing.clone())
-        };
-        Self::assemble(architecture, &Device::Cpu, expect).map(drop)
+        })?;
+        Ok(tensors)
     }
 
     fn assemble(

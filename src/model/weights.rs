@@ -179,7 +179,7 @@ impl Weights {
 }
 
 /// GGUF's name of a tensor: `model.layers.3.self_attn.q_proj.weight` is `blk.3.attn_q.weight`.
-fn gguf_name(name: &str, architecture: &Architecture) -> String {
+pub(crate) fn gguf_name(name: &str, architecture: &Architecture) -> String {
     const PARTS: [(&str, &str); 16] = [
         ("model.embed_tokens.", "token_embd."),
         ("model.norm.", "output_norm."),

@@ -8,6 +8,7 @@ mod gguf;
 mod sentencepiece;
 mod spelling;
 mod template;
+mod written;
 
 use std::collections::{BTreeSet, HashMap};
 use std::ops::Range;
