@@ -11,10 +11,10 @@ use candor_environments::{Context, Load, REGISTRY, Split, Target};
 use rayon::prelude::*;
 
 use crate::advantage::AdvantageKind;
-use crate::checkpoint;
 use crate::config::{self, Config, LongPrompts};
 use crate::event::{Event, Observer};
 use crate::model::{Architecture, Model, Weights};
+use crate::peft;
 use crate::policy::Adapter;
 use crate::scorers::no_panic;
 use crate::selection::{Source, shares};
@@ -61,8 +61,8 @@ impl ModelFiles {
     /// If it cannot be read or is not this model's.
     pub fn adapter(&self, folder: Option<&Path>, device: &Device) -> Result<Option<Adapter>> {
         let read = |folder: &Path| {
-            let lora = checkpoint::described(folder)?;
-            checkpoint::load_adapter(folder, &self.architecture, &lora, device)
+            let lora = peft::described(folder)?;
+            peft::load(folder, &self.architecture, &lora, device)
         };
         folder.map(read).transpose().context("--adapter")
     }

@@ -22,7 +22,7 @@
 //! * [`model`]: the frozen decoder, described by data
 //! * [`ops`]: fused operations with exact backward
 //! * [`tokenizer`]: text, tokens and the chat template
-//! * [`config`], [`source`], [`run`], [`checkpoint`]: what is read, fetched and written
+//! * [`config`], [`source`], [`run`], [`checkpoint`], [`peft`], [`tensors`]: what is read, fetched and written
 //! * [`evaluation`], [`report`], [`summary`]: what came of it
 //! * [`random`], [`event`]: random numbers by counter, and what a run tells whoever watches
 
@@ -42,6 +42,7 @@ pub mod logprob;
 pub mod model;
 pub mod objective;
 pub mod ops;
+pub mod peft;
 pub mod plan;
 pub mod policy;
 pub mod prompts;
@@ -56,6 +57,7 @@ pub mod selection;
 pub mod setup;
 pub mod source;
 pub mod summary;
+pub mod tensors;
 pub mod tokenizer;
 pub mod train;
 

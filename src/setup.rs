@@ -13,6 +13,7 @@ use crate::event::{Event, Observer};
 use crate::inputs::Inputs;
 use crate::learner::Learner;
 use crate::model::Model;
+use crate::peft;
 use crate::policy::Adapter;
 use crate::run::RunFolder;
 use crate::sampler::Sampler;
@@ -71,9 +72,7 @@ impl Run {
 fn begin(config: &Config, model: &Arc<Model>, options: &Options) -> Result<(RunFolder, Learner, u64)> {
     let (architecture, device) = (&model.architecture, &model.device);
     let start = || match &config.lora.start_from {
-        Some(folder) => {
-            checkpoint::load_adapter(Path::new(folder), architecture, &config.lora, device).context("lora.start_from")
-        }
+        Some(folder) => peft::load(Path::new(folder), architecture, &config.lora, device).context("lora.start_from"),
         None => Adapter::initialize(architecture, &config.lora, config.seed, device),
     };
     let reference = match config.reference() {
@@ -89,7 +88,7 @@ fn begin(config: &Config, model: &Arc<Model>, options: &Options) -> Result<(RunF
         return Ok((folder, learner, 0));
     };
     let state = checkpoint::state(&newest)?;
-    let mut adapter = checkpoint::load_adapter(&newest, architecture, &config.lora, device)?;
+    let mut adapter = peft::load(&newest, architecture, &config.lora, device)?;
     adapter.version = state.updates;
     let mut learner = learner(&adapter)?;
     checkpoint::restore_moments(&newest, &mut learner, &state)?;

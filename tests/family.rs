@@ -9,9 +9,11 @@ use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{Device, Tensor};
 use candor::model::{Architecture, Model};
 use serde_json::{Value, json};
+use tempfile::NamedTempFile;
 
 use crate::check;
 use crate::model::{ids, logits, tensors, tiny_models, values};
+use crate::tokenizer_gguf;
 
 /// The description of a tiny model with some keys changed; null removes a key.
 fn changed(folder: &Path, changes: &Value) -> Value {
@@ -182,20 +184,28 @@ fn metadata(folder: &Path, family: &str) -> HashMap<String, Gguf> {
     entries.into_iter().map(|(key, value)| (format!("{family}.{key}"), value)).chain([general]).collect()
 }
 
+/// A tiny model with its tokenizer as a GGUF file.
+pub fn gguf(folder: &Path) -> NamedTempFile {
+    let config = check::json(&folder.join("config.json"));
+    let family = config["model_type"].as_str().unwrap().trim_end_matches("_text");
+    let (mut metadata, converted) = (metadata(folder, family), converted(folder, family));
+    metadata.extend(tokenizer_gguf::metadata(folder, "smollm"));
+    metadata.insert("tokenizer.ggml.add_bos_token".into(), Gguf::Bool(family.starts_with("gemma")));
+    let metadata: Vec<(&str, &Gguf)> = metadata.iter().map(|(key, value)| (key.as_str(), value)).collect();
+    let stored: Vec<(&str, QTensor)> = converted
+        .iter()
+        .map(|(name, tensor)| (name.as_str(), QTensor::quantize(tensor, GgmlDType::F32).unwrap()))
+        .collect();
+    let stored: Vec<(&str, &QTensor)> = stored.iter().map(|(name, tensor)| (*name, tensor)).collect();
+    let file = tempfile::Builder::new().suffix(".gguf").tempfile().unwrap();
+    gguf_file::write(&mut file.as_file(), &metadata, &stored).unwrap();
+    file
+}
+
 #[test]
 fn golden_logits_from_gguf_files() {
     for folder in tiny_models() {
-        let config = check::json(&folder.join("config.json"));
-        let family = config["model_type"].as_str().unwrap().trim_end_matches("_text");
-        let (metadata, converted) = (metadata(&folder, family), converted(&folder, family));
-        let metadata: Vec<(&str, &Gguf)> = metadata.iter().map(|(key, value)| (key.as_str(), value)).collect();
-        let stored: Vec<(&str, QTensor)> = converted
-            .iter()
-            .map(|(name, tensor)| (name.as_str(), QTensor::quantize(tensor, GgmlDType::F32).unwrap()))
-            .collect();
-        let stored: Vec<(&str, &QTensor)> = stored.iter().map(|(name, tensor)| (*name, tensor)).collect();
-        let file = tempfile::Builder::new().suffix(".gguf").tempfile().unwrap();
-        gguf_file::write(&mut file.as_file(), &metadata, &stored).unwrap();
+        let file = gguf(&folder);
         let model = Model::open(file.path(), &Device::Cpu).unwrap();
         let golden = tensors(&folder.join("golden_logits.safetensors"));
         let got = logits(&model, &[ids(&golden["ids_a"])], None);

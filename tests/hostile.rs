@@ -13,6 +13,7 @@ use candor::checkpoint;
 use candor::config::Lora;
 use candor::inputs::load_model;
 use candor::model::Model;
+use candor::peft;
 use candor::policy::Adapter;
 use candor_environments::Message;
 use proptest::prelude::*;
@@ -155,7 +156,7 @@ impl Start {
         let adapter = Adapter::initialize(&model.architecture, &lora(), 0, &Device::Cpu).unwrap();
         let checkpoint = this.path("step-000007");
         fs::create_dir(&checkpoint).unwrap();
-        checkpoint::save_adapter(&checkpoint, &lora(), "base", &adapter).unwrap();
+        peft::save(&checkpoint, &lora(), "base", &adapter).unwrap();
         fs::write(checkpoint.join("state.json"), r#"{"next_step": 7, "updates": 6}"#).unwrap();
         this
     }
@@ -173,8 +174,7 @@ impl Start {
             Some(("model", _)) => model(&self.path("model")).map(drop),
             Some(_) => {
                 let (model, _) = model(&self.path("m.gguf"))?;
-                checkpoint::load_adapter(&self.path("step-000007"), &model.architecture, &lora(), &Device::Cpu)
-                    .map(drop)
+                peft::load(&self.path("step-000007"), &model.architecture, &lora(), &Device::Cpu).map(drop)
             }
         }
     }
@@ -350,6 +350,8 @@ fn an_adapter_that_does_not_belong_to_the_run_is_refused() {
         ("use_dora", json!(true), "use_dora"),
         ("modules_to_save", json!(["lm_head"]), "modules_to_save"),
         ("rank_pattern", json!({"q_proj": 4}), "rank_pattern"),
+        ("layer_replication", json!([[0, 2], [1, 3]]), "layer_replication"),
+        ("init_lora_weights", json!("pissa_niter_16"), "init_lora_weights is \"pissa_niter_16\""),
         ("use_rslora", json!(true), "lora.rslora"),
         ("target_modules", json!(["q_proj"]), "lora.targets"),
         ("target_modules", json!([1, 2]), "target_modules: 1 is not"),

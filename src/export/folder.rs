@@ -1,11 +1,10 @@
 //! A model as a Hugging Face folder: weights as safetensors, their description, the tokenizer.
 
-use std::collections::{BTreeMap, HashMap};
-use std::fs::{self, File};
+use std::collections::BTreeMap;
+use std::fs;
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
-use safetensors::tensor::serialize_to_file;
 use serde_json::{Value, json};
 
 use super::{Export, show};
@@ -13,6 +12,7 @@ use crate::event::Observer;
 use crate::inputs::ModelFiles;
 use crate::model::{Architecture, Weights};
 use crate::run::write_whole;
+use crate::tensors;
 use crate::tokenizer::Tokenizer;
 
 /// The most bytes of weights in one file, as the hub has them.
@@ -57,18 +57,17 @@ pub(super) fn write(export: &mut Export, path: &Path, observer: Observer) -> Res
     (config["dtype"], config["torch_dtype"]) = (json!(name), json!(name));
     // A file of this description may hold gains less an offset, which a GGUF file's do not.
     let offset = export.model.architecture.norm_offset - Architecture::from_config(&config)?.norm_offset;
-    let description = path.join("config.json");
-    write_whole(&description, &serde_json::to_vec_pretty(&config)?)?;
+    write_whole(&path.join("config.json"), &serde_json::to_vec_pretty(&config)?)?;
     let files = shards(export.tensors()?, dtype.size_in_bytes() as u64, export.shard);
     let total: usize = files.iter().map(Vec::len).sum();
     let (count, mut places, mut bytes) = (files.len(), BTreeMap::new(), 0);
-    for (index, tensors) in files.into_iter().enumerate() {
+    for (index, all) in files.into_iter().enumerate() {
         let file = match count {
             1 => "model.safetensors".to_string(),
             _ => format!("model-{:05}-of-{count:05}.safetensors", index + 1),
         };
         let mut held = Vec::new();
-        for (name, shape) in tensors {
+        for (name, shape) in all {
             let norm = shape.len() == 1 && name.ends_with(".weight");
             let merged = export.merged(&name, &shape)?;
             let merged = if norm && offset != 0.0 { (merged + offset)? } else { merged };
@@ -78,14 +77,7 @@ pub(super) fn write(export: &mut Export, path: &Path, observer: Observer) -> Res
             held.push((name, merged.to_dtype(dtype)?.contiguous()?));
             show(observer, places.len(), total);
         }
-        let file = path.join(file);
-        let cannot = || format!("{}: cannot write", file.display());
-        // transformers asks which library's tensors they are.
-        let format = HashMap::from([("format".to_string(), "pt".to_string())]);
-        serialize_to_file(held, Some(format), &file).with_context(cannot)?;
-        // The crate leaves a file that only its owner can read.
-        let readable = fs::metadata(&description).and_then(|data| fs::set_permissions(&file, data.permissions()));
-        readable.and_then(|()| File::open(&file)?.sync_all()).with_context(cannot)?;
+        tensors::save(&path.join(file), held)?;
     }
     if count > 1 {
         let index = json!({"metadata": {"total_size": bytes}, "weight_map": places});

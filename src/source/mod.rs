@@ -94,6 +94,14 @@ pub enum Source {
     Hub(Address),
 }
 
+/// The hub's repository and the revision that a source string names, if it names one as a whole.
+pub fn hub_repository(source: &str) -> Option<(String, String)> {
+    match Source::parse(source) {
+        Ok(Source::Hub(Address { id, revision, inside: None })) => Some((id, revision)),
+        _ => None,
+    }
+}
+
 impl Source {
     /// Understands a source string. Runs nothing and looks at no file.
     ///
