@@ -55,16 +55,9 @@ impl Check {
     fn model(&mut self, ModelFiles { weights, architecture, tokenizer }: &ModelFiles) {
         self.line("model", weights.path().display());
         let millions = weights.elements() as f64 / 1e6;
-        self.line(
-            "",
-            format!(
-                "{millions:.1} M parameters, {} layers, hidden {}, vocabulary {}, context {}",
-                architecture.layers.len(),
-                architecture.hidden,
-                architecture.vocabulary,
-                architecture.context
-            ),
-        );
+        let (layers, hidden) = (architecture.layers.len(), architecture.hidden);
+        self.line("", format!("{millions:.1} M parameters, {layers} layers, hidden {hidden}"));
+        self.line("", format!("vocabulary {}, context {}", architecture.vocabulary, architecture.context));
         let name = |&id: &u32| format!("{} ({id})", tokenizer.decode_with_special(&[id]));
         let ends: Vec<String> = tokenizer.end_tokens().iter().map(name).collect();
         self.line(
@@ -107,10 +100,13 @@ impl Check {
 
     fn prompt(&mut self, task: &Task, tokenizer: &Tokenizer) -> Result<()> {
         let ids = tokenizer.prompt_ids(&task.prompt).with_context(|| format!("task {}", task.id))?;
-        let ends = |ids: &[u32]| format!("{ids:?} {:?}", tokenizer.decode_with_special(ids));
         self.line("prompt", format!("{}: {} messages, {} tokens", task.id, task.prompt.len(), ids.len()));
-        self.line("  first", ends(&ids[..SHOWN.min(ids.len())]));
-        self.line("  last", ends(&ids[ids.len().saturating_sub(SHOWN)..]));
+        for (end, ids) in
+            [("  first", &ids[..SHOWN.min(ids.len())]), ("  last", &ids[ids.len().saturating_sub(SHOWN)..])]
+        {
+            self.line(end, format!("{ids:?}"));
+            self.line("", format!("{:?}", tokenizer.decode_with_special(ids)));
+        }
         match tokenizer.bos() {
             None => self.line("  BOS", "this model has none"),
             Some(bos) => {
@@ -193,6 +189,7 @@ impl Check {
                 .map(|one| Ok(scoring.score(std::slice::from_ref(one))?.remove(0)))
                 .collect::<Result<_>>()?
         };
+        self.line("scores", "reward  parsed      confidence  completion");
         let mut by_kind = HashMap::new();
         for ((kind, completion), score) in kinds.into_iter().zip(&completions).zip(scores) {
             self.show_score(kind, &completion.text, &score);
@@ -206,18 +203,13 @@ impl Check {
 
     fn show_score(&mut self, kind: &str, text: &str, score: &Result<Score, ScoreError>) {
         let Ok(score) = score else { return };
-        let parts: Vec<String> = score.parts.iter().map(|(part, value)| format!("{part} {value:.3}")).collect();
         let confidence = score.metrics.iter().find(|(metric, _)| *metric == "confidence").map(|(_, value)| *value);
-        self.line(
-            &format!("  {kind}"),
-            format!(
-                "reward {:.3} ({}), parsed {:?}, confidence {}: {text:?}",
-                score.reward,
-                parts.join(", "),
-                score.parse,
-                shown(confidence, 2)
-            ),
-        );
+        let (parse, reward) = (format!("{:?}", score.parse), score.reward);
+        self.line(&format!("  {kind}"), format!("{reward:>6.3}  {parse:<10}  {:>10}  {text:?}", shown(confidence, 2)));
+        if score.parts.len() > 1 {
+            let parts: Vec<String> = score.parts.iter().map(|(part, value)| format!("{part} {value:.3}")).collect();
+            self.line("", format!("({})", parts.join(", ")));
+        }
         if (score.parts.iter().map(|(_, value)| value).sum::<f64>() - score.reward).abs() > 1e-9 {
             self.odd(format!("the reward of the {kind} completion is not the sum of its parts"));
         }

@@ -1,5 +1,4 @@
-//! A run that is stopped anywhere and resumed is the same run, bit for bit (DESIGN, invariant 4), and what a checkpoint is
-//! made of.
+//! A run that is stopped anywhere and resumed is the same run, bit for bit, and what a checkpoint is made of.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -70,11 +69,15 @@ fn straight(config: &Config) -> Left {
 
 /// Runs or resumes until the step after which somebody presses ctrl-C.
 fn run_until(results: &Path, config: &Config, resume: bool, steps: u64) -> Outcome {
+    run_until_said(results, config, resume, &format!("step {steps}/"))
+}
+
+/// Runs or resumes until a line that begins so, at which somebody presses ctrl-C.
+fn run_until_said(results: &Path, config: &Config, resume: bool, beginning: &str) -> Outcome {
     let interrupted = AtomicBool::new(false);
-    let shown = format!("step {steps:>3}/");
     let observer = |event: Event| {
         if let Event::Line(line) = event
-            && line.starts_with(&shown)
+            && line.starts_with(beginning)
         {
             interrupted.store(true, Ordering::Relaxed);
         }
@@ -93,6 +96,21 @@ fn resume(results: &Path, config: &Config) -> Vec<String> {
     let outcome = start(results, config, true, &observer, &AtomicBool::new(false));
     assert_eq!(outcome.unwrap(), Outcome::Finished);
     said.into_inner().unwrap()
+}
+
+/// No step follows an evaluation in which somebody wanted to stop: on a real model that would be minutes.
+#[test]
+fn a_run_interrupted_in_an_evaluation_and_resumed_is_the_same_run() {
+    let config = config(CHANGES);
+    let want = straight(&config);
+    for step in [0, 2] {
+        let results = tempdir().unwrap();
+        let said = format!("evaluation after {step} steps");
+        assert_eq!(run_until_said(results.path(), &config, false, &said), Outcome::Interrupted);
+        assert_eq!(lines(&results.path().join("toy/metrics.jsonl")).len(), step);
+        resume(results.path(), &config);
+        assert_same(&left(results.path()), &want, &format!("stopped in the evaluation after {step} steps"));
+    }
 }
 
 #[test]

@@ -31,7 +31,9 @@ use log::Log;
 /// Teach small language models to know what they know.
 #[derive(Parser)]
 #[command(version, max_term_width = 80)]
-#[command(after_help = "Exit codes: 0 done, 1 the run failed, 2 the input was wrong, 130 interrupted and saved.")]
+#[command(after_help = "\
+First run:   candor train configs/quickstart.toml
+Exit codes:  0 done, 1 the run failed, 2 the input was wrong, 130 interrupted")]
 struct Arguments {
     #[command(subcommand)]
     command: Command,
@@ -58,7 +60,7 @@ enum Command {
         #[arg(long, value_name = "DIR")]
         adapter: Option<PathBuf>,
     },
-    /// Show a prompt and how answers are scored, and say what is odd; weights are not loaded
+    /// Show a prompt and how answers are scored, and say what is odd
     Check {
         #[command(flatten)]
         input: Input,
@@ -70,7 +72,7 @@ enum Command {
 struct Input {
     /// The config file (TOML)
     config: PathBuf,
-    /// Another value for one key, as `--set learner.learning_rate=2e-5` or `--set environment.0.source="rows"`
+    /// Another value for a key: --set steps=40 --set environment.0.reward=log
     #[arg(long = "set", value_name = "KEY=VALUE")]
     sets: Vec<String>,
     /// Say nothing but warnings, errors and the result
