@@ -50,8 +50,3 @@ pub mod source;
 pub mod summary;
 pub mod tokenizer;
 pub mod train;
-
-/// The README's program compiles.
-#[cfg(doctest)]
-#[doc = include_str!("../README.md")]
-struct Readme;

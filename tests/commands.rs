@@ -175,3 +175,15 @@ fn the_log_holds_what_was_said_and_more_where_asked() {
     assert_eq!(ended.code, Some(2));
     assert!(ended.stderr.starts_with("error: RUST_LOG: \"a=b=c\" is not a filter"), "{}", ended.stderr);
 }
+
+#[test]
+fn the_readme_shows_the_example_as_it_is() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let read = |path: &str| fs::read_to_string(root.join(path)).unwrap();
+    let (readme, example) = (read("README.md"), read("examples/sums/src/sums.rs") + &read("examples/sums/src/main.rs"));
+    let blocks: Vec<&str> = readme.split("```rust\n").skip(1).filter_map(|text| text.split("```").next()).collect();
+    assert_eq!(blocks.len(), 2);
+    for block in blocks {
+        assert!(example.contains(block), "not in the example:\n{block}");
+    }
+}
