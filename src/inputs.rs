@@ -147,7 +147,15 @@ impl Loader<'_> {
             let context = Context {
                 split,
                 options: &environment.options,
-                resolve: &|source: &str| resolve(source, Kind::Data, self.observer),
+                resolve: &|source: &str| {
+                    let resolved = resolve(source, Kind::Data, self.observer);
+                    // The option that names the source tells where it was written.
+                    let option = environment.options.iter().find(|(_, value)| value.as_str() == Some(source));
+                    resolved.map_err(|error| match option {
+                        Some((option, _)) => KeyError::new(option, format!("{error:#}")).into(),
+                        None => error,
+                    })
+                },
                 judge: None,
             };
             let place = || format!("{} ({name})", self.at(&key));

@@ -76,7 +76,7 @@ fn wrong_input_is_one_line_and_exit_code_2_and_leaves_nothing() {
     refused(
         "[[environment]]\nname = \"boolq\"\nsource = \"nowhere\"",
         "run.toml",
-        &["environment.0 (boolq)", "nowhere"],
+        &["environment.0.source: \"nowhere\" is neither"],
     );
     refused("[lora]\nstart_from = \"nowhere\"", "run.toml", &["lora.start_from", "nowhere"]);
     refused("sampling.async_level = 1", "run.toml", &["sampling.async_level", "not in this version"]);

@@ -135,6 +135,8 @@ fn sets_are_merged_last_and_typed_like_toml() {
         "batch={ group = 4, long_prompts = \"error\" }",
         "environment.1.source=\"x = 1\"",
         "environment.0={ size = 5 }",
+        "environment.0.length.mode=soft",
+        "environment.0.length.weight=0.5",
         "steps=9",
     ])
     .unwrap();
@@ -153,6 +155,8 @@ fn sets_are_merged_last_and_typed_like_toml() {
         ("batch.group", "--set batch={ group = 4, long_prompts = \"error\" }"),
         ("environment.0.size", "--set environment.0={ size = 5 }"),
         ("learner.clip.1", "--set learner.clip.1=0.3"),
+        ("environment.0.length", "--set environment.0.length.mode=soft"),
+        ("environment.0.length.weight", "--set environment.0.length.weight=0.5"),
     ] {
         assert_eq!(config.place(key).unwrap(), wanted);
     }

@@ -86,6 +86,11 @@ impl Layers {
             ),
         };
         let slot = entry(&mut self.root, &names)?;
+        // Tables that were made on the way come from here too.
+        for depth in 1..names.len() {
+            let made = self.places.0.entry(names[..depth].join("."));
+            made.or_insert_with(|| Source::Set(argument).at(0));
+        }
         Ok(merge(slot, value, key, 0, &Source::Set(argument), &mut self.places)?)
     }
 }
