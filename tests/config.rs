@@ -147,6 +147,7 @@ const REFUSED: &[(&str, &str, &[&str])] = &[
     ("", "[learner]\nclip = [0.1]\n", &["small.toml:7: learner.clip: ", "1 items are not a list of length 2"]),
     ("", "[learner]\nbetas = [0.9, 1.0]\n", &["learner.betas: 1 must", "less than 1"]),
     ("", "[learner]\nepsilon = 0\n", &["learner.epsilon"]),
+    ("", "[learner]\nepsilon = 0.2\n", &["learner.epsilon: 0.2 must", "at most 0.01"]),
     ("", "[learner]\nkl = -0.1\n", &["learner.kl"]),
     ("", "[learner]\ndelta = 1.1\n", &["learner.delta: 1.1 must be finite, more than 1.28"]),
     ("", "[learner]\npolicy_loss = \"cispo\"\ndelta = 4.0\n", &["learner.delta: bounds the ratio"]),

@@ -70,7 +70,8 @@ impl Config {
             ("learner.weight_decay", learner.weight_decay, not_negative),
             ("learner.betas", learner.betas[0], decay),
             ("learner.betas", learner.betas[1], decay),
-            ("learner.epsilon", learner.epsilon, positive),
+            // Elsewhere a key of this name is the range of clipping, 0.2 or so.
+            ("learner.epsilon", learner.epsilon, (Excluded(0.0), Included(0.01))),
             ("learner.max_grad_norm", learner.max_grad_norm, positive),
             ("learner.clip", learner.clip[0], not_negative),
             ("learner.clip", learner.clip[1], not_negative),
