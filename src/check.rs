@@ -10,7 +10,7 @@ use candor_environments::{Completion, Examples, Finish, Message, ParseStatus, Sc
 use crate::config::Config;
 use crate::inputs::{Inputs, ModelFiles};
 use crate::report::shown;
-use crate::scorers::Scoring;
+use crate::scorers::{Scoring, no_panic};
 use crate::selection::{Source, choose_tasks};
 use crate::tokenizer::Tokenizer;
 
@@ -34,12 +34,14 @@ impl Check {
         let mut check = Self::default();
         check.model(&inputs.model);
         for (index, source) in inputs.training.iter().enumerate() {
-            let twin = inputs.heldout.get(index);
-            check.tasks(source, twin);
+            check.tasks(source, inputs.heldout.get(index));
             let chosen = choose_tasks(std::slice::from_ref(source), 1, config.seed, 0);
             let task = chosen.first().context("there are no tasks")?.1;
             check.prompt(&source.environment.task(task), &inputs.model.tokenizer)?;
             check.scores(config, source, task, &inputs.model.tokenizer)?;
+        }
+        for source in inputs.heldout.iter().skip(inputs.training.len()) {
+            check.line(&source.name, format!("{} held-out tasks, none to train on", source.tasks.len()));
         }
         Ok(check)
     }
@@ -81,7 +83,11 @@ impl Check {
             |source: &Source| -> Vec<Task> { source.tasks.iter().map(|&task| source.environment.task(task)).collect() };
         let (training, heldout) = (all(source), twin.map(all).unwrap_or_default());
         let name = &source.name;
-        self.line(name, format!("{} training tasks, {} held out", training.len(), heldout.len()));
+        let heldout_count = match twin {
+            Some(_) => format!("{} held out", heldout.len()),
+            None => "held-out ones not loaded (evaluation.tasks = 0)".to_string(),
+        };
+        self.line(name, format!("{} training tasks, {heldout_count}", training.len()));
         let ids: HashSet<&str> = training.iter().map(|task| task.id.as_str()).collect();
         if ids.len() < training.len() {
             self.odd(format!("{name}: {} training tasks share an id with another", training.len() - ids.len()));
@@ -114,6 +120,9 @@ impl Check {
                 let unused = if leading == 0 { ": neither the chat template nor the tokenizer writes it" } else { "" };
                 let name = tokenizer.decode_with_special(&[bos]);
                 self.line("  BOS", format!("{name} ({bos}), {leading} at the start{unused}"));
+                if leading > 1 {
+                    self.odd(format!("the prompt begins with {leading} BOS tokens; models are trained with one"));
+                }
             }
         }
         let special = |ids: &[u32]| ids.iter().filter(|&&id| tokenizer.is_special(id)).count();
@@ -133,7 +142,7 @@ impl Check {
     /// Scores a good, a bad, an empty and a truncated completion.
     fn scores(&mut self, config: &Config, source: &Source, index: usize, tokenizer: &Tokenizer) -> Result<()> {
         let Source { name, environment, .. } = source;
-        let Some(Examples { good, bad }) = environment.examples(index) else {
+        let Some(Examples { good, bad }) = no_panic(name, index, || environment.examples(index))? else {
             self.line("scores", "the environment shows no examples, so only an empty completion is scored");
             let completion = canned("", Finish::Stop, config, tokenizer)?;
             return self.scored(source, index, vec![("empty", completion)]).map(drop);

@@ -4,11 +4,11 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Error, Result, ensure};
 use candle_core::Device;
 
 use crate::checkpoint;
-use crate::config::Config;
+use crate::config::{Config, Lora};
 use crate::event::Observer;
 use crate::inputs::Inputs;
 use crate::policy::Adapter;
@@ -31,6 +31,8 @@ pub struct HeldOut<'a> {
     pub tokenizer: &'a Tokenizer,
     /// Who hears how far it is.
     pub observer: Observer<'a>,
+    /// Whether nobody wants the rest any more.
+    pub stop: &'a (dyn Fn() -> bool + Sync),
 }
 
 impl HeldOut<'_> {
@@ -39,9 +41,10 @@ impl HeldOut<'_> {
     /// # Errors
     /// As [`Collector::collect`].
     pub fn complete(&self, sampler: &mut dyn Sampler, adapter: Option<&Adapter>, step: u64) -> Result<Vec<Group>> {
-        let Self { config, sources, tokenizer, observer } = *self;
+        let Self { config, sources, tokenizer, observer, stop } = *self;
         let chosen = choose_heldout(sources, config.evaluation.tasks, config.seed);
-        let collector = Collector { sources, tokenizer, observer, patience: SCORE_TIMEOUT, what: "held-out tasks" };
+        let collector =
+            Collector { sources, tokenizer, observer, patience: SCORE_TIMEOUT, what: "held-out tasks", stop };
         let groups = collector.collect(&chosen, 1, sampler, adapter, &Settings::evaluation(config, step));
         groups.with_context(|| format!("evaluation after {step} steps"))
     }
@@ -64,13 +67,13 @@ impl Evaluation {
     /// If anything that the config names, or the adapter, is not what it should be.
     pub fn prepare(config: Config, adapter: Option<&Path>, options: &Options) -> Result<Self> {
         ensure!(config.evaluation.tasks > 0, "evaluation.tasks is 0, so there is nothing to evaluate; raise it");
-        let Inputs { model, heldout, .. } = Inputs::open(&config, options.environments, options.observer)?;
+        let described = adapter.map(|folder| Ok((folder, checkpoint::described(folder)?)));
+        let described = described.transpose().map_err(|error: Error| error.context("--adapter"))?;
+        let Inputs { model, heldout, .. } = Inputs::for_evaluation(&config, options.environments, options.observer)?;
         let (tokenizer, device) = (model.tokenizer.clone(), Device::Cpu);
-        let read = |folder: &Path| {
-            let lora = checkpoint::described(folder)?;
-            checkpoint::load_adapter(folder, &model.architecture, &lora, &device)
-        };
-        let adapter = adapter.map(read).transpose().context("--adapter")?;
+        let load =
+            |(folder, lora): (&Path, Lora)| checkpoint::load_adapter(folder, &model.architecture, &lora, &device);
+        let adapter = described.map(load).transpose().context("--adapter")?;
         let sampler = LocalSampler::new(model.load(&device, options.observer)?, tokenizer.clone());
         Ok(Self { config, sources: heldout, tokenizer, sampler, adapter })
     }
@@ -81,7 +84,8 @@ impl Evaluation {
     /// As [`Collector::collect`].
     pub fn run(&mut self, observer: Observer) -> Result<BTreeMap<String, Evaluated>> {
         let Self { config, sources, tokenizer, sampler, adapter } = self;
-        let groups = HeldOut { config, sources, tokenizer, observer }.complete(sampler, adapter.as_ref(), 0)?;
+        let groups =
+            HeldOut { config, sources, tokenizer, observer, stop: &|| false }.complete(sampler, adapter.as_ref(), 0)?;
         let rows = Row::all(RowSplit::Eval, 0, &groups);
         Evaluated::by_environment(&rows.iter().collect::<Vec<_>>())
     }

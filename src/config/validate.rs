@@ -16,6 +16,9 @@ fn problem<T>(key: &str, text: impl Into<String>) -> Result<T, KeyError> {
 /// More of anything than this is a slip of the keyboard; it also keeps products of two counts inside 64 bits.
 const MOST: u64 = 1 << 30;
 
+/// More completions of one step than anybody could wait for.
+const MOST_ROLLOUTS: usize = 1 << 20;
+
 impl Config {
     /// The first problem of a config whose keys and types are right.
     pub(super) fn validate(&self) -> Result<(), KeyError> {
@@ -45,6 +48,15 @@ impl Config {
         ];
         match counts.into_iter().find(|(_, value, least)| !(*least..=MOST).contains(value)) {
             Some((key, value, least)) => problem(key, format!("{value} is not between {least} and {MOST}")),
+            None if self.batch.prompts * self.batch.group > MOST_ROLLOUTS => {
+                let (prompts, group) = (self.batch.prompts, self.batch.group);
+                problem(
+                    "batch.group",
+                    format!(
+                        "{prompts} prompts of {group} rollouts are more than {MOST_ROLLOUTS} a step; lower one of them"
+                    ),
+                )
+            }
             None if self.batch.micro_tokens <= self.sampling.max_tokens => {
                 let (micro, longest) = (self.batch.micro_tokens, self.sampling.max_tokens);
                 problem(

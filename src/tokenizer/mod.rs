@@ -175,6 +175,7 @@ impl Tokenizer {
     /// As [`render`](Self::render) and [`encode`](Self::encode).
     pub fn prompt_ids(&self, messages: &[Message]) -> Result<Vec<u32>> {
         let mut ids = self.encode(&self.render(messages, true)?)?;
+        ensure!(!ids.is_empty(), "the chat template makes an empty prompt of these messages");
         if let Some(bos) = self.bos {
             let written = ids.iter().take_while(|id| **id == bos).count();
             let wanted = usize::from(written > 0 || self.adds_bos);
@@ -189,7 +190,8 @@ impl Tokenizer {
     /// # Errors
     /// As [`prompt_ids`](Self::prompt_ids).
     pub fn prompt_fits(&self, messages: &[Message], limit: usize) -> Result<bool> {
-        Ok(self.render(messages, true)?.len() < limit || self.prompt_ids(messages)?.len() <= limit)
+        let bytes = self.render(messages, true)?.len();
+        Ok(0 < bytes && bytes < limit || self.prompt_ids(messages)?.len() <= limit)
     }
 
     /// Every token that ends a generation, in increasing order: those that the model's files name and the one that the chat
