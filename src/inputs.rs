@@ -292,7 +292,7 @@ impl Loader<'_> {
             tasks.retain(|_| fitting.next().unwrap_or(true));
             ensure!(
                 !tasks.is_empty(),
-                "{name}: every prompt {why}; lower {}{also}, or shorten the prompts",
+                "{}: every prompt of {name} {why}; lower it{also}, or shorten the prompts",
                 self.at(key)
             );
             let left_out = all - tasks.len();
