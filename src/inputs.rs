@@ -144,25 +144,25 @@ impl Loader<'_> {
                 let text = format!("no environment {name:?}; {meant}known: {}", known.join(", "));
                 self.config.locate(KeyError::new(format!("{key}.name"), text))
             })?;
-            let context = Context {
-                split,
-                options: &environment.options,
-                resolve: &|source: &str| {
-                    let resolved = resolve(source, Kind::Data, self.observer);
-                    // The option that names the source tells where it was written.
-                    let option = environment.options.iter().find(|(_, value)| value.as_str() == Some(source));
-                    resolved.map_err(|error| match option {
-                        Some((option, _)) => KeyError::new(option, format!("{error:#}")).into(),
-                        None => error,
-                    })
-                },
-                judge: None,
+            let resolve = |source: &str| {
+                let resolved = resolve(source, Kind::Data, self.observer);
+                // The option that names the source tells where it was written.
+                let option = environment.options.iter().find(|(_, value)| value.as_str() == Some(source));
+                resolved.map_err(|error| match option {
+                    Some((option, _)) => KeyError::new(option, format!("{error:#}")).into(),
+                    None => error,
+                })
             };
+            let context = Context::new(split, &environment.options, &resolve, None);
             let place = || format!("{} ({name})", self.at(&key));
             let loaded = load(&context).map_err(|error| match error.downcast::<KeyError>() {
                 Ok(problem) => self.config.locate(problem.within(&key)),
                 Err(error) => error.context(place()),
             })?;
+            if let Some(option) = context.unread_option() {
+                let problem = KeyError::unknown(option, format!("{name} takes no options"));
+                return Err(self.config.locate(problem.within(&key)));
+            }
             ensure!(loaded.num_tasks() > 0, "{}: there are no tasks", place());
             Ok(Source::new(name, environment.weight, loaded.into()))
         };
