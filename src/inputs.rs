@@ -202,26 +202,26 @@ impl Loader<'_> {
             let name = environment.name.as_str();
             let key = format!("{list}.{index}");
             let load = self.find(name, &key)?;
-            let context = Context {
-                split,
-                options: &environment.options,
-                resolve: &|source: &str| {
-                    let resolved = resolve(source, Kind::Data, self.observer);
-                    // The option that names the source tells where it was written.
-                    let option = environment.options.iter().find(|(_, value)| value.as_str() == Some(source));
-                    resolved.map_err(|error| match option {
-                        Some((option, _)) => KeyError::new(option, format!("{error:#}")).into(),
-                        None => error,
-                    })
-                },
-                judge: None,
+            let resolve = |source: &str| {
+                let resolved = resolve(source, Kind::Data, self.observer);
+                // The option that names the source tells where it was written.
+                let option = environment.options.iter().find(|(_, value)| value.as_str() == Some(source));
+                resolved.map_err(|error| match option {
+                    Some((option, _)) => KeyError::new(option, format!("{error:#}")).into(),
+                    None => error,
+                })
             };
+            let context = Context::new(split, &environment.options, &resolve, None);
             let place = || format!("{} ({name})", self.at(&key));
             let loaded = caught(|| load(&context)).unwrap_or_else(|said| bail!("it panicked when loaded: {said}"));
             let loaded = loaded.map_err(|error| match error.downcast::<KeyError>() {
                 Ok(problem) => self.config.locate(problem.within(&key)),
                 Err(error) => error.context(place()),
             })?;
+            if let Some(option) = context.unread_option() {
+                let problem = KeyError::unknown(option, format!("{name} takes no options"));
+                return Err(self.config.locate(problem.within(&key)));
+            }
             let tasks = caught(|| loaded.num_tasks()).unwrap_or(0);
             ensure!(tasks > 0, "{}: there are no tasks", place());
             ensure!(tasks <= MOST_TASKS, "{}: {tasks} tasks are more than {MOST_TASKS}", place());

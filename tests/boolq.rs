@@ -23,7 +23,7 @@ fn load(source: &Path, split: Split, options: &str) -> anyhow::Result<Box<dyn En
     options.entry("source").or_insert("the source".into());
     let resolve = |_: &str| Ok(source.to_owned());
     let (_, load) = REGISTRY.iter().find(|(name, _)| *name == "boolq").unwrap();
-    load(&Context { split, options: &options, resolve: &resolve, judge: None })
+    load(&Context::new(split, &options, &resolve, None))
 }
 
 fn error(source: &Path, split: Split, options: &str) -> String {

@@ -176,7 +176,7 @@ fn load(source: &Path, split: Split) -> anyhow::Result<Box<dyn Environment>> {
     let options = "source = \"the source\"".parse().unwrap();
     let resolve = |_: &str| Ok(source.to_owned());
     let (_, load) = REGISTRY.iter().find(|(name, _)| *name == "boolq").unwrap();
-    load(&Context { split, options: &options, resolve: &resolve, judge: None })
+    load(&Context::new(split, &options, &resolve, None))
 }
 
 #[test]

@@ -6,7 +6,7 @@ use std::ops::{Bound, RangeBounds};
 
 use candor_environments::KeyError;
 
-use super::{Config, Device, Dtype, Environment, Reference, SamplerKind};
+use super::{Config, Device, Dtype, Environment, Learner, Reference, SamplerKind};
 use crate::objective::PolicyLoss;
 
 fn problem<T>(key: &str, text: impl Into<String>) -> Result<T, KeyError> {
@@ -122,7 +122,7 @@ impl Config {
 
     fn check_lists(&self) -> Result<(), KeyError> {
         if self.model.source.trim().is_empty() {
-            return problem("model.source", "is empty; name a folder, a .gguf file, or a pip: source");
+            return problem("model.source", "is empty; name a folder, a .gguf file, or an hf: or pip: source");
         }
         if self.lora.targets.is_empty() {
             return problem(
@@ -148,6 +148,17 @@ impl Config {
         if learner.delta.is_some() && learner.policy_loss != PolicyLoss::Clip {
             return problem("learner.delta", "bounds the ratio of policy_loss = \"clip\" only; remove it");
         }
+        if learner.kl_estimator.is_some() && learner.kl == 0.0 {
+            return problem("learner.kl_estimator", "has no effect with learner.kl = 0; set that, or remove this");
+        }
+        // The default is left alone: a run of few steps did not ask for it.
+        let (warmup, steps) = (learner.warmup_steps, self.steps);
+        if warmup >= steps && warmup > Learner::default().warmup_steps {
+            return problem(
+                "learner.warmup_steps",
+                format!("{warmup} steps of warm-up leave none of steps = {steps} for the peak; lower it"),
+            );
+        }
         if learner.reference == Some(Reference::Start) && self.lora.start_from.is_none() {
             return problem(
                 "learner.reference",
@@ -157,8 +168,8 @@ impl Config {
         if self.lora.dropout > 0.0 {
             return problem(
                 "lora.dropout",
-                "an environment that samples has no dropout in its sampler, so the ratio of learner and sampler would be \
-                 wrong; use 0.0",
+                "an environment that samples has no dropout in its sampler, so the ratio of learner and sampler would \
+                 be wrong; use 0.0",
             );
         }
         Ok(())
@@ -202,7 +213,8 @@ fn check_name(name: &str) -> Result<(), KeyError> {
     problem(
         "name",
         format!(
-            "{name:?} must be a plain folder name: letters, digits, '.', '_' and '-', at most 100, a letter or digit first"
+            "{name:?} must be a plain folder name: letters, digits, '.', '_' and '-', at most 100, a letter or digit \
+             first"
         ),
     )
 }
