@@ -16,7 +16,9 @@ use anyhow::{Context, Result, bail, ensure};
 
 pub use address::{Address, Kind};
 pub use hub::Hub;
+pub use repository::Listing;
 pub use transfer::Token;
+pub use unpack::unpack;
 pub use wheels::{Cache, Wheels};
 
 /// What a source may be, for the end of error messages.
