@@ -9,6 +9,7 @@ use candle_core::Device;
 use candor_environments::keys::{self, KeyError};
 use candor_environments::{Context, Load, REGISTRY, Split, Target};
 use rayon::prelude::*;
+use tracing::debug;
 
 use crate::advantage::AdvantageKind;
 use crate::checkpoint;
@@ -60,7 +61,9 @@ impl ModelFiles {
     /// # Errors
     /// If a tensor is missing or has the wrong shape.
     pub fn load(mut self, device: &Device, observer: Observer) -> Result<Arc<Model>> {
-        observer(Event::Line(&format!("loading the model from {}", self.weights.path().display())));
+        let path = self.weights.path();
+        debug!(path = %path.display(), "weights");
+        observer(Event::Line(&format!("loading the model {}", path.file_name().unwrap_or(path.as_os_str()).display())));
         Ok(Arc::new(Model::load(&mut self.weights, device)?))
     }
 }
