@@ -101,6 +101,7 @@ pub fn load(context: &Context) -> anyhow::Result<Box<dyn Environment>> {
     options.length.check().map_err(|error| error.within("length"))?;
     let path = (context.resolve)(&options.source)?;
     let mut rows = boolq_data::read(&path, context.split)?;
+    let (yes, all) = (rows.iter().filter(|row| row.answer).count(), rows.len());
     match context.split {
         Split::Train => rows = balanced(rows),
         Split::Heldout if options.exclude_shared_passages => {
@@ -110,7 +111,12 @@ pub fn load(context: &Context) -> anyhow::Result<Box<dyn Environment>> {
         }
         Split::Heldout => {}
     }
-    ensure!(!rows.is_empty(), "{}: balancing the answers or excluding shared passages leaves no rows", path.display());
+    let why = match context.split {
+        Split::Train => "balancing the answers",
+        Split::Heldout => "excluding shared passages",
+    };
+    let (no, path) = (all - yes, path.display());
+    ensure!(!rows.is_empty(), "{path}: {why} leaves no rows: {yes} are answered yes, {no} no");
     Ok(Box::new(Boolq { split: context.split, options, rows }))
 }
 

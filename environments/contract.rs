@@ -2,6 +2,7 @@
 //! counts of tokens and byte ranges, never token ids. Tasks are known by their index, so an environment keeps its typed
 //! rows to itself and the trait stays object-safe.
 
+use std::cell::Cell;
 use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -27,21 +28,44 @@ pub enum Split {
 pub struct Context<'a> {
     /// The tasks asked for.
     pub split: Split,
-    /// The environment's own keys: the config's table without the engine's `name` and `weight`.
-    pub options: &'a toml::Table,
+    options: &'a toml::Table,
+    /// Whether the options were asked for.
+    read: Cell<bool>,
     /// Turns a source string (`pip:…`, `hf:…`, a path) into a local path, fetching it if need be.
     pub resolve: &'a dyn Fn(&str) -> anyhow::Result<PathBuf>,
     /// The judge that the config asked for, if any.
     pub judge: Option<Arc<dyn Judge>>,
 }
 
-impl Context<'_> {
-    /// The options as an environment's own type. Derive `deny_unknown_fields`, so that a misspelled key is an error too.
+impl<'a> Context<'a> {
+    /// What the engine gives. `options` are the environment's own keys: the config's table without `name` and `weight`.
+    pub fn new(
+        split: Split,
+        options: &'a toml::Table,
+        resolve: &'a dyn Fn(&str) -> anyhow::Result<PathBuf>,
+        judge: Option<Arc<dyn Judge>>,
+    ) -> Context<'a> {
+        Context { split, options, read: Cell::new(false), resolve, judge }
+    }
+
+    /// The environment's own keys as they were written. Whoever asks for them sees to it that none is misspelled.
+    pub fn options(&self) -> &'a toml::Table {
+        self.read.set(true);
+        self.options
+    }
+
+    /// An option of an environment that did not ask for any.
+    pub fn unread_option(&self) -> Option<&'a str> {
+        self.options.keys().next().filter(|_| !self.read.get()).map(String::as_str)
+    }
+
+    /// The options as an environment's own type. Derive `deny_unknown_fields`, so that a misspelled key is an error
+    /// too.
     ///
     /// # Errors
     /// A [`KeyError`](crate::KeyError): the engine adds the file and line of its key.
     pub fn typed_options<T: DeserializeOwned>(&self) -> anyhow::Result<T> {
-        Ok(keys::typed(self.options.clone())?)
+        Ok(keys::typed(self.options().clone())?)
     }
 }
 
@@ -62,14 +86,14 @@ pub trait Environment: Send + Sync {
         )))
     }
 
-    /// A good and a bad completion of the task at `index`, which `candor check` scores to show that the better one earns more.
-    /// The default has none to show.
+    /// A good and a bad completion of the task at `index`, which `candor check` scores to show that the better one
+    /// earns more. The default has none to show.
     fn examples(&self, _index: usize) -> Option<Examples> {
         None
     }
 
-    /// Whether the reward is a proper scoring rule of a probability that the completion states. Advantages divided by their
-    /// standard deviation then teach overconfidence (SCIENCE 3.6), and a run that does so is warned.
+    /// Whether the reward is a proper scoring rule of a probability that the completion states. Advantages divided by
+    /// their standard deviation then teach overconfidence (SCIENCE 3.6), and a run that does so is warned.
     fn rewards_probabilities(&self) -> bool {
         false
     }

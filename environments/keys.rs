@@ -11,7 +11,7 @@ use serde::de::{
 };
 use serde::forward_to_deserialize_any;
 use toml::Value;
-use toml_datetime::de::DatetimeDeserializer;
+use toml_datetime::de::{DatetimeDeserializer, is_datetime};
 
 /// A key of a table that cannot be what it is, or is not there.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -28,6 +28,11 @@ impl KeyError {
     /// A value that cannot work.
     pub fn new(key: impl Into<String>, text: impl Into<String>) -> KeyError {
         KeyError { key: key.into(), text: text.into(), unknown: false }
+    }
+
+    /// A key that is not known, and what to say of that.
+    pub fn unknown(key: &str, text: impl fmt::Display) -> KeyError {
+        KeyError { key: name(key), text: format!("unknown key; {text}"), unknown: true }
     }
 
     /// The same error as seen from the table around: its key is below `outer`.
@@ -53,7 +58,8 @@ pub fn typed<T: DeserializeOwned>(table: impl Into<Value>) -> Result<T, KeyError
     T::deserialize(Typed(table.into()))
 }
 
-/// One name of a key's path: as it is where TOML needs no quotes around it, else quoted; cut where nobody would read on.
+/// One name of a key's path: as it is where TOML needs no quotes around it, else quoted; cut where nobody would read
+/// on.
 pub fn name(key: &str) -> String {
     let bare = |character: char| character.is_ascii_alphanumeric() || "_-".contains(character);
     if !key.is_empty() && key.chars().all(bare) { cut(key) } else { format!("{:?}", cut(key)) }
@@ -67,7 +73,9 @@ pub fn join(outer: &str, inner: &str) -> String {
 
 /// The known name that somebody who wrote `unknown` most likely meant.
 pub fn nearest<'a>(unknown: &str, known: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
-    let similarity = |name| strsim::jaro_winkler(unknown, name);
+    // Jaro and Winkler miss one slip in a short name, such as two letters that changed places.
+    let slip = |name: &str| unknown.chars().nth(2).is_some() && strsim::osa_distance(unknown, name) == 1;
+    let similarity = |name| if slip(name) { 1.0 } else { strsim::jaro_winkler(unknown, name) };
     let best = known.into_iter().max_by(|a, b| similarity(a).total_cmp(&similarity(b)));
     // Lower and names that merely share their first letters would be offered.
     best.filter(|name| similarity(name) > 0.8)
@@ -88,7 +96,13 @@ impl Error for KeyError {
     }
 
     fn invalid_type(found: Unexpected, expected: &dyn Expected) -> KeyError {
+        let expected = plain(expected);
         let found = match found {
+            // One item where a list of them belongs.
+            Unexpected::Str(text) if expected == "a list" => {
+                let text = cut(text);
+                return KeyError::custom(format!("{text:?} is not a list; write [{text:?}]"));
+            }
             Unexpected::Str(text) => format!("{:?}", cut(text)),
             Unexpected::Bool(value) => value.to_string(),
             Unexpected::Signed(value) => value.to_string(),
@@ -98,13 +112,6 @@ impl Error for KeyError {
             Unexpected::Map => "a table".into(),
             other => other.to_string(),
         };
-        let expected = match expected.to_string() {
-            whole if ["u64", "u32", "usize"].contains(&whole.as_str()) => "a whole number from 0 up".into(),
-            number if ["f64", "f32"].contains(&number.as_str()) => "a number".into(),
-            table if table.starts_with("struct ") || table == "a map" => "a table".into(),
-            list if list == "a sequence" => "a list".into(),
-            other => other.replace("an array", "a list").replace("a boolean", "true or false"),
-        };
         KeyError::custom(format!("{found} is not {expected}"))
     }
 
@@ -113,7 +120,7 @@ impl Error for KeyError {
     }
 
     fn invalid_length(length: usize, expected: &dyn Expected) -> KeyError {
-        KeyError::custom(format!("{length} items are not {}", expected.to_string().replace("an array", "a list")))
+        KeyError::custom(format!("{length} items are not {}", plain(expected)))
     }
 
     fn unknown_variant(variant: &str, expected: &'static [&'static str]) -> KeyError {
@@ -124,15 +131,33 @@ impl Error for KeyError {
 
     fn unknown_field(field: &str, expected: &'static [&'static str]) -> KeyError {
         let text = match nearest(field, expected.iter().copied()) {
-            Some(meant) => format!("unknown key; did you mean `{meant}`?"),
-            None if expected.is_empty() => "unknown key; none are known here".into(),
-            None => format!("unknown key; known: {}", expected.join(", ")),
+            Some(meant) => format!("did you mean `{meant}`?"),
+            None if expected.is_empty() => "none are known here".into(),
+            None => format!("known: {}", expected.join(", ")),
         };
-        KeyError { key: name(field), text, unknown: true }
+        KeyError::unknown(field, text)
     }
 
     fn missing_field(field: &'static str) -> KeyError {
         KeyError::new(field, "is missing and has no default; add it")
+    }
+}
+
+/// What serde says that it expects, in words that need no knowledge of Rust.
+fn plain(expected: &dyn Expected) -> String {
+    let expected = expected.to_string();
+    match expected.as_str() {
+        "u64" | "u32" | "u16" | "u8" | "usize" => "a whole number from 0 up".into(),
+        "i64" | "i32" | "i16" | "i8" | "isize" => "a whole number".into(),
+        "f64" | "f32" => "a number".into(),
+        "a map" => "a table".into(),
+        "a sequence" => "a list".into(),
+        "variant identifier" => "a string".into(),
+        table if table.starts_with("struct ") || table.contains("tagged enum ") => "a table".into(),
+        other => {
+            let lists = other.replace("an array", "a list").replace("a tuple of size", "a list of length");
+            lists.replace("a boolean", "true or false")
+        }
     }
 }
 
@@ -148,7 +173,11 @@ impl<'de> Deserializer<'de> for Typed {
             Value::Integer(number) => visitor.visit_i64(number),
             Value::Float(number) => visitor.visit_f64(number),
             Value::Boolean(value) => visitor.visit_bool(value),
-            Value::Datetime(date) => visitor.visit_map(DatetimeDeserializer::new(date)),
+            // Serde has no dates: toml's own types read them as a table, and to all others they must not look like one.
+            Value::Datetime(date) => visitor.visit_map(DatetimeDeserializer::new(date)).map_err(|error: KeyError| {
+                let text = error.text.strip_prefix("a table is not ").map(|expected| format!("is not {expected}"));
+                KeyError::custom(format!("the date {date} {}", text.as_deref().unwrap_or("cannot stand here")))
+            }),
             Value::Table(table) => visitor.visit_map(Entries { rest: table.into_iter(), value: None }),
             Value::Array(items) => {
                 let length = items.len();
@@ -172,25 +201,50 @@ impl<'de> Deserializer<'de> for Typed {
         visitor.visit_newtype_struct(self)
     }
 
-    fn deserialize_enum<V: Visitor<'de>>(
+    fn deserialize_struct<V: Visitor<'de>>(
         self,
-        _: &'static str,
+        name: &'static str,
         _: &'static [&'static str],
         visitor: V,
     ) -> Result<V::Value, KeyError> {
-        match self.0 {
-            Value::String(variant) => visitor.visit_enum(variant.into_deserializer()),
-            Value::Table(table) => {
-                let entries = Entries { rest: table.into_iter(), value: None };
-                visitor.visit_enum(MapAccessDeserializer::new(entries))
-            }
-            value => Typed(value).deserialize_any(visitor),
+        if is_datetime(name) { self.deserialize_any(visitor) } else { self.deserialize_map(visitor) }
+    }
+
+    fn deserialize_map<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, KeyError> {
+        match &self.0 {
+            Value::Datetime(date) => Err(KeyError::custom(format!("the date {date} is not a table"))),
+            _ => self.deserialize_any(visitor),
         }
     }
 
+    /// What an enum's variant that is a word alone asks for where a table gave it a value.
+    fn deserialize_unit<V: Visitor<'de>>(self, _: V) -> Result<V::Value, KeyError> {
+        Err(KeyError::custom("takes no value; write this name in quotes, without a table around it"))
+    }
+
+    fn deserialize_enum<V: Visitor<'de>>(
+        self,
+        _: &'static str,
+        variants: &'static [&'static str],
+        visitor: V,
+    ) -> Result<V::Value, KeyError> {
+        let found = match self.0 {
+            Value::String(variant) => return visitor.visit_enum(variant.into_deserializer()),
+            Value::Table(table) if table.len() == 1 => {
+                let entries = Entries { rest: table.into_iter(), value: None };
+                return visitor.visit_enum(MapAccessDeserializer::new(entries));
+            }
+            Value::Table(_) => "this table".into(),
+            Value::Array(_) => "a list".into(),
+            other => other.to_string(),
+        };
+        let known: Vec<String> = variants.iter().map(|variant| format!("{variant:?}")).collect();
+        Err(KeyError::custom(format!("{found} is not one of {}", known.join(", "))))
+    }
+
     forward_to_deserialize_any! {
-        bool i8 i16 i32 i64 i128 u8 u16 u32 u64 u128 f32 f64 char str string bytes byte_buf unit unit_struct seq tuple
-        tuple_struct map struct identifier ignored_any
+        bool i8 i16 i32 i64 i128 u8 u16 u32 u64 u128 f32 f64 char str string bytes byte_buf unit_struct seq tuple
+        tuple_struct identifier ignored_any
     }
 }
 

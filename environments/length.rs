@@ -9,6 +9,7 @@ use crate::KeyError;
 /// How lengths outside [a, b] are penalised: a config's `length = { mode = "soft", weight = 0.25 }`.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "mode", rename_all = "snake_case", deny_unknown_fields)]
+#[serde(expecting = "a table such as { mode = \"soft\" }")]
 pub enum Length {
     /// Not at all.
     None {},

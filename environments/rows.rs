@@ -5,7 +5,7 @@ use std::io::{BufRead, BufReader, Read};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, anyhow, ensure};
+use anyhow::{Context, Error, anyhow, ensure};
 use flate2::bufread::MultiGzDecoder;
 use parquet::errors::Result as ParquetResult;
 use parquet::file::reader::{FileReader, SerializedFileReader};
@@ -17,8 +17,8 @@ use serde_json::{Map, Value};
 const LONGEST_LINE: u64 = 64 << 20;
 
 /// Calls `visit` with each row of a file and its index, which counts from 0. The name's end says what the file is:
-/// `.parquet`, `.gz` for gzipped JSON lines, and JSON lines otherwise, whose blank lines are no rows. Bytes that a parquet
-/// file does not mark as text are text where they are UTF-8, else base64.
+/// `.parquet`, `.gz` for gzipped JSON lines, and JSON lines otherwise, whose blank lines are no rows. Bytes that a
+/// parquet file does not mark as text are text where they are UTF-8, else base64.
 ///
 /// # Errors
 /// If the file cannot be read or a row is not a `T`; the message names the file, the line (from 1) or the row (from 0).
@@ -75,7 +75,24 @@ fn shard(file: &str, name: &str) -> Option<(usize, usize)> {
 /// If it is missing or not a `T`; the message names it.
 pub fn field<T: DeserializeOwned>(row: &Map<String, Value>, name: &str) -> anyhow::Result<T> {
     let value = row.get(name).with_context(|| format!("field `{name}` is missing"))?;
-    T::deserialize(value).with_context(|| format!("field `{name}`"))
+    T::deserialize(value).map_err(|error| {
+        let said = error.to_string();
+        match said.split_once(", expected ") {
+            // Inside a list or an object, what was expected is not the field.
+            Some((_, expected)) if !value.is_array() && !value.is_object() => {
+                let text: String = value.to_string().chars().take(40).collect();
+                anyhow!("field `{name}` is {text}, not {expected}")
+            }
+            _ => anyhow!("field `{name}`: {said}"),
+        }
+    })
+}
+
+/// What is wrong with a line, by its column alone: the line that serde counts is always the first.
+fn in_line(error: &serde_json::Error) -> Error {
+    let said = error.to_string();
+    let place = format!(" at line {} column {}", error.line(), error.column());
+    anyhow!("not the JSON expected, at column {}: {}", error.column(), said.strip_suffix(&place).unwrap_or(&said))
 }
 
 fn each_line<T: DeserializeOwned>(
@@ -93,7 +110,7 @@ fn each_line<T: DeserializeOwned>(
         }
         ensure!((length as u64) < LONGEST_LINE, "{}: a line of {LONGEST_LINE} bytes or more", place());
         if !line.trim().is_empty() {
-            let row = serde_json::from_str(&line).context("not the JSON expected");
+            let row = serde_json::from_str(line.trim_end()).map_err(|error| in_line(&error));
             row.and_then(|row| visit(index, row)).with_context(place)?;
             index += 1;
         }

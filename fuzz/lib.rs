@@ -2,11 +2,13 @@
 
 use tempfile::TempDir;
 
-/// A folder with these files, gone when dropped.
+/// A folder with these files, also in folders of it, gone when dropped.
 pub fn folder_with(files: &[(&str, &[u8])]) -> TempDir {
     let folder = tempfile::tempdir().expect("there is room for a temporary folder");
     for (name, bytes) in files {
-        std::fs::write(folder.path().join(name), bytes).expect("there is room for a small file");
+        let path = folder.path().join(name);
+        path.parent().map(std::fs::create_dir_all).transpose().expect("there is room for a folder");
+        std::fs::write(path, bytes).expect("there is room for a small file");
     }
     folder
 }

@@ -10,7 +10,7 @@ use candor_environments::{Completion, Examples, Finish, Message, ParseStatus, Sc
 use crate::config::Config;
 use crate::inputs::{Inputs, ModelFiles};
 use crate::report::shown;
-use crate::scorers::Scoring;
+use crate::scorers::{Scoring, no_panic};
 use crate::selection::{Source, choose_tasks};
 use crate::tokenizer::Tokenizer;
 
@@ -34,12 +34,14 @@ impl Check {
         let mut check = Self::default();
         check.model(&inputs.model);
         for (index, source) in inputs.training.iter().enumerate() {
-            let twin = inputs.heldout.get(index);
-            check.tasks(source, twin);
+            check.tasks(source, inputs.heldout.get(index));
             let chosen = choose_tasks(std::slice::from_ref(source), 1, config.seed, 0);
             let task = chosen.first().context("there are no tasks")?.1;
             check.prompt(&source.environment.task(task), &inputs.model.tokenizer)?;
             check.scores(config, source, task, &inputs.model.tokenizer)?;
+        }
+        for source in inputs.heldout.iter().skip(inputs.training.len()) {
+            check.line(&source.name, format!("{} held-out tasks, none to train on", source.tasks.len()));
         }
         Ok(check)
     }
@@ -55,16 +57,9 @@ impl Check {
     fn model(&mut self, ModelFiles { weights, architecture, tokenizer }: &ModelFiles) {
         self.line("model", weights.path().display());
         let millions = weights.elements() as f64 / 1e6;
-        self.line(
-            "",
-            format!(
-                "{millions:.1} M parameters, {} layers, hidden {}, vocabulary {}, context {}",
-                architecture.layers.len(),
-                architecture.hidden,
-                architecture.vocabulary,
-                architecture.context
-            ),
-        );
+        let (layers, hidden) = (architecture.layers.len(), architecture.hidden);
+        self.line("", format!("{millions:.1} M parameters, {layers} layers, hidden {hidden}"));
+        self.line("", format!("vocabulary {}, context {}", architecture.vocabulary, architecture.context));
         let name = |&id: &u32| format!("{} ({id})", tokenizer.decode_with_special(&[id]));
         let ends: Vec<String> = tokenizer.end_tokens().iter().map(name).collect();
         self.line(
@@ -88,7 +83,11 @@ impl Check {
             |source: &Source| -> Vec<Task> { source.tasks.iter().map(|&task| source.environment.task(task)).collect() };
         let (training, heldout) = (all(source), twin.map(all).unwrap_or_default());
         let name = &source.name;
-        self.line(name, format!("{} training tasks, {} held out", training.len(), heldout.len()));
+        let heldout_count = match twin {
+            Some(_) => format!("{} held out", heldout.len()),
+            None => "held-out ones not loaded (evaluation.tasks = 0)".to_string(),
+        };
+        self.line(name, format!("{} training tasks, {heldout_count}", training.len()));
         let ids: HashSet<&str> = training.iter().map(|task| task.id.as_str()).collect();
         if ids.len() < training.len() {
             self.odd(format!("{name}: {} training tasks share an id with another", training.len() - ids.len()));
@@ -107,10 +106,13 @@ impl Check {
 
     fn prompt(&mut self, task: &Task, tokenizer: &Tokenizer) -> Result<()> {
         let ids = tokenizer.prompt_ids(&task.prompt).with_context(|| format!("task {}", task.id))?;
-        let ends = |ids: &[u32]| format!("{ids:?} {:?}", tokenizer.decode_with_special(ids));
         self.line("prompt", format!("{}: {} messages, {} tokens", task.id, task.prompt.len(), ids.len()));
-        self.line("  first", ends(&ids[..SHOWN.min(ids.len())]));
-        self.line("  last", ends(&ids[ids.len().saturating_sub(SHOWN)..]));
+        for (end, ids) in
+            [("  first", &ids[..SHOWN.min(ids.len())]), ("  last", &ids[ids.len().saturating_sub(SHOWN)..])]
+        {
+            self.line(end, format!("{ids:?}"));
+            self.line("", format!("{:?}", tokenizer.decode_with_special(ids)));
+        }
         match tokenizer.bos() {
             None => self.line("  BOS", "this model has none"),
             Some(bos) => {
@@ -118,6 +120,9 @@ impl Check {
                 let unused = if leading == 0 { ": neither the chat template nor the tokenizer writes it" } else { "" };
                 let name = tokenizer.decode_with_special(&[bos]);
                 self.line("  BOS", format!("{name} ({bos}), {leading} at the start{unused}"));
+                if leading > 1 {
+                    self.odd(format!("the prompt begins with {leading} BOS tokens; models are trained with one"));
+                }
             }
         }
         let special = |ids: &[u32]| ids.iter().filter(|&&id| tokenizer.is_special(id)).count();
@@ -137,7 +142,7 @@ impl Check {
     /// Scores a good, a bad, an empty and a truncated completion.
     fn scores(&mut self, config: &Config, source: &Source, index: usize, tokenizer: &Tokenizer) -> Result<()> {
         let Source { name, environment, .. } = source;
-        let Some(Examples { good, bad }) = environment.examples(index) else {
+        let Some(Examples { good, bad }) = no_panic(name, index, || environment.examples(index))? else {
             self.line("scores", "the environment shows no examples, so only an empty completion is scored");
             let completion = canned("", Finish::Stop, config, tokenizer)?;
             return self.scored(source, index, vec![("empty", completion)]).map(drop);
@@ -193,6 +198,7 @@ impl Check {
                 .map(|one| Ok(scoring.score(std::slice::from_ref(one))?.remove(0)))
                 .collect::<Result<_>>()?
         };
+        self.line("scores", "reward  parsed      confidence  completion");
         let mut by_kind = HashMap::new();
         for ((kind, completion), score) in kinds.into_iter().zip(&completions).zip(scores) {
             self.show_score(kind, &completion.text, &score);
@@ -206,18 +212,13 @@ impl Check {
 
     fn show_score(&mut self, kind: &str, text: &str, score: &Result<Score, ScoreError>) {
         let Ok(score) = score else { return };
-        let parts: Vec<String> = score.parts.iter().map(|(part, value)| format!("{part} {value:.3}")).collect();
         let confidence = score.metrics.iter().find(|(metric, _)| *metric == "confidence").map(|(_, value)| *value);
-        self.line(
-            &format!("  {kind}"),
-            format!(
-                "reward {:.3} ({}), parsed {:?}, confidence {}: {text:?}",
-                score.reward,
-                parts.join(", "),
-                score.parse,
-                shown(confidence, 2)
-            ),
-        );
+        let (parse, reward) = (format!("{:?}", score.parse), score.reward);
+        self.line(&format!("  {kind}"), format!("{reward:>6.3}  {parse:<10}  {:>10}  {text:?}", shown(confidence, 2)));
+        if score.parts.len() > 1 {
+            let parts: Vec<String> = score.parts.iter().map(|(part, value)| format!("{part} {value:.3}")).collect();
+            self.line("", format!("({})", parts.join(", ")));
+        }
         if (score.parts.iter().map(|(_, value)| value).sum::<f64>() - score.reward).abs() > 1e-9 {
             self.odd(format!("the reward of the {kind} completion is not the sum of its parts"));
         }

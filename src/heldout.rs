@@ -30,6 +30,8 @@ pub struct HeldOut<'a> {
     pub tokenizer: &'a Tokenizer,
     /// Who hears how far it is.
     pub observer: Observer<'a>,
+    /// Whether nobody wants the rest any more.
+    pub stop: &'a (dyn Fn() -> bool + Sync),
 }
 
 impl HeldOut<'_> {
@@ -38,9 +40,10 @@ impl HeldOut<'_> {
     /// # Errors
     /// As [`Collector::collect`].
     pub fn complete(&self, sampler: &mut dyn Sampler, adapter: Option<&Adapter>, step: u64) -> Result<Vec<Group>> {
-        let Self { config, sources, tokenizer, observer } = *self;
+        let Self { config, sources, tokenizer, observer, stop } = *self;
         let chosen = choose_heldout(sources, config.evaluation.tasks, config.seed);
-        let collector = Collector { sources, tokenizer, observer, patience: SCORE_TIMEOUT, what: "held-out tasks" };
+        let collector =
+            Collector { sources, tokenizer, observer, patience: SCORE_TIMEOUT, what: "held-out tasks", stop };
         let groups = collector.collect(&chosen, 1, sampler, adapter, &Settings::evaluation(config, step));
         groups.with_context(|| format!("evaluation after {step} steps"))
     }
@@ -63,7 +66,7 @@ impl Evaluation {
     /// If anything that the config names, or the adapter, is not what it should be.
     pub fn prepare(config: Config, adapter: Option<&Path>, options: &Options) -> Result<Self> {
         ensure!(config.evaluation.tasks > 0, "evaluation.tasks is 0, so there is nothing to evaluate; raise it");
-        let Inputs { model, heldout, .. } = Inputs::open(&config, options.environments, options.observer)?;
+        let Inputs { model, heldout, .. } = Inputs::for_evaluation(&config, options.environments, options.observer)?;
         let Policy { model, tokenizer, adapter } = model.policy(adapter, &Device::Cpu, options.observer)?;
         let sampler = LocalSampler::new(model, tokenizer.clone());
         Ok(Self { config, sources: heldout, tokenizer, sampler, adapter })
@@ -75,7 +78,8 @@ impl Evaluation {
     /// As [`Collector::collect`].
     pub fn run(&mut self, observer: Observer) -> Result<BTreeMap<String, Evaluated>> {
         let Self { config, sources, tokenizer, sampler, adapter } = self;
-        let groups = HeldOut { config, sources, tokenizer, observer }.complete(sampler, adapter.as_ref(), 0)?;
+        let groups =
+            HeldOut { config, sources, tokenizer, observer, stop: &|| false }.complete(sampler, adapter.as_ref(), 0)?;
         let rows = Row::all(RowSplit::Eval, 0, &groups);
         Evaluated::by_environment(&rows.iter().collect::<Vec<_>>())
     }

@@ -4,11 +4,12 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
 use candle_core::Device;
 use candor_environments::keys::{self, KeyError};
 use candor_environments::{Context, Load, REGISTRY, Split, Target};
 use rayon::prelude::*;
+use tracing::debug;
 
 use crate::advantage::AdvantageKind;
 use crate::config::{self, Config, LongPrompts};
@@ -16,7 +17,7 @@ use crate::event::{Event, Observer};
 use crate::model::{Architecture, Model, Weights};
 use crate::peft;
 use crate::policy::Adapter;
-use crate::scorers::no_panic;
+use crate::scorers::{caught, no_panic};
 use crate::selection::{Source, shares};
 use crate::source::{self, Kind};
 use crate::tokenizer::Tokenizer;
@@ -81,7 +82,9 @@ impl ModelFiles {
     /// # Errors
     /// If a tensor is missing or has the wrong shape.
     pub fn load(mut self, device: &Device, observer: Observer) -> Result<Arc<Model>> {
-        observer(Event::Line(&format!("loading the model from {}", self.weights.path().display())));
+        let path = self.weights.path();
+        debug!(path = %path.display(), "weights");
+        observer(Event::Line(&format!("loading the model {}", path.file_name().unwrap_or(path.as_os_str()).display())));
         Ok(Arc::new(Model::load(&mut self.weights, device)?))
     }
 }
@@ -112,35 +115,34 @@ pub struct Inputs {
     pub model: ModelFiles,
     /// What is trained on.
     pub training: Vec<Source>,
-    /// What is evaluated on.
+    /// What is evaluated on: the held-out split of the training environments, in their order, then the others.
     pub heldout: Vec<Source>,
+    /// The adapter of `lora.start_from`.
+    pub start: Option<Adapter>,
 }
 
 impl Inputs {
     /// Opens the model and loads the environments; `environments` are found before the built-in ones.
     ///
     /// # Errors
-    /// If a source, the model or an environment is not what the config says, or they do not fit each other.
+    /// If a source, the model, the starting adapter or an environment is not what the config says, or they do not fit together.
     pub fn open(config: &Config, environments: &[(&str, Load)], observer: Observer) -> Result<Self> {
         let loader = Loader { config, environments, observer };
-        let mut training = loader.load_all("environment", &config.environments, Split::Train)?;
+        loader.check_names()?;
+        let training = loader.load_all("environment", &config.environments, Split::Train)?;
         loader.check_training(&training)?;
-        let mut heldout = Vec::new();
-        if config.evaluation.tasks > 0 {
-            heldout = loader.load_all("environment", &config.environments, Split::Heldout)?;
-            let others = &config.evaluation.environments;
-            heldout.extend(loader.load_all("evaluation.environment", others, Split::Heldout)?);
-        }
-        let model = ModelFiles::open(&config.model.source, observer).with_context(|| loader.at("model.source"))?;
-        let Config { batch, sampling, evaluation, .. } = config;
-        let context = Room { tokens: model.architecture.context, name: "the model's context" };
-        let micro = Room { tokens: batch.micro_tokens, name: "batch.micro_tokens" };
-        let room = if micro.tokens < context.tokens { micro } else { context };
-        let completion = ("sampling.max_tokens", sampling.max_tokens);
-        loader.leave_out_long_prompts(&mut training, &model.tokenizer, room, completion)?;
-        let completion = ("evaluation.max_tokens", evaluation.max_tokens);
-        loader.leave_out_long_prompts(&mut heldout, &model.tokenizer, context, completion)?;
-        Ok(Self { model, training, heldout })
+        let heldout = if config.evaluation.tasks > 0 { loader.load_heldout()? } else { Vec::new() };
+        loader.fit(training, heldout)
+    }
+
+    /// The same without anything to train on.
+    ///
+    /// # Errors
+    /// As [`Inputs::open`].
+    pub fn for_evaluation(config: &Config, environments: &[(&str, Load)], observer: Observer) -> Result<Self> {
+        let loader = Loader { config, environments, observer };
+        loader.check_names()?;
+        loader.fit(Vec::new(), loader.load_heldout()?)
     }
 }
 
@@ -151,6 +153,9 @@ struct Room {
     name: &'static str,
 }
 
+/// More tasks than this are a mistake in counting them.
+const MOST_TASKS: usize = 1 << 28;
+
 /// What environments are loaded with.
 struct Loader<'a> {
     config: &'a Config,
@@ -159,6 +164,67 @@ struct Loader<'a> {
 }
 
 impl Loader<'_> {
+    /// Opens the model, and finds out whether the tasks and the starting adapter fit it.
+    fn fit(&self, mut training: Vec<Source>, mut heldout: Vec<Source>) -> Result<Inputs> {
+        let Config { batch, sampling, evaluation, lora, .. } = self.config;
+        let source = &self.config.model.source;
+        let model = ModelFiles::open(source, self.observer).with_context(|| self.at("model.source"))?;
+        let start = lora.start_from.as_deref().filter(|_| !training.is_empty()).map(|folder| {
+            let adapter = peft::load(Path::new(folder), &model.architecture, lora, &Device::Cpu);
+            adapter.with_context(|| self.at("lora.start_from"))
+        });
+        let start = start.transpose()?;
+        let context = Room { tokens: model.architecture.context, name: "the model's context" };
+        let micro = Room { tokens: batch.micro_tokens, name: "batch.micro_tokens" };
+        let room = if micro.tokens < context.tokens { micro } else { context };
+        let completion = ("sampling.max_tokens", sampling.max_tokens);
+        self.leave_out_long_prompts(&mut training, &model.tokenizer, room, completion)?;
+        let completion = ("evaluation.max_tokens", evaluation.max_tokens);
+        self.leave_out_long_prompts(&mut heldout, &model.tokenizer, context, completion)?;
+        Ok(Inputs { model, training, heldout, start })
+    }
+
+    /// The held-out split of every environment that is named.
+    fn load_heldout(&self) -> Result<Vec<Source>> {
+        let mut heldout = self.load_all("environment", &self.config.environments, Split::Heldout)?;
+        let others = &self.config.evaluation.environments;
+        for (index, mut other) in
+            self.load_all("evaluation.environment", others, Split::Heldout)?.into_iter().enumerate()
+        {
+            // Rows are told apart by the name.
+            if heldout.iter().any(|source| source.name == other.name) {
+                other.name = format!("evaluation.environment.{index} ({})", other.name);
+            }
+            heldout.push(other);
+        }
+        Ok(heldout)
+    }
+
+    /// Every environment by its name, before any source is fetched.
+    fn check_names(&self) -> Result<()> {
+        let Config { environments, evaluation, .. } = self.config;
+        for (list, environments) in
+            [("environment", environments), ("evaluation.environment", &evaluation.environments)]
+        {
+            for (index, environment) in environments.iter().enumerate() {
+                self.find(&environment.name, &format!("{list}.{index}"))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// What loads an environment.
+    fn find(&self, name: &str, key: &str) -> Result<Load> {
+        let all = || self.environments.iter().chain(REGISTRY);
+        all().find(|(known, _)| *known == name).map(|(_, load)| *load).ok_or_else(|| {
+            let known: Vec<&str> = all().map(|(name, _)| *name).collect();
+            let meant = keys::nearest(name, known.iter().copied());
+            let meant = meant.map_or(String::new(), |meant| format!("did you mean {meant:?}? "));
+            let text = format!("no environment {name:?}; {meant}known: {}", known.join(", "));
+            self.config.locate(KeyError::new(format!("{key}.name"), text))
+        })
+    }
+
     /// A key with the place where it was written.
     fn at(&self, key: &str) -> String {
         self.config.place(key).map_or(key.to_string(), |place| format!("{place}: {key}"))
@@ -169,27 +235,35 @@ impl Loader<'_> {
         let load = |(index, environment): (usize, &config::Environment)| {
             let name = environment.name.as_str();
             let key = format!("{list}.{index}");
-            let all = || self.environments.iter().chain(REGISTRY);
-            let (_, load) = all().find(|(known, _)| *known == name).ok_or_else(|| {
-                let known: Vec<&str> = all().map(|(name, _)| *name).collect();
-                let meant = keys::nearest(name, known.iter().copied());
-                let meant = meant.map_or(String::new(), |meant| format!("did you mean {meant:?}? "));
-                let text = format!("no environment {name:?}; {meant}known: {}", known.join(", "));
-                self.config.locate(KeyError::new(format!("{key}.name"), text))
-            })?;
-            let context = Context {
-                split,
-                options: &environment.options,
-                resolve: &|source: &str| resolve(source, Kind::Data, self.observer),
-                judge: None,
+            let load = self.find(name, &key)?;
+            let resolve = |source: &str| {
+                let resolved = resolve(source, Kind::Data, self.observer);
+                // The option that names the source tells where it was written.
+                let option = environment.options.iter().find(|(_, value)| value.as_str() == Some(source));
+                resolved.map_err(|error| match option {
+                    Some((option, _)) => KeyError::new(option, format!("{error:#}")).into(),
+                    None => error,
+                })
             };
+            let context = Context::new(split, &environment.options, &resolve, None);
             let place = || format!("{} ({name})", self.at(&key));
-            let loaded = load(&context).map_err(|error| match error.downcast::<KeyError>() {
+            let loaded = caught(|| load(&context)).unwrap_or_else(|said| bail!("it panicked when loaded: {said}"));
+            let loaded = loaded.map_err(|error| match error.downcast::<KeyError>() {
                 Ok(problem) => self.config.locate(problem.within(&key)),
                 Err(error) => error.context(place()),
             })?;
-            ensure!(loaded.num_tasks() > 0, "{}: there are no tasks", place());
-            Ok(Source::new(name, environment.weight, loaded.into()))
+            if let Some(option) = context.unread_option() {
+                let problem = KeyError::unknown(option, format!("{name} takes no options"));
+                return Err(self.config.locate(problem.within(&key)));
+            }
+            let tasks = caught(|| loaded.num_tasks()).unwrap_or(0);
+            ensure!(tasks > 0, "{}: there are no tasks", place());
+            ensure!(tasks <= MOST_TASKS, "{}: {tasks} tasks are more than {MOST_TASKS}", place());
+            let label = match environments[..index].iter().any(|other| other.name == name) {
+                true => format!("{key} ({name})"),
+                false => name.to_string(),
+            };
+            Ok(Source::new(&label, environment.weight, loaded.into()))
         };
         environments.iter().enumerate().map(load).collect()
     }
@@ -233,6 +307,7 @@ impl Loader<'_> {
         (key, longest): (&str, usize),
     ) -> Result<()> {
         let why = format!("leaves no room for {key} = {longest} within {} = {}", room.name, room.tokens);
+        let also = if room.name.contains('.') { format!(", raise {}", room.name) } else { String::new() };
         for Source { name, environment, tasks, .. } in sources {
             let fits = |&index: &usize| -> Result<bool> {
                 let task = no_panic(name, index, || environment.task(index))?;
@@ -249,7 +324,11 @@ impl Loader<'_> {
             let fitting = tasks.par_iter().map(fits).collect::<Vec<_>>().into_iter().collect::<Result<Vec<bool>>>()?;
             let (all, mut fitting) = (tasks.len(), fitting.into_iter());
             tasks.retain(|_| fitting.next().unwrap_or(true));
-            ensure!(!tasks.is_empty(), "{name}: every prompt {why}; raise that, or shorten the prompts");
+            ensure!(
+                !tasks.is_empty(),
+                "{}: every prompt of {name} {why}; lower it{also}, or shorten the prompts",
+                self.at(key)
+            );
             let left_out = all - tasks.len();
             if left_out > 0 {
                 let line = format!("{name}: left out {left_out} of {all} tasks: the prompt {why}");

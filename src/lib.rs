@@ -60,8 +60,3 @@ pub mod summary;
 pub mod tensors;
 pub mod tokenizer;
 pub mod train;
-
-/// The README's program compiles.
-#[cfg(doctest)]
-#[doc = include_str!("../README.md")]
-struct Readme;

@@ -9,7 +9,7 @@ use anyhow::Result;
 
 use crate::config::{Config, Reference};
 use crate::inputs::Inputs;
-use crate::learner::tree::{Branch, Tree, pack};
+use crate::learner::tree::{Piece, batches, pieces};
 use crate::model::{Architecture, KeyValueStore, Projection};
 use crate::ops::head;
 use crate::report::{available_memory, resident_memory};
@@ -19,8 +19,8 @@ use crate::selection::{Choice, Source, choose_heldout, choose_tasks, shares};
 use crate::tokenizer::Tokenizer;
 use crate::train::is_due;
 
-/// Steps whose prompts are looked at.
-const STEPS: u64 = 50;
+/// How many prompts are looked at, about.
+const PROMPTS: usize = 1000;
 
 /// Bytes of one number.
 const FLOAT: usize = 4;
@@ -77,23 +77,30 @@ impl Plan {
     /// Plans a run.
     ///
     /// # Errors
-    /// If a prompt or completion does not fit into `batch.micro_tokens`, or a prompt cannot be rendered.
+    /// If a prompt cannot be rendered.
     pub fn of(config: &Config, inputs: &Inputs) -> Result<Self> {
-        let Inputs { model, training, heldout } = inputs;
+        let program = resident_memory().unwrap_or(0) as usize;
+        let Inputs { model, training, heldout, .. } = inputs;
         let prompts = |sources: &[Source], chosen: &[Choice]| prompt_lengths(sources, chosen, &model.tokenizer);
         let mut work = Work::default();
         let mut prompt_tokens = Vec::new();
-        for step in 0..config.steps.min(STEPS) {
+        let looked = looked_at(config);
+        for step in 0..looked {
             let lengths = prompts(training, &choose_tasks(training, config.batch.prompts, config.seed, step))?;
             work.sample(&lengths, config.batch.group, &Settings::training(config, step));
-            work.learn(&lengths, config)?;
+            work.learn(&lengths, config);
             prompt_tokens.extend(lengths);
         }
         let held_out = choose_heldout(heldout, config.evaluation.tasks, config.seed);
         work.sample(&prompts(heldout, &held_out)?, 1, &Settings::evaluation(config, 0));
-        let memory = work.memory(config, inputs)?;
+        let memory = work.memory(config, inputs, program)?;
         Ok(Self { derived: derived(config, inputs, &prompt_tokens, held_out.len()), memory })
     }
+}
+
+/// Steps whose prompts are looked at.
+fn looked_at(config: &Config) -> u64 {
+    config.steps.min(PROMPTS.div_ceil(config.batch.prompts) as u64)
 }
 
 /// Tokens of the prompt of every chosen task.
@@ -119,46 +126,36 @@ impl Work {
         self.forward_rows = self.forward_rows.max(forward_rows(prompts, rollouts));
     }
 
-    /// Packs a step as the learner does, tokens being all the same.
-    fn learn(&mut self, prompts: &[usize], config: &Config) -> Result<()> {
-        let branch = |rollout| Branch {
-            rollout,
-            ids: vec![0; config.sampling.max_tokens],
-            behavior_t: Vec::new(),
-            mask_t: Vec::new(),
-            advantage: 0.0,
-        };
-        let branches: Vec<Branch> = (0..config.batch.group).map(branch).collect();
-        let tree = |&tokens: &usize| Tree {
-            name: format!("a prompt of {tokens} tokens"),
-            prompt_ids: vec![0; tokens],
-            branches: branches.clone(),
-        };
-        let trees: Vec<Tree> = prompts.iter().map(tree).collect();
-        for micro in pack(&trees, config.batch.micro_tokens)? {
-            self.micro_rows = self.micro_rows.max(micro.ids.len());
-            self.targets = self.targets.max(micro.targets.len());
+    /// Packs a step as the learner does.
+    fn learn(&mut self, prompts: &[usize], config: &Config) {
+        let (group, longest, budget) = (config.batch.group, config.sampling.max_tokens, config.batch.micro_tokens);
+        let cut = |&prompt: &usize| pieces(prompt, std::iter::repeat_n(longest, group), budget);
+        let all: Vec<Piece> = prompts.iter().flat_map(cut).collect();
+        let rows: Vec<usize> = all.iter().map(|piece| piece.rows).collect();
+        for batch in batches(&rows, budget) {
+            let branches: usize = all[batch.clone()].iter().map(|piece| piece.branches.len()).sum();
+            self.micro_rows = self.micro_rows.max(rows[batch].iter().sum());
+            self.targets = self.targets.max(branches * longest);
         }
-        Ok(())
     }
 
-    fn memory(&self, config: &Config, inputs: &Inputs) -> Result<Memory> {
+    fn memory(&self, config: &Config, inputs: &Inputs, program: usize) -> Result<Memory> {
         let architecture = &inputs.model.architecture;
         let width = |projection: &Projection| {
             let (wide, narrow) = architecture.dimensions(*projection);
             config.lora.rank * (wide + narrow)
         };
         let adapter = architecture.layers.len() * config.lora.targets.iter().map(width).sum::<usize>();
-        // Trained, published, gradient, and two moments; the reference where there is one.
+        // Trained, its gradient (or, while sampling, the published copy) and two moments; the reference where there is one.
         let reference = config.learner.kl > 0.0 && config.reference() == Reference::Start;
-        let copies = 5 + usize::from(reference);
+        let copies = 4 + usize::from(reference);
         let layers = architecture.layers.len();
         let inputs_of_layers = self.micro_rows * (layers + 1) * architecture.hidden;
         let weights = &inputs.model.weights;
         // A folder's files are mapped; of a GGUF file one tensor is read at a time.
         let loading = if weights.metadata().is_none() { weights.stored_bytes()? as usize } else { 0 };
         Ok(Memory {
-            program: resident_memory().unwrap_or(0) as usize,
+            program,
             base: FLOAT * weights.elements(),
             adapter: FLOAT * copies * adapter,
             cache: KeyValueStore::bytes(architecture, self.stored_rows),
@@ -191,7 +188,7 @@ fn derived(config: &Config, inputs: &Inputs, prompt_tokens: &[usize], held_out: 
     let mut lengths = prompt_tokens.to_vec();
     lengths.sort_unstable();
     let at = |share: usize| lengths.get(share * lengths.len().saturating_sub(1) / 2).copied().unwrap_or(0);
-    let looked = steps.min(&STEPS);
+    let looked = looked_at(config);
     let mut lines = vec![
         format!(
             "a step: {} prompts x {} rollouts = {rollouts} rollouts, at most {} completion tokens",
@@ -222,24 +219,36 @@ impl fmt::Display for Plan {
         let Memory { program, base, adapter, cache, sampling, learning, head, loading } = self.memory;
         let gigabytes = |bytes: usize| bytes as f64 / 1e9;
         writeln!(f, "#\n# memory at its fullest, completions as long as they may be (GB)")?;
-        for (name, bytes, note) in [
-            ("program, tokenizer, data", program, String::new()),
-            ("base weights", base, format!("f32; while they are read, {:.2} more", gigabytes(loading))),
-            ("adapter", adapter, "with its gradient, moments and copies".into()),
-            ("keys and values", cache, "of the sampler".into()),
-            ("activations", learning.max(sampling), format!("learning; sampling takes {:.2}", gigabytes(sampling))),
-            ("allocator", self.memory.pieces(), "pieces that freed activations leave".into()),
-            ("head", head, String::new()),
-            ("peak", self.memory.peak(), String::new()),
-        ] {
-            writeln!(f, "{}", format!("#   {name:<26}{:>7.2}  {note}", gigabytes(bytes)).trim_end())?;
-        }
-        match available_memory().map(|bytes| bytes as usize) {
-            Some(available) if available < self.memory.peak() => write!(
-                f,
-                "# that is more than the {:.2} GB that are free here: lower batch.micro_tokens or batch.group",
-                gigabytes(available)
+        let rows = [
+            ("program, tokenizer, data", program, String::new(), "take fewer rows"),
+            (
+                "base weights",
+                base,
+                format!("f32; while they are read, {:.2} more", gigabytes(loading)),
+                "choose a smaller model",
             ),
+            ("adapter", adapter, "with its gradient, moments and copies".into(), "lower lora.rank"),
+            ("keys and values", cache, "of the sampler".into(), "lower batch.group or the max_tokens"),
+            (
+                "activations",
+                self.memory.activations(),
+                format!("learning {:.2}, sampling {:.2}", gigabytes(learning), gigabytes(sampling)),
+                "lower batch.micro_tokens",
+            ),
+            ("allocator", self.memory.pieces(), "pieces that freed activations leave".into(), ""),
+            ("head", head, String::new(), "lower batch.micro_tokens"),
+        ];
+        let mut line = |name: &str, bytes: usize, note: &str| {
+            writeln!(f, "{}", format!("#   {name:<26}{:>7.2}  {note}", gigabytes(bytes)).trim_end())
+        };
+        rows.iter().try_for_each(|(name, bytes, note, _)| line(name, *bytes, note))?;
+        line("peak", self.memory.peak(), "")?;
+        let largest = rows.iter().max_by_key(|(_, bytes, ..)| *bytes);
+        let (name, .., hint) = largest.expect("there are rows");
+        match available_memory().map(|bytes| bytes as usize) {
+            Some(available) if available < self.memory.peak() => {
+                write!(f, "# only {:.2} GB are free here, and most goes to the {name}: {hint}", gigabytes(available))
+            }
             Some(available) => write!(f, "# free here: {:.2} GB", gigabytes(available)),
             None => Ok(()),
         }

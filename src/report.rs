@@ -114,12 +114,13 @@ impl StepRecord<'_> {
         })
     }
 
-    /// The line that a person reads while it runs. The loss of an on-policy step is about zero by construction, so the
+    /// The line that a person reads while it runs, in 80 columns. The loss of an on-policy step is about zero by construction, so the
     /// gradient norm stands in its place.
     pub fn to_line(&self, steps: u64) -> String {
         let counts = Counts::of(self.groups);
+        let seconds = self.timing.step.as_secs_f64();
         format!(
-            "step {:>3}/{steps}  reward {}  parsed {}%  mixed {}/{}  tokens {:.1}  grad {:.3}  {:.1} s",
+            "step {:>width$}/{steps}  reward {:>6}  parsed {:>3}%  mixed {}/{}  tokens {:.0}  grad {:.3}  {seconds:.*} s",
             self.step + 1,
             shown(counts.mean_reward(), 3),
             shown(counts.parse_rate().map(|rate| 100.0 * rate), 0),
@@ -127,7 +128,8 @@ impl StepRecord<'_> {
             self.groups.len(),
             counts.tokens as f64 / counts.rollouts as f64,
             self.report.grad_norm,
-            self.timing.step.as_secs_f64(),
+            if seconds < 10.0 { 1 } else { 0 },
+            width = steps.to_string().len(),
         )
     }
 

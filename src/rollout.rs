@@ -62,6 +62,11 @@ impl Group {
     }
 }
 
+/// Somebody wanted to stop before all completions were there.
+#[derive(Clone, Copy, Debug, thiserror::Error)]
+#[error("interrupted")]
+pub struct Interrupted;
+
 /// What rollouts are made with.
 pub struct Collector<'a> {
     /// Where the tasks come from.
@@ -74,13 +79,15 @@ pub struct Collector<'a> {
     pub patience: Duration,
     /// What the completions are called where progress is shown.
     pub what: &'a str,
+    /// Asked as completions end: whether nobody wants the rest any more.
+    pub stop: &'a (dyn Fn() -> bool + Sync),
 }
 
 impl Collector<'_> {
     /// Samples `rollouts` completions of every chosen task and scores them: one group per choice, in order.
     ///
     /// # Errors
-    /// If a prompt cannot be rendered or sampled, an environment panics, or scores do not come. A score that an environment
+    /// [`Interrupted`]; or if a prompt cannot be rendered or sampled, an environment panics, or scores do not come. A score that an environment
     /// could not give is not an error here: it stays with its rollout.
     pub fn collect(
         &self,
@@ -149,6 +156,9 @@ impl Collector<'_> {
                 finish = ?generation.finish,
                 "completion ended"
             );
+            if (self.stop)() {
+                bail!(Interrupted);
+            }
             let one = self.ended(generation, settings);
             done += 1;
             (self.observer)(Event::Progress { what: self.what, done, total });

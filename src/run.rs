@@ -2,6 +2,7 @@
 //!
 //! Lines are appended whole and folders appear by renaming, so a kill at any instant leaves at worst a torn last line.
 
+use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
@@ -139,11 +140,13 @@ impl RunFolder {
         }
         let saved = path.join("config.toml");
         ensure!(saved.exists(), "{}: there is no run to resume; start it without --resume", path.display());
-        ensure!(
-            Config::load(&saved, &[])? == *config,
-            "{}: the run was started with another config; resume it with that file, or give this run another `name`",
-            saved.display()
-        );
+        if let Some(key) = first_difference(&Config::load(&saved, &[])?.to_toml()?, &config.to_toml()?)? {
+            bail!(
+                "{}: the run was started with another {key}; resume it with that config, or give this one another `name`",
+                saved.display()
+            );
+        }
+        ensure!(!path.join(SUMMARY).exists(), "{}: the run is finished; {SUMMARY} says how it went", path.display());
         Ok(())
     }
 
@@ -217,6 +220,24 @@ impl RunFolder {
 pub const GENERATIONS: &str = "generations.jsonl";
 /// See [`GENERATIONS`].
 pub const METRICS: &str = "metrics.jsonl";
+/// See [`GENERATIONS`]; written when a run is finished.
+pub const SUMMARY: &str = "summary.json";
+
+/// The first key whose values differ in two resolved configs, with both.
+fn first_difference(old: &str, new: &str) -> Result<Option<String>> {
+    fn leaves(value: &toml::Value, key: &str, into: &mut BTreeMap<String, String>) {
+        let Some(table) = value.as_table() else { return drop(into.insert(key.to_string(), value.to_string())) };
+        table.iter().for_each(|(name, value)| leaves(value, format!("{key}.{name}").trim_start_matches('.'), into));
+    }
+    let [old, new] = [old, new].map(|text| {
+        let mut all = BTreeMap::new();
+        text.parse::<toml::Table>().map(|table| leaves(&table.into(), "", &mut all)).map(|()| all)
+    });
+    let (old, new) = (old?, new?);
+    let shown = |all: &BTreeMap<String, String>, key: &str| all.get(key).map_or("unset".into(), String::clone);
+    let differs = old.keys().chain(new.keys()).find(|key| old.get(*key) != new.get(*key));
+    Ok(differs.map(|key| format!("`{key}`, {} and not {}", shown(&old, key), shown(&new, key))))
+}
 
 /// A file of JSON lines that only grows.
 struct Lines {

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-use anyhow::{Error, Result, bail, ensure};
+use anyhow::{Error, Result, anyhow, bail, ensure};
 use candor_environments::{Completion, Environment, Score, ScoreError};
 use crossbeam::channel::{Receiver, RecvTimeoutError, Sender, unbounded};
 
@@ -135,13 +135,23 @@ fn score_all(tasks: &[Scoring], to_score: &Receiver<Vec<Ended>>, results: &Sende
     Ok(())
 }
 
-/// Calls an environment. A panic is its author's bug: it ends the run with the task's name.
+/// Calls an environment about one of its tasks. A panic is its author's bug: it ends the run with the task's name.
 ///
 /// # Errors
 /// If it panicked.
 pub fn no_panic<R>(name: &str, index: usize, f: impl FnOnce() -> R) -> Result<R> {
-    let caught = catch_unwind(AssertUnwindSafe(f));
-    caught.map_err(|_| anyhow::anyhow!("environment {name:?} panicked on task {index}"))
+    caught(f).map_err(|said| anyhow!("environment {name:?} panicked on task {index}: {said}"))
+}
+
+/// What a function gives, or what it said when it panicked.
+///
+/// # Errors
+/// If it panicked.
+pub fn caught<R>(f: impl FnOnce() -> R) -> Result<R, String> {
+    catch_unwind(AssertUnwindSafe(f)).map_err(|payload| {
+        let text = payload.downcast_ref::<&str>().map(|text| text.to_string());
+        text.or_else(|| payload.downcast_ref::<String>().cloned()).unwrap_or("no reason".into())
+    })
 }
 
 /// A reward that is not a number would poison its whole group.

@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use candle_core::Device;
 use candor_environments::Load;
 
@@ -60,29 +60,34 @@ impl Run {
     /// If a source, the model, an environment or the run folder is not what the config says.
     pub fn prepare(config: Config, options: &Options) -> Result<Self> {
         RunFolder::check(options.results, &config, options.resume)?;
-        let Inputs { model, training, heldout } = Inputs::open(&config, options.environments, options.observer)?;
+        let Inputs { model, training, heldout, start } = Inputs::open(&config, options.environments, options.observer)?;
         let tokenizer = model.tokenizer.clone();
         let model = model.load(&Device::Cpu, options.observer)?;
-        let (folder, learner, next_step) = begin(&config, &model, options)?;
+        let (folder, learner, next_step) = begin(&config, &model, start, options)?;
         let sampler = Box::new(LocalSampler::new(model, tokenizer.clone()));
         Ok(Self { config, folder, tokenizer, training, heldout, sampler, learner, next_step })
     }
 }
 /// The run folder and the learner, fresh or as the newest checkpoint left them.
-fn begin(config: &Config, model: &Arc<Model>, options: &Options) -> Result<(RunFolder, Learner, u64)> {
+fn begin(
+    config: &Config,
+    model: &Arc<Model>,
+    start: Option<Adapter>,
+    options: &Options,
+) -> Result<(RunFolder, Learner, u64)> {
     let (architecture, device) = (&model.architecture, &model.device);
-    let start = || match &config.lora.start_from {
-        Some(folder) => peft::load(Path::new(folder), architecture, &config.lora, device).context("lora.start_from"),
-        None => Adapter::initialize(architecture, &config.lora, config.seed, device),
+    let start = match start {
+        Some(adapter) => adapter,
+        None => Adapter::initialize(architecture, &config.lora, config.seed, device)?,
     };
     let reference = match config.reference() {
-        Reference::Start if config.learner.kl > 0.0 => Some(start()?),
+        Reference::Start if config.learner.kl > 0.0 => Some(start.clone()),
         Reference::Start | Reference::Base => None,
     };
     let learner = |adapter: &Adapter| Learner::new(model.clone(), adapter, reference, &config.learner);
     let newest = checkpoint::newest(&options.results.join(&config.name))?;
     let Some(newest) = newest.filter(|_| options.resume) else {
-        let learner = learner(&start()?)?;
+        let learner = learner(&start)?;
         let folder =
             if options.resume { resumed(options, config, 0)? } else { RunFolder::create(options.results, config)? };
         return Ok((folder, learner, 0));

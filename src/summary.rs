@@ -211,14 +211,14 @@ impl fmt::Display for Summary {
         for Comparison { environment, before, after, difference } in &self.comparisons {
             let (tasks, steps) = (after.tasks, self.steps);
             writeln!(f, "{environment}: {tasks} held-out tasks, the same before and after {steps} steps")?;
-            let interval = difference
-                .map_or("-".into(), |(mean, low, high)| format!("{mean:+.3}, 95% interval {low:+.3} to {high:+.3}"));
+            let interval =
+                difference.map_or("-".into(), |(mean, low, high)| format!("{mean:+.3} (95%: {low:+.3} to {high:+.3})"));
             table(f, &[("before", before), ("after", after)], &interval)?;
         }
         let gigabytes = self.peak_memory_bytes.map(|bytes| bytes as f64 / 1e9);
         write!(
             f,
-            "{} s per step (median), {} completion tokens/s end to end, peak memory {} GB",
+            "{} s per step (median), {} completion tokens/s, peak memory {} GB",
             shown(self.seconds_per_step, 1),
             shown(self.tokens_per_second, 1),
             shown(gigabytes, 2)

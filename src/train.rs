@@ -11,7 +11,7 @@ use crate::event::{Event, Observer};
 use crate::heldout::HeldOut;
 use crate::learner::{StepShape, optimizer::learning_rate};
 use crate::report::{self, StepRecord, Timing};
-use crate::rollout::{Collector, Group, SCORE_TIMEOUT, ScoreErrors, trees};
+use crate::rollout::{Collector, Group, Interrupted, SCORE_TIMEOUT, ScoreErrors, trees};
 use crate::run::RowSplit;
 use crate::sampler::Settings;
 use crate::selection::choose_tasks;
@@ -26,7 +26,8 @@ pub enum Outcome {
     Interrupted,
 }
 
-/// Trains until the last step, or until `interrupted` is set: then the step or evaluation at hand is finished and saved first.
+/// Trains until the last step, or until `interrupted` is set: then the step at hand is finished and saved first; an evaluation
+/// is dropped, and done again on resume.
 ///
 /// # Errors
 /// The first error of any stage; the last checkpoint stays as it is.
@@ -34,14 +35,13 @@ pub fn train(run: &mut Run, observer: Observer, interrupted: &AtomicBool) -> Res
     let stop = || interrupted.load(Ordering::Relaxed);
     let (steps, mut errors) = (run.config.steps, ScoreErrors::default());
     for step in run.next_step..steps {
-        observer(Event::Progress { what: "steps", done: step as usize, total: steps as usize });
-        if is_due(run.config.evaluation.every, step) || step == 0 {
-            evaluate(run, step, observer)?;
-            if stop() {
-                save(run, step)?;
-                return Ok(Outcome::Interrupted);
-            }
+        if (is_due(run.config.evaluation.every, step) || step == 0)
+            && evaluate(run, step, observer, &stop)? == Outcome::Interrupted
+        {
+            save(run, step)?;
+            return Ok(Outcome::Interrupted);
         }
+        observer(Event::Progress { what: "steps", done: step as usize, total: steps as usize });
         let started = Instant::now();
         let groups = collect(run, step, observer).with_context(|| format!("step {step}: sampling"))?;
         let sampled = started.elapsed();
@@ -67,8 +67,8 @@ pub fn train(run: &mut Run, observer: Observer, interrupted: &AtomicBool) -> Res
             return Ok(Outcome::Interrupted);
         }
     }
-    evaluate(run, steps, observer)?;
-    Ok(Outcome::Finished)
+    observer(Event::Progress { what: "steps", done: steps as usize, total: steps as usize });
+    evaluate(run, steps, observer, &stop)
 }
 
 /// A checkpoint, never newer than its rows on the disk.
@@ -82,7 +82,14 @@ fn collect(run: &mut Run, step: u64, observer: Observer) -> Result<Vec<Group>> {
     let Run { config, training, tokenizer, sampler, learner, .. } = run;
     let adapter = learner.adapter().publish(step)?;
     let chosen = choose_tasks(training, config.batch.prompts, config.seed, step);
-    let collector = Collector { sources: training, tokenizer, observer, patience: SCORE_TIMEOUT, what: "rollouts" };
+    let collector = Collector {
+        sources: training,
+        tokenizer,
+        observer,
+        patience: SCORE_TIMEOUT,
+        what: "rollouts",
+        stop: &|| false,
+    };
     let settings = Settings::training(config, step);
     let mut groups = collector.collect(&chosen, config.batch.group, &mut **sampler, Some(&adapter), &settings)?;
     for group in &mut groups {
@@ -92,18 +99,21 @@ fn collect(run: &mut Run, step: u64, observer: Observer) -> Result<Vec<Group>> {
     Ok(groups)
 }
 
-/// Completes the held-out tasks with the adapter as it is after `step` steps, and records the rows.
-fn evaluate(run: &mut Run, step: u64, observer: Observer) -> Result<()> {
+/// Completes the held-out tasks with the adapter as it is after `step` steps, and records the rows: all of them or none.
+fn evaluate(run: &mut Run, step: u64, observer: Observer, stop: &(dyn Fn() -> bool + Sync)) -> Result<Outcome> {
     let Run { config, heldout, tokenizer, sampler, learner, folder, .. } = run;
     if config.evaluation.tasks == 0 {
-        return Ok(());
+        return Ok(Outcome::Finished);
     }
     let adapter = learner.adapter().publish(step)?;
-    let held_out = HeldOut { config, sources: heldout, tokenizer, observer };
-    let groups = held_out.complete(&mut **sampler, Some(&adapter), step)?;
+    let held_out = HeldOut { config, sources: heldout, tokenizer, observer, stop };
+    let groups = match held_out.complete(&mut **sampler, Some(&adapter), step) {
+        Err(error) if error.is::<Interrupted>() => return Ok(Outcome::Interrupted),
+        groups => groups?,
+    };
     folder.record_generations(RowSplit::Eval, step, &groups)?;
     observer(Event::Line(&report::evaluation_line(step, &groups)));
-    Ok(())
+    Ok(Outcome::Finished)
 }
 
 /// Whether something that is done every so many steps is done before this one; 0 is never.

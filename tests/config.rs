@@ -83,9 +83,11 @@ fn resolved_defaults_hold_the_contracts_keys_and_no_others() {
 fn a_resolved_config_loads_as_itself() {
     let every_kind = "name = \"x-1.b\"\nsteps = 3\n[model]\nsource = \"m\"\ndevice = \"cpu\"\ndtype = \"f32\"\n\
         [lora]\nalpha = 8\ntargets = [\"down_proj\", \"q_proj\"]\nstart_from = \"there\"\n\
-        [[environment]]\nname = \"a\"\nweight = 2\nlength = { mode = \"soft\", weight = 0.25 }\n[environment.judge]\nkind = \"lexical\"\n\
+        [[environment]]\nname = \"a\"\nweight = 2\nlength = { mode = \"soft\", weight = 0.25 }\n\
+        [environment.judge]\nkind = \"lexical\"\n\
         [[environment]]\nname = \"b\"\n[sampling]\nstop = [\"\\n\"]\n\
-        [learner]\nlearning_rate = 3e-7\nschedule = \"linear\"\ndelta = 4.0\nimportance = { level = \"token\", max = 5 }\n\
+        [learner]\nlearning_rate = 3e-7\nschedule = \"linear\"\ndelta = 4.0\n\
+        importance = { level = \"token\", max = 5 }\n\
         [[evaluation.environment]]\nname = \"c\"\nsource = \"there\"\n";
     for text in [SMALL, every_kind, &reference()] {
         let config = parse(text).unwrap();
@@ -147,9 +149,24 @@ const REFUSED: &[(&str, &str, &[&str])] = &[
     ("", "[learner]\nclip = [0.1]\n", &["small.toml:7: learner.clip: ", "1 items are not a list of length 2"]),
     ("", "[learner]\nbetas = [0.9, 1.0]\n", &["learner.betas: 1 must", "less than 1"]),
     ("", "[learner]\nepsilon = 0\n", &["learner.epsilon"]),
+    ("", "[learner]\nepsilon = 0.2\n", &["learner.epsilon: 0.2 must", "at most 0.01"]),
     ("", "[learner]\nkl = -0.1\n", &["learner.kl"]),
     ("", "[learner]\ndelta = 1.1\n", &["learner.delta: 1.1 must be finite, more than 1.28"]),
     ("", "[learner]\npolicy_loss = \"cispo\"\ndelta = 4.0\n", &["learner.delta: bounds the ratio"]),
+    ("", "[learner]\nkl_estimator = \"k3\"\n", &["small.toml:7: learner.kl_estimator: has no effect"]),
+    ("steps = 5\n", "[learner]\nwarmup_steps = 5\n", &["small.toml:8: learner.warmup_steps: 5 steps of warm-up leave"]),
+    ("", "[learner]\nschedule = 3\n", &["learner.schedule: 3 is not one of \"constant\", \"linear\", \"cosine\""]),
+    ("", "[learner]\nschedule = [1]\n", &["learner.schedule: a list is not one of \"constant\""]),
+    ("", "[learner]\nschedule = {}\n", &["learner.schedule: this table is not one of \"constant\""]),
+    ("", "[learner]\nschedule = { cosine = 1 }\n", &["learner.schedule.cosine: takes no value; write this name in"]),
+    ("", "[learner]\nschedule = 2024-01-01\n", &["learner.schedule: 2024-01-01 is not one of"]),
+    ("", "[learner]\nbetas = 3\n", &["learner.betas: 3 is not a list of length 2"]),
+    ("steps = 2024-01-01\n", "", &["small.toml:2: steps: the date 2024-01-01 is not a whole number from 0 up"]),
+    ("learner = 2024-01-01\n", "", &["small.toml:2: learner: the date 2024-01-01 is not a table"]),
+    ("steps = 99999999999999999999\n", "", &["steps: 99999999999999999999 is not a whole number from -2^63 to"]),
+    ("exntends = \"a\"\n", "", &["small.toml:2: exntends: unknown key; did you mean `extends`?"]),
+    ("", "[[environment]]\nnam = \"b\"\n", &["small.toml:7: environment.1.nam: unknown key; did you mean `name`?"]),
+    ("", "[lora]\ntargets = \"q_proj\"\n", &["lora.targets: \"q_proj\" is not a list; write [\"q_proj\"]"]),
     ("", "[learner]\nreference = \"start\"\n", &["learner.reference", "lora.start_from"]),
     ("", "[learner]\nimportance = { level = \"token\", max = 0.0 }\n", &["small.toml:7: learner.importance.max"]),
     ("", "[evaluation]\nmax_tokens = 0\n", &["evaluation.max_tokens"]),
@@ -172,7 +189,7 @@ fn what_cannot_work_is_refused_by_key_and_line() {
 #[test]
 fn model_keys_and_names_are_refused() {
     for (old, new, wanted) in [
-        ("\"weights\"", "\" \"", "small.toml:3: model.source: is empty"),
+        ("\"weights\"", "\" \"", "small.toml:3: model.source: is empty; name a folder, a .gguf file, or an hf: "),
         ("\"weights\"", "\"m\"\ndevice = \"cuda:0\"", "small.toml:4: model.device: not in this version"),
         ("\"weights\"", "\"m\"\ndevice = \"cuda:-1\"", "small.toml:4: model.device: unknown device \"cuda:-1\""),
         ("\"weights\"", "\"m\"\ndevice = \"gpu\"", "expected \"auto\", \"cpu\" or \"cuda:0\""),

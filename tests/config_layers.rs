@@ -6,6 +6,7 @@ use std::path::Path;
 use candor::config::{Config, LongPrompts, Projection, Schedule};
 use candor_environments::KeyError;
 use candor_environments::keys;
+use candor_environments::length::Length;
 use proptest::prelude::*;
 use serde::Deserialize;
 
@@ -135,6 +136,8 @@ fn sets_are_merged_last_and_typed_like_toml() {
         "batch={ group = 4, long_prompts = \"error\" }",
         "environment.1.source=\"x = 1\"",
         "environment.0={ size = 5 }",
+        "environment.0.length.mode=soft",
+        "environment.0.length.weight=0.5",
         "steps=9",
     ])
     .unwrap();
@@ -153,6 +156,8 @@ fn sets_are_merged_last_and_typed_like_toml() {
         ("batch.group", "--set batch={ group = 4, long_prompts = \"error\" }"),
         ("environment.0.size", "--set environment.0={ size = 5 }"),
         ("learner.clip.1", "--set learner.clip.1=0.3"),
+        ("environment.0.length", "--set environment.0.length.mode=soft"),
+        ("environment.0.length.weight", "--set environment.0.length.weight=0.5"),
     ] {
         assert_eq!(config.place(key).unwrap(), wanted);
     }
@@ -162,7 +167,7 @@ fn sets_are_merged_last_and_typed_like_toml() {
 
 #[test]
 fn a_word_without_quotes_is_a_text_only_where_it_can_be_nothing_else() {
-    for word in ["second", "pip:x==1/y", "/a/b", "./a", "../a", "~/a", "a@b", "über", "_x", "none", "hf:a/b@c"] {
+    for word in ["second", "pip:x==1/y", "/a/b", "./a", "../a", "a~b", "a@b", "über", "_x", "none", "hf:a/b@c"] {
         let config = set(&[&format!("model.source={word}")]).unwrap_or_else(|error| panic!("{error}"));
         assert_eq!(config.model.source, word);
     }
@@ -220,7 +225,12 @@ fn a_set_that_leads_nowhere_is_quoted() {
         ("extends=a.toml", "extends is read from files only"),
         ("steps=-1", "steps: -1 is not a whole number from 0 up"),
         ("steps=0", "steps: 0 is not between 1"),
-        ("steps=99999999999999999999", "steps: "),
+        ("steps=99999999999999999999", "steps: 99999999999999999999 is not a whole number from -2^63 to below 2^63"),
+        ("lerner.learning_rate=1", "lerner: unknown key; did you mean `learner`?"),
+        ("a.b.c.d=3", "a: unknown key; known: "),
+        ("lora.targets.0=k_proj", "lora.targets is not written in the config; give the whole list"),
+        ("lora.targets=k_proj", "lora.targets: \"k_proj\" is not a list; write [\"k_proj\"]"),
+        ("model.source=~/a", "model.source: the shell expands ~ only at the start of an unquoted word"),
         ("stepps=3", "stepps: unknown key; did you mean `steps`?"),
         ("sampling.max_token=3", "sampling.max_token: unknown key; did you mean `max_tokens`?"),
         (
@@ -359,6 +369,8 @@ struct Own {
     day: Option<toml::value::Datetime>,
     any: Option<toml::Value>,
     shape: Option<Shape>,
+    length: Option<Length>,
+    tagged: Option<Tagged>,
     #[serde(default)]
     pair: (i64, bool),
 }
@@ -368,6 +380,19 @@ struct Own {
 enum Shape {
     Flat,
     Round { radius: f64 },
+}
+
+#[derive(Debug, PartialEq, Deserialize)]
+#[serde(tag = "kind")]
+enum Tagged {
+    A {},
+}
+
+#[test]
+fn the_nearest_name_is_one_slip_away_or_looks_alike() {
+    for (written, meant) in [("lgo", Some("log")), ("og", None), ("brierr", Some("brier")), ("query", None)] {
+        assert_eq!(keys::nearest(written, ["log", "brier", "spherical"]), meant, "{written}");
+    }
 }
 
 #[test]
@@ -383,7 +408,14 @@ fn an_environments_own_options_have_the_same_manners() {
         ("shape = { round = { radius = \"big\" } }", "shape.round.radius: \"big\" is not a number"),
         ("shape = { round = {} }", "shape.round.radius: is missing"),
         ("shape = \"rund\"", "shape: \"rund\" is unknown; did you mean \"round\"? known: flat, round"),
-        ("shape = 3", "shape: 3 is not "),
+        ("shape = 3", "shape: 3 is not one of \"flat\", \"round\""),
+        ("shape = { flat = 1 }", "shape.flat: takes no value"),
+        ("shape = { flat = 1, round = 2 }", "shape: this table is not one of"),
+        ("shape = \"falt\"", "shape: \"falt\" is unknown; did you mean \"flat\"?"),
+        ("length = \"soft\"", "length: \"soft\" is not a table such as { mode = \"soft\" }"),
+        ("length = 2024-01-01", "length: the date 2024-01-01 cannot stand here"),
+        ("tagged = \"a\"", "tagged: \"a\" is not a table"),
+        ("pair = 3", "pair: 3 is not a list of length 2"),
         ("pair = [1, true, 3]", "pair: 3 items are not a list of length 2"),
         ("pair = [1, 2]", "pair.1: 2 is not true or false"),
         ("\"odd key.\\n\" = 1", "\"odd key.\\n\": unknown key"),

@@ -1,4 +1,5 @@
-//! The reference page of every key, written from the doc comments of the structs that read them, and from their defaults.
+//! The reference page of every key, written from the doc comments of the structs that read them, and from their
+//! defaults.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -29,9 +30,9 @@ const SOURCES: [&str; 8] = [
 const INTRODUCTION: &str = "# Every key of a config\n\n\
 Written from the source by `CANDOR_BLESS=1 cargo test --test all config_page`; edit the doc comments there.\n\n\
 A config is one TOML file. `extends = \"base.toml\"` puts it over another file, named relative to this one; then each \
-`--set key.path=value` of the command line is put over both. Tables are merged key by key; lists, `[[environment]]` among \
-them, are replaced as a whole. `--set environment.0.source=…` enters a list by an index, counted from 0. The value of a \
-`--set` is TOML; quotes may be left out around a word that starts like a word or a path, holds letters, digits and \
+`--set key.path=value` of the command line is put over both. Tables are merged key by key; lists, `[[environment]]` \
+among them, are replaced as a whole. `--set environment.0.source=…` enters a list by an index, counted from 0. The value \
+of a `--set` is TOML; quotes may be left out around a word that starts like a word or a path, holds letters, digits and \
 `_-./:=+@~` only, and is not `true`, `false`, `inf` or `nan`. Other paths in a config are relative to the working \
 directory.\n\n\
 Only the keys marked as required must be given. The resolved config, in the run's folder, shows all of them.\n";

@@ -55,9 +55,9 @@ fn tasks_that_carry_completions_or_are_too_long_or_absent_are_refused_by_name() 
         &["environment.0 (toy): there are no tasks"],
     );
     assert_eq!(fs::read_dir(empty.path()).unwrap().count(), 0, "nothing is written before all input is found good");
-    assert_says(&odd_failure(&(odd("plain") + "prompt = 900")), &["toy: every prompt", "the model's context = 256"]);
+    assert_says(&odd_failure(&(odd("plain") + "prompt = 900")), &["every prompt of toy", "the model's context = 256"]);
     let small = format!("batch.micro_tokens = 13\n{}", odd("plain"));
-    assert_says(&odd_failure(&small), &["batch.micro_tokens = 13", "raise that"]);
+    assert_says(&odd_failure(&small), &["batch.micro_tokens = 13", "raise batch.micro_tokens"]);
 }
 
 #[test]
@@ -242,8 +242,14 @@ fn broken_batch(panics: bool) -> String {
         let environment = Arc::new(Broken { panics });
         let sources = [Source::new("broken", 1.0, environment)];
         let patience = Duration::from_millis(200);
-        let collector =
-            Collector { sources: &sources, tokenizer: &tokenizer, observer: &|_| {}, patience, what: "rollouts" };
+        let collector = Collector {
+            sources: &sources,
+            tokenizer: &tokenizer,
+            observer: &|_| {},
+            patience,
+            what: "rollouts",
+            stop: &|| false,
+        };
         let mut sampler = LocalSampler::new(model, tokenizer.clone());
         let settings = Settings { max_tokens: 2, temperature: 1.0, stop: Vec::new(), seed: 0, step: 0 };
         collector.collect(&[(0, 0)], 2, &mut sampler, None, &settings).unwrap_err().to_string()

@@ -1,5 +1,5 @@
-//! Damaged and hostile files of every kind that is read when a run starts: an error that names the file, never a panic, and
-//! nothing allocated on a file's word.
+//! Damaged and hostile files of every kind that is read when a run starts: an error that names the file, never a panic,
+//! and nothing allocated on a file's word.
 
 use std::fs;
 use std::io::Cursor;
@@ -208,6 +208,17 @@ fn a_file_that_is_cut_off_is_an_error_that_names_it() {
             start.assert_refused(file, &bytes[..length], &[]);
         }
     }
+}
+
+#[test]
+fn an_empty_or_cut_model_says_so_and_names_its_place_once() {
+    let start = Start::new();
+    let gguf = fs::read(start.path("m.gguf")).unwrap();
+    start.assert_refused("m.gguf", b"", &["the file is empty"]);
+    start.assert_refused("m.gguf", &gguf[..100], &["cut short or damaged"]);
+    start.assert_refused("m.gguf", &gguf[..gguf.len() - 100], &["tensor \"", "cut short or damaged"]);
+    let error = format!("{:#}", start.read_with("model/tokenizer.json", b"{}").unwrap_err());
+    assert_eq!(error.matches(start.path("model").to_str().unwrap()).count(), 1, "{error}");
 }
 
 proptest! {

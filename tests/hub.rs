@@ -251,7 +251,12 @@ fn the_cache_serves_when_the_hub_does_not() {
     world.hub.offline = true;
     world.failure(Kind::Model, "hf:org/name", &["HF_HUB_OFFLINE is set", "holds no revision \"main\""]);
     (world.hub.offline, world.hub.endpoint) = (false, "http://127.0.0.1:1".into());
-    world.failure(Kind::Model, "hf:org/name", &["the cache holds no copy", "127.0.0.1:1 was not reached"]);
+    let tried = "sought among the models: the cache holds no copy, and 127.0.0.1:1 was not reached (";
+    world.failure(
+        Kind::Model,
+        "hf:org/name",
+        &[tried, "): check the network, proxies and HF_ENDPOINT; what also works"],
+    );
     assert!(world.site.asked().is_empty());
 
     world.hub.endpoint = there;

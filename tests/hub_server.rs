@@ -204,7 +204,7 @@ impl World {
         for secret in ["hf_secret", "Signature"] {
             assert!(!message.contains(secret) && !self.said.borrow().iter().any(|line| line.contains(secret)));
         }
-        for part in wanted.iter().chain(&["cannot fetch hf:org/name", "also works: a folder"]) {
+        for part in wanted.iter().chain(&["cannot fetch hf:org/name", "; what also works: a folder"]) {
             assert!(message.contains(part), "no {part:?} in: {message}");
         }
         message

@@ -3,13 +3,14 @@
 use std::sync::Mutex;
 
 use anyhow::Result;
+use candor::config::Config;
 use candor::event::Event;
 use candor::inputs::Inputs;
 use candor::selection::Source;
-use candor_environments::Load;
+use candor_environments::{Context, Environment, Load};
 use tempfile::tempdir;
 
-use crate::toy::{config, failure, load};
+use crate::toy::{config, failure, load, model};
 
 /// Opens the toy's inputs with these changes; also what was said, warnings marked by `!`.
 fn open(changes: &str) -> (Result<Inputs>, Vec<String>) {
@@ -86,4 +87,34 @@ fn dividing_a_scoring_rule_by_the_deviation_is_warned_about() {
         matches!(&said[..], [warning] if warning.starts_with("!toy.toml:") && warning.contains("learner.advantage")),
         "{said:?}"
     );
+}
+
+/// The toy as it is without options, whatever its table says.
+fn heedless(context: &Context) -> Result<Box<dyn Environment>> {
+    load(&Context::new(context.split, &toml::Table::new(), context.resolve, None))
+}
+
+#[test]
+fn an_option_that_nobody_reads_is_an_error_with_its_line() {
+    let open = |options: &str| {
+        let text = format!("name = \"a\"\n[model]\nsource = {:?}\n[[environment]]\nname = \"heedless\"\n", model());
+        let config = Config::parse(&format!("{text}{options}"), "a.toml").unwrap();
+        let inputs = Inputs::open(&config, &[("heedless", heedless as Load), ("toy", load)], &|_| {});
+        inputs.err().map(|error| format!("{error:#}")).unwrap_or_default()
+    };
+    for (options, wanted) in [
+        ("lo = 1\n", "a.toml:6: environment.0.lo: unknown key; heedless takes no options"),
+        ("wieght = 1\n", "a.toml:6: environment.0.wieght: unknown key; did you mean `weight`?"),
+        (
+            "[[environment]]\nname = \"toy\"\nwieght = 1\n",
+            "a.toml:8: environment.1.wieght: unknown key; did you mean `weight`?",
+        ),
+        (
+            "[[evaluation.environment]]\nname = \"toy\"\nnames = 1\n",
+            "a.toml:8: evaluation.environment.0.names: unknown key; did you mean `name`?",
+        ),
+        ("weight = 2\n[[environment]]\nname = \"toy\"\ntasks = 1\n", ""),
+    ] {
+        assert_eq!(open(options), wanted, "{options}");
+    }
 }

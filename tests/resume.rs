@@ -1,5 +1,4 @@
-//! A run that is stopped anywhere and resumed is the same run, bit for bit (DESIGN, invariant 4), and what a checkpoint is
-//! made of.
+//! A run that is stopped anywhere and resumed is the same run, bit for bit, and what a checkpoint is made of.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -70,12 +69,21 @@ fn straight(config: &Config) -> Left {
 
 /// Runs or resumes until the step after which somebody presses ctrl-C.
 fn run_until(results: &Path, config: &Config, resume: bool, steps: u64) -> Outcome {
-    let interrupted = AtomicBool::new(false);
-    let shown = format!("step {steps:>3}/");
+    run_until_said(results, config, resume, &format!("step {steps}/"))
+}
+
+/// Runs or resumes until a line that begins so, at which somebody presses ctrl-C; held-out tasks are a line too.
+fn run_until_said(results: &Path, config: &Config, resume: bool, beginning: &str) -> Outcome {
+    let (interrupted, evaluations) = (AtomicBool::new(false), AtomicUsize::new(0));
     let observer = |event: Event| {
-        if let Event::Line(line) = event
-            && line.starts_with(&shown)
-        {
+        let line = match event {
+            Event::Line(line) => line.to_string(),
+            Event::Progress { what: "held-out tasks", done: 1, .. } => {
+                format!("held-out tasks {}", evaluations.fetch_add(1, Ordering::Relaxed))
+            }
+            _ => return,
+        };
+        if line.starts_with(beginning) {
             interrupted.store(true, Ordering::Relaxed);
         }
     };
@@ -95,6 +103,24 @@ fn resume(results: &Path, config: &Config) -> Vec<String> {
     said.into_inner().unwrap()
 }
 
+/// No step follows an evaluation in which somebody wanted to stop: on a real model that would be minutes.
+#[test]
+fn a_run_interrupted_in_an_evaluation_and_resumed_is_the_same_run() {
+    let config = config(CHANGES);
+    let want = straight(&config);
+    for (evaluation, steps) in [0, 2, 4, 5].into_iter().enumerate() {
+        let results = tempdir().unwrap();
+        let said = format!("held-out tasks {evaluation}");
+        assert_eq!(run_until_said(results.path(), &config, false, &said), Outcome::Interrupted);
+        assert_eq!(lines(&results.path().join("toy/metrics.jsonl")).len(), steps);
+        let rows = generations(results.path());
+        assert!(rows_of(&rows, "eval", steps as u64).is_empty(), "an evaluation is all there or not at all");
+        resume(results.path(), &config);
+        assert_same(&left(results.path()), &want, &format!("stopped in the evaluation after {steps} steps"));
+        assert!(!results.path().join("toy/interrupted-1.jsonl").exists(), "nothing was done in vain");
+    }
+}
+
 #[test]
 fn a_run_interrupted_after_any_steps_and_resumed_is_the_same_run() {
     let config = config(CHANGES);
@@ -111,9 +137,10 @@ fn a_run_interrupted_after_any_steps_and_resumed_is_the_same_run() {
         assert!(!results.path().join("toy/interrupted-1.jsonl").exists(), "an interrupted run saves all it did");
     }
 
-    // Ctrl-C in the last step leaves nothing to resume.
+    // Ctrl-C in the last step leaves the last evaluation.
     let results = tempdir().unwrap();
-    assert_eq!(run_until(results.path(), &config, false, 5), Outcome::Finished);
+    assert_eq!(run_until(results.path(), &config, false, 5), Outcome::Interrupted);
+    resume(results.path(), &config);
     assert_same(&left(results.path()), &want, "stopped in the last step");
 }
 
@@ -238,8 +265,8 @@ fn what_cannot_be_resumed_or_started_is_refused_and_left_alone() {
     let want = left(results.path());
     for (changes, resume, says) in [
         ("steps = 2", false, "toy exists already: continue that run with --resume, or give this one another `name`"),
-        ("steps = 3", true, "the run was started with another config"),
-        ("steps = 2\nlearner.learning_rate = 1e-3", true, "the run was started with another config"),
+        ("steps = 3", true, "the run was started with another `steps`, 2 and not 3"),
+        ("steps = 2\nlearner.learning_rate = 1e-3", true, "another `learner.learning_rate`, 0.02 and not 0.001"),
     ] {
         let error = failure(results.path(), changes, resume);
         assert!(error.contains(says), "{changes}: {error}");
@@ -252,7 +279,7 @@ fn resuming_another_adapter_or_no_run_at_all_says_so() {
     let results = tempdir().unwrap();
     run(results.path(), &config("steps = 2"));
     let error = failure(results.path(), "steps = 2\nlora.rank = 8", true);
-    assert!(error.contains("the run was started with another config"), "{error}");
+    assert!(error.contains("the run was started with another `lora.rank`, 4 and not 8"), "{error}");
     let error = failure(tempdir().unwrap().path(), "", true);
     assert!(error.contains("there is no run to resume"), "{error}");
 }

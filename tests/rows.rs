@@ -1,5 +1,5 @@
-//! Rows of data files: the same from JSON lines and parquet, named by line or row where they are wrong, and no panic whatever
-//! the bytes; BoolQ in the hub's layout.
+//! Rows of data files: the same from JSON lines and parquet, named by line or row where they are wrong, and no panic
+//! whatever the bytes; BoolQ in the hub's layout.
 
 use std::fs::{self, File};
 use std::io::Write;
@@ -114,6 +114,9 @@ fn rows_count_on_through_row_groups_and_errors_name_them() {
     let path = folder.path().join("long.jsonl");
     fs::write(&path, vec![b' '; 64 << 20]).unwrap();
     assert!(rows(&path).unwrap_err().contains("long.jsonl, line 1: a line of"));
+    fs::write(&path, "{}\n{\"a\": 1, \"b\n").unwrap();
+    let wanted = "line 2: not the JSON expected, at column 11: EOF while parsing a string";
+    assert_eq!(rows(&path).unwrap_err(), format!("{}, {wanted}", path.display()), "the column is the only other place");
 }
 
 /// No prefix of a file and no file with a changed byte makes the reader panic or run away.
@@ -176,7 +179,7 @@ fn load(source: &Path, split: Split) -> anyhow::Result<Box<dyn Environment>> {
     let options = "source = \"the source\"".parse().unwrap();
     let resolve = |_: &str| Ok(source.to_owned());
     let (_, load) = REGISTRY.iter().find(|(name, _)| *name == "boolq").unwrap();
-    load(&Context { split, options: &options, resolve: &resolve, judge: None })
+    load(&Context::new(split, &options, &resolve, None))
 }
 
 #[test]
@@ -207,7 +210,7 @@ fn boolq_is_read_as_the_hub_has_it() {
     assert!(error.contains("train.parquet, row 0: field `answer` is missing"), "{error}");
     parquet(&data.join("train.parquet"), BOOLQ, Codec::SNAPPY, &[]);
     let error = format!("{:#}", load(folder.path(), Split::Train).err().unwrap());
-    assert!(error.contains("no rows for the Train split"), "{error}");
+    assert!(error.contains("train.parquet: empty: there are no rows"), "{error}");
 }
 
 /// BoolQ as parquet gives the tasks that Google's JSON lines give.

@@ -164,6 +164,29 @@ fn paths_resolve_to_themselves_or_say_what_would_work() {
         &resolve(&missing, Kind::Model, &|_| ()).unwrap_err().to_string(),
         &["none.gguf", "neither a folder nor a file", "pip:name==version"],
     );
+    for (source, meant) in [
+        ("HuggingFaceTB/SmolLM2-135M", true),
+        ("org/name@v1/model", true),
+        ("org/rows.jsonl", false),
+        ("src/none", false),
+        ("./org/name", false),
+    ] {
+        let message = resolve(source, Kind::Model, &|_| ()).unwrap_err().to_string();
+        assert_eq!(message.contains(&format!("(did you mean hf:{source}?)")), meant, "{message}");
+    }
+}
+
+/// Reading a pipe waits for a writer that never comes.
+#[cfg(unix)]
+#[test]
+fn only_folders_and_regular_files_are_sources() {
+    let folder = tempfile::tempdir().unwrap();
+    let pipe = folder.path().join("pipe");
+    assert!(std::process::Command::new("mkfifo").arg(&pipe).status().unwrap().success());
+    for source in [pipe.to_str().unwrap(), "/dev/zero"] {
+        let message = resolve(source, Kind::Model, &|_| ()).unwrap_err().to_string();
+        says(&message, &[source, "only folders and regular files are sources", "pip:name==version"]);
+    }
 }
 
 #[test]

@@ -142,7 +142,8 @@ fn a_gguf_header_that_says_the_impossible_is_refused() {
     let nested = |depth| (0..depth).fold(one().text(b"k").u32(9), |header, _| header.u32(9).u64(1)).u32(0).u64(0);
     let align = |value: u32| one().entry("general.alignment", 4, &value.to_le_bytes());
     for (header, parts) in [
-        (Header(Vec::new()), vec!["1 × 4 bytes at byte 0", "0 left of the file"]),
+        (Header(Vec::new()), vec!["m.gguf", "the file is empty"]),
+        (Header(b"GG".to_vec()), vec!["cut short or damaged: 1 × 4 bytes at byte 0", "2 left of the file"]),
         (Header(b"PK\x03\x04....".to_vec()), vec!["begins with \"PK\\x03\\x04\"", "GGUF"]),
         (Header(b"GGUF".to_vec()).u32(1), vec!["gguf version 1", "2 and 3"]),
         (Header(b"GGUF".to_vec()).u32(0), vec!["gguf version 0"]),

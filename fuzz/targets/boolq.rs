@@ -10,7 +10,7 @@ fuzz_target!(|bytes: &[u8]| {
     let folder = folder_with(&[("train.jsonl", bytes)]);
     let resolve = |source: &str| Ok(folder.path().join(source));
     let options = toml::toml! { source = "" };
-    let context = Context { split: Split::Train, options: &options, resolve: &resolve, judge: None };
+    let context = Context::new(Split::Train, &options, &resolve, None);
     let Ok(environment) = boolq::load(&context) else { return };
     (0..environment.num_tasks()).for_each(|index| drop(environment.task(index)));
 });

@@ -1,5 +1,5 @@
-//! A completion. The stated probability is one, the answer's place is in the text, and strict reading reads no more than
-//! lenient reading.
+//! A completion. The stated probability is one, the answer's place is in the text, and strict reading reads no more
+//! than lenient reading.
 
 #![no_main]
 

@@ -41,10 +41,9 @@ impl Console {
     fn progress(&self, what: &str, done: usize, total: usize) {
         let mut running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
         let place = running.iter().position(|(name, _)| name == what).unwrap_or_else(|| {
-            let bar = self.bars.add(ProgressBar::new(total as u64).with_style(style()));
+            let bar = self.bars.add(ProgressBar::new(total as u64).with_style(style(done as u64)));
             bar.set_message(what.to_string());
             bar.set_position(done as u64);
-            bar.reset_eta();
             bar.enable_steady_tick(Duration::from_secs(1));
             running.push((what.to_string(), bar));
             running.len() - 1
@@ -93,23 +92,27 @@ impl Console {
 }
 
 /// `rollouts       ██████████░░░░░░░░░░░░░░░   41/64       5.3/s   4s left`: at most 80 columns.
-fn style() -> ProgressStyle {
-    let each = |state: &ProgressState, out: &mut dyn std::fmt::Write| {
-        let rate = state.per_sec();
-        let text = match rate {
-            _ if state.pos() == 0 || !rate.is_finite() || rate <= 0.0 => String::new(),
-            _ if rate < 1.0 => format!("{:.1} s each", 1.0 / rate),
-            _ => format!("{rate:.1}/s"),
+/// Times are means since the bar began at `start`.
+fn style(start: u64) -> ProgressStyle {
+    let seconds_each = move |state: &ProgressState| {
+        let done = state.pos().saturating_sub(start);
+        (done > 0).then(|| state.elapsed().as_secs_f64() / done as f64)
+    };
+    let each = move |state: &ProgressState, out: &mut dyn std::fmt::Write| {
+        let text = match seconds_each(state) {
+            None => String::new(),
+            Some(seconds) if seconds > 1.0 => format!("{seconds:.1} s each"),
+            Some(seconds) => format!("{:.1}/s", 1.0 / seconds),
         };
         // A bar's text has room for everything.
         out.write_str(&format!("{text:>12}")).ok();
     };
-    let left = |state: &ProgressState, out: &mut dyn std::fmt::Write| {
-        let seconds = state.eta().as_secs();
-        let text = match seconds {
-            0 => String::new(),
-            1..120 => format!("{seconds} s left"),
-            _ => format!("{} min left", seconds.div_ceil(60)),
+    let left = move |state: &ProgressState, out: &mut dyn std::fmt::Write| {
+        let remaining = state.len().unwrap_or(0).saturating_sub(state.pos()) as f64;
+        let text = match seconds_each(state).map(|seconds| (seconds * remaining).ceil() as u64) {
+            None => String::new(),
+            Some(seconds @ ..120) => format!("{seconds} s left"),
+            Some(seconds) => format!("{} min left", seconds.div_ceil(60)),
         };
         out.write_str(&format!("{text:>12}")).ok();
     };

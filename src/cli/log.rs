@@ -75,8 +75,15 @@ impl Write for Log {
 /// What a person is told is logged too.
 pub fn record(event: Event) {
     match event {
-        Event::Line(line) => tracing::info!("{line}"),
-        Event::Warning(warning) => tracing::warn!("{warning}"),
+        Event::Line(line) => tracing::info!(target: "candor", "{line}"),
+        Event::Warning(warning) => tracing::warn!(target: "candor", "{warning}"),
         Event::Progress { .. } => {}
     }
+}
+
+/// A panic is somebody's bug. The log gets all of it; the screen one line, and only if nothing catches it: an environment's
+/// panic is caught where it is called, and told with the task's name.
+pub fn record_panic(panic: &std::panic::PanicHookInfo) {
+    let backtrace = std::backtrace::Backtrace::force_capture();
+    tracing::error!(target: "candor", "{panic}\n{backtrace}");
 }

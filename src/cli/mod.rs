@@ -14,7 +14,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use anyhow::{Context, Error, Result};
+use anyhow::{Context, Error, Result, anyhow};
 use candor_environments::Load;
 use clap::{Args, Parser, Subcommand};
 
@@ -24,7 +24,8 @@ use crate::event::Event;
 use crate::heldout::Evaluation;
 use crate::inputs::Inputs;
 use crate::plan::Plan;
-use crate::run::write_whole;
+use crate::run::{SUMMARY, write_whole};
+use crate::scorers::caught;
 use crate::setup::{Options, Run};
 use crate::summary::{Summary, evaluation_table};
 use crate::train::{Outcome, train};
@@ -34,7 +35,9 @@ use log::Log;
 /// Teach small language models to know what they know.
 #[derive(Parser)]
 #[command(version, max_term_width = 80)]
-#[command(after_help = "Exit codes: 0 done, 1 the run failed, 2 the input was wrong, 130 interrupted and saved.")]
+#[command(after_help = "\
+First run:   candor train configs/quickstart.toml
+Exit codes:  0 done, 1 the run failed, 2 the input was wrong, 130 interrupted")]
 struct Arguments {
     #[command(subcommand)]
     command: Command,
@@ -61,7 +64,7 @@ enum Command {
         #[arg(long, value_name = "DIR")]
         adapter: Option<PathBuf>,
     },
-    /// Show a prompt and how answers are scored, and say what is odd; weights are not loaded
+    /// Show a prompt and how answers are scored, and say what is odd
     Check {
         #[command(flatten)]
         input: Input,
@@ -94,7 +97,7 @@ impl Command {
 struct Input {
     /// The config file (TOML)
     config: PathBuf,
-    /// Another value for one key, as `--set learner.learning_rate=2e-5` or `--set environment.0.source="rows"`
+    /// Another value for a key: --set steps=40 --set environment.0.reward=log
     #[arg(long = "set", value_name = "KEY=VALUE")]
     sets: Vec<String>,
     /// Say nothing but warnings, errors and the result
@@ -119,31 +122,36 @@ enum Failure {
 pub fn run(environments: &[(&str, Load)]) -> ExitCode {
     let Arguments { command } = Arguments::parse();
     let console = Arc::new(Console::new(command.quiet()));
-    let makes_folder = matches!(command, Command::Train { dry_run: false, .. });
-    let ended = Log::start(makes_folder).map_err(Failure::Input).and_then(|log| {
-        let observer = |event: Event| {
-            log::record(event);
-            console.show(event);
-        };
-        let options = Options { results: Path::new(RESULTS), resume: false, environments, observer: &observer };
-        let load = |input: &Input| Config::load(&input.config, &input.sets).map_err(Failure::Input);
-        match &command {
-            Command::Train { dry_run: true, input, .. } => plan(&load(input)?, &options, &console),
-            Command::Train { input, resume, .. } => {
-                run_training(load(input)?, &Options { resume: *resume, ..options }, input, &console, &log)
-            }
-            Command::Eval { input, adapter } => evaluate(load(input)?, adapter.as_deref(), &options, &console),
-            Command::Check { input } => check(&load(input)?, &options, &console),
-            Command::Logprob(command) => command.run(&observer, &console),
-            Command::Sample(command) => command.run(&observer, &console),
-            Command::Chat(command) => command.run(&observer, &console),
-            Command::Export(command) => command.run(&observer),
-        }
-    });
-    match ended {
+    std::panic::set_hook(Box::new(log::record_panic));
+    let ended = caught(|| execute(&command, environments, &console));
+    match ended.unwrap_or_else(|said| Err(Failure::Run(anyhow!("this program has a bug, please report it: {said}")))) {
         Ok(code) => ExitCode::from(code),
         Err(Failure::Input(error)) => console.fail(&error, 2),
         Err(Failure::Run(error)) => console.fail(&error, 1),
+    }
+}
+
+/// Runs a command; gives the exit code where nothing failed.
+fn execute(command: &Command, environments: &[(&str, Load)], console: &Arc<Console>) -> Result<u8, Failure> {
+    let makes_folder = matches!(command, Command::Train { dry_run: false, .. });
+    let log = Log::start(makes_folder).map_err(Failure::Input)?;
+    let observer = |event: Event| {
+        log::record(event);
+        console.show(event);
+    };
+    let options = Options { results: Path::new(RESULTS), resume: false, environments, observer: &observer };
+    let load = |input: &Input| Config::load(&input.config, &input.sets).map_err(Failure::Input);
+    match command {
+        Command::Train { dry_run: true, input, .. } => plan(&load(input)?, &options, console),
+        Command::Train { input, resume, .. } => {
+            run_training(load(input)?, &Options { resume: *resume, ..options }, input, console, &log)
+        }
+        Command::Eval { input, adapter } => evaluate(load(input)?, adapter.as_deref(), &options, console),
+        Command::Check { input } => check(&load(input)?, &options, console),
+        Command::Logprob(command) => command.run(&observer, console),
+        Command::Sample(command) => command.run(&observer, console),
+        Command::Chat(command) => command.run(&observer, console),
+        Command::Export(command) => command.run(&observer),
     }
 }
 
@@ -162,14 +170,30 @@ fn run_training(
             Ok(0)
         }
         None => {
-            let sets: String = input.sets.iter().map(|set| format!(" --set '{set}'")).collect();
-            let again = format!("candor train {}{sets} --resume", input.config.display());
+            let again = format!("{} train {}{} --resume", program(), quoted(&input.config.display()), sets(input));
             let line = format!("interrupted and saved; go on with: {again}");
             log::record(Event::Line(&line));
             console.line(&line);
             Ok(130)
         }
     }
+}
+
+/// What this program was called by: an environment of one's own comes with a binary of its own.
+fn program() -> String {
+    let called = std::env::args_os().next().map(PathBuf::from);
+    called.and_then(|path| Some(path.file_name()?.display().to_string())).unwrap_or("candor".into())
+}
+
+fn sets(input: &Input) -> String {
+    input.sets.iter().map(|set| format!(" --set {}", quoted(set))).collect()
+}
+
+/// An argument as a shell takes it.
+fn quoted(argument: &impl ToString) -> String {
+    let text = argument.to_string();
+    let plain = |character: char| character.is_alphanumeric() || "_-./=:+@,".contains(character);
+    if text.chars().all(plain) { text } else { format!("'{}'", text.replace('\'', "'\\''")) }
 }
 
 /// The run, and its summary unless it was interrupted.
@@ -179,14 +203,14 @@ fn train_and_sum_up(run: &mut Run, options: &Options, console: &Arc<Console>) ->
         if INTERRUPTED.swap(true, Ordering::Relaxed) {
             std::process::exit(130);
         }
-        listening.line("finishing the step and saving it; ctrl-C again stops at once, without saving");
+        listening.line("finishing the step, or dropping the evaluation, and saving; ctrl-C again stops at once");
     };
     ctrlc::set_handler(handler).context("cannot listen for ctrl-C")?;
     if train(run, options.observer, &INTERRUPTED)? == Outcome::Interrupted {
         return Ok(None);
     }
     let summary = Summary::of(&run.folder.path)?;
-    write_whole(&run.folder.path.join("summary.json"), &serde_json::to_vec_pretty(&summary)?)?;
+    write_whole(&run.folder.path.join(SUMMARY), &serde_json::to_vec_pretty(&summary)?)?;
     Ok(Some(summary))
 }
 

@@ -63,8 +63,8 @@ impl Layers {
         merged.map_err(|problem| self.places.locate(&problem))
     }
 
-    /// Merges one `--set key.path=value`: a list is entered by an index, and tables on the way are made. The value is TOML,
-    /// or a word that can be nothing but a text (see [`is_word`]).
+    /// Merges one `--set key.path=value`: a list is entered by an index, and tables on the way are made. The value is
+    /// TOML, or a word that can be nothing but a text (see [`is_word`]).
     ///
     /// # Errors
     /// An argument that is no such thing, or whose path leads nowhere.
@@ -78,6 +78,10 @@ impl Layers {
         ensure!(key != "extends", "extends is read from files only");
         let value = match DeValue::parse(value) {
             Ok(value) => value,
+            Err(_) if value.starts_with('~') => bail!(
+                "{key}: the shell expands ~ only at the start of an unquoted word, so {value} would be a folder called ~; \
+                 write the path out"
+            ),
             Err(_) if is_word(value) => Spanned::new(0..0, DeValue::String(value.into())),
             Err(error) => bail!(
                 "{key}: {} is no TOML value ({}); a text needs quotes that the shell leaves alone: --set '{key}=\"…\"'",
@@ -86,6 +90,11 @@ impl Layers {
             ),
         };
         let slot = entry(&mut self.root, &names)?;
+        // Tables that were made on the way come from here too.
+        for depth in 1..names.len() {
+            let made = self.places.0.entry(names[..depth].join("."));
+            made.or_insert_with(|| Source::Set(argument).at(0));
+        }
         Ok(merge(slot, value, key, 0, &Source::Set(argument), &mut self.places)?)
     }
 }
@@ -212,8 +221,14 @@ fn merge(
             Ok(())
         }
         leaf => {
-            let leaf = Value::deserialize(ValueDeserializer::from(Spanned::new(span, leaf)));
-            *old = leaf.map_err(|error| KeyError::new(key, error.message().trim()))?;
+            let integer = leaf.as_integer().map(|integer| keys::cut(&integer.to_string()));
+            let read = Value::deserialize(ValueDeserializer::from(Spanned::new(span, leaf)));
+            *old = read.map_err(|error| match integer {
+                Some(integer) => {
+                    KeyError::new(key, format!("{integer} is not a whole number from -2^63 to below 2^63"))
+                }
+                None => KeyError::new(key, error.message().trim()),
+            })?;
             Ok(())
         }
     }
@@ -237,7 +252,11 @@ fn entry<'a>(mut here: &'a mut Value, names: &[&str]) -> Result<&'a mut Value> {
         let outer = names[..depth].join(".");
         here = match here {
             Value::Table(table) => {
-                table.entry(*name).or_insert(if depth + 1 < names.len() { Value::Table(Table::new()) } else { EMPTY })
+                let inner = names.get(depth + 1);
+                let index = inner.is_some_and(|inner| inner.bytes().all(|digit| digit.is_ascii_digit()));
+                let key = keys::join(&outer, name);
+                ensure!(table.contains_key(*name) || !index, "{key} is not written in the config; give the whole list");
+                table.entry(*name).or_insert(if inner.is_some() { Value::Table(Table::new()) } else { EMPTY })
             }
             Value::Array(items) => {
                 let length = items.len();
@@ -252,11 +271,11 @@ fn entry<'a>(mut here: &'a mut Value, names: &[&str]) -> Result<&'a mut Value> {
     Ok(here)
 }
 
-/// Whether a value that is not TOML can be nothing but a text: `cosine`, `results/a`, `pip:x==1`. It starts like a word or
-/// a path, holds letters, digits and `_-./:=+@~` only, and is no misspelled `true`, `false`, `inf` or `nan`.
+/// Whether a value that is not TOML can be nothing but a text: `cosine`, `results/a`, `pip:x==1`. It starts like a word
+/// or a path, holds letters, digits and `_-./:=+@~` only, and is no misspelled `true`, `false`, `inf` or `nan`.
 fn is_word(value: &str) -> bool {
-    let starts = value.starts_with(char::is_alphabetic)
-        || ["_", "~", "/", "./", "../"].iter().any(|start| value.starts_with(start));
+    let starts =
+        value.starts_with(char::is_alphabetic) || ["_", "/", "./", "../"].iter().any(|start| value.starts_with(start));
     let plain = |character: char| character.is_alphanumeric() || "_-./:=+@~".contains(character);
     let literals = ["true", "false", "inf", "infinity", "nan"];
     starts && value.chars().all(plain) && !literals.iter().any(|literal| value.eq_ignore_ascii_case(literal))

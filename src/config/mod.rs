@@ -68,7 +68,8 @@ fn default_steps() -> u64 {
 }
 
 impl Config {
-    /// Reads and checks a config: the file over the files that it extends, and over it each of `sets` (`key.path=value`).
+    /// Reads and checks a config: the file over the files that it extends, and over it each of `sets`
+    /// (`key.path=value`).
     ///
     /// # Errors
     /// A file that cannot be read, is not TOML, has an unknown key or a wrong type, or asks for what cannot work;
@@ -96,8 +97,8 @@ impl Config {
         Ok(config)
     }
 
-    /// Where a key such as `environment.0.source` was written: `run.toml:12`, or `--set environment.0.source=…`. For a key
-    /// that was not, the table around it; at last the file. A config that was not loaded has no places.
+    /// Where a key such as `environment.0.source` was written: `run.toml:12`, or `--set environment.0.source=…`. For a
+    /// key that was not, the table around it; at last the file. A config that was not loaded has no places.
     pub fn place(&self, key: &str) -> Option<String> {
         self.places.nearest(key).map(str::to_string)
     }

@@ -1,13 +1,14 @@
 //! What to say of a key that is not known: most likely it is another trainer's name, or stands in the wrong section.
 
-use candor_environments::keys::{KeyError, join};
+use candor_environments::keys::{KeyError, join, nearest};
 use serde::de::{Deserialize, Deserializer, Error, Visitor};
 use serde::forward_to_deserialize_any;
 
-use super::{Batch, Checkpoint, Config, Evaluation, Learner, Lora, Model, Sampling};
+use super::{Batch, Checkpoint, Config, Environment, Evaluation, Learner, Lora, Model, Sampling};
 use crate::objective::Importance;
 
-/// Names of TRL, PEFT, transformers, verl, OpenRLHF and prime-rl: what they are here, and how they differ where they do.
+/// Names of TRL, PEFT, transformers, verl, OpenRLHF and prime-rl: what they are here, and how they differ where they
+/// do.
 const ELSEWHERE: &[(&[&str], &str)] = &[
     (&["run_name", "experiment_name", "output_dir"], "here it is `name`; the run's folder is results/<name>/"),
     (&["max_steps", "total_training_steps", "num_steps"], "here it is `steps`"),
@@ -41,8 +42,8 @@ const ELSEWHERE: &[(&[&str], &str)] = &[
     (&["max_prompt_length", "prompt_max_len"], "prompts are never cut; see `batch.long_prompts`"),
     (
         &["top_p", "top_k", "min_p", "repetition_penalty"],
-        "behavior log-probabilities come from the full softmax, so training on truncated or reweighted samples would bias \
-         the policy ratio; remove it",
+        "behavior log-probabilities come from the full softmax, so training on truncated or reweighted samples would \
+         bias the policy ratio; remove it",
     ),
     (&["lr", "actor_learning_rate"], "here it is `learner.learning_rate`"),
     (&["lr_scheduler_type", "lr_scheduler"], "here it is `learner.schedule`"),
@@ -70,16 +71,24 @@ const ELSEWHERE: &[(&[&str], &str)] = &[
 /// An unknown key's error with a better text, where there is one: whoever wrote another trainer's name, or a key of
 /// another section, meant that.
 pub(super) fn explained(problem: KeyError) -> KeyError {
-    let name = problem.key.rsplit('.').next().unwrap_or_default();
+    let (outer, name) = problem.key.rsplit_once('.').unwrap_or(("", &problem.key));
     let foreign =
         || ELSEWHERE.iter().find(|(names, _)| names.contains(&name)).map(|(_, text)| format!("unknown key; {text}"));
+    // Keys that the struct of this table does not have, because they are read elsewhere.
+    let read: &[&str] = match outer.trim_end_matches(|digit: char| digit.is_ascii_digit()) {
+        "" => &["extends"],
+        "environment." | "evaluation.environment." => Environment::KEYS,
+        _ => &[],
+    };
+    let misspelled =
+        || nearest(name, read.iter().copied()).map(|meant| format!("unknown key; did you mean `{meant}`?"));
     let sections = sections();
     let moved = || {
         let homes = sections.iter().filter(|(_, keys)| keys.contains(&name));
         let homes: Vec<String> = homes.map(|(home, _)| format!("`{}`", join(home, name))).collect();
         (!homes.is_empty()).then(|| format!("unknown key; did you mean {}?", homes.join(" or ")))
     };
-    match problem.unknown.then(|| foreign().or_else(moved)).flatten() {
+    match problem.unknown.then(|| foreign().or_else(moved).or_else(misspelled)).flatten() {
         Some(text) => KeyError { text, ..problem },
         None => problem,
     }

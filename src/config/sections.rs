@@ -4,6 +4,7 @@
 
 use std::fmt;
 
+use candor_environments::keys;
 use serde::de::{Error, MapAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize};
 
@@ -148,6 +149,11 @@ pub struct Environment {
     pub options: toml::Table,
 }
 
+impl Environment {
+    /// The keys of the table that are the engine's own.
+    pub(super) const KEYS: &[&str] = &["name", "weight"];
+}
+
 // By hand, because serde's `flatten` and `try_from` lose the position of every error inside them.
 impl<'de> Deserialize<'de> for Environment {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
@@ -173,7 +179,10 @@ impl<'de> Visitor<'de> for EnvironmentVisitor {
                 _ => drop(options.insert(key, map.next_value()?)),
             }
         }
-        let name = name.ok_or_else(|| A::Error::missing_field("name"))?;
+        let name = name.ok_or_else(|| {
+            let misspelled = options.keys().find(|key| keys::nearest(key, ["name"]).is_some());
+            misspelled.map_or(A::Error::missing_field("name"), |key| A::Error::unknown_field(key, Environment::KEYS))
+        })?;
         Ok(Environment { name, weight, options })
     }
 }

@@ -6,7 +6,7 @@ use std::ops::{Bound, RangeBounds};
 
 use candor_environments::KeyError;
 
-use super::{Config, Device, Dtype, Environment, Reference, SamplerKind};
+use super::{Config, Device, Dtype, Environment, Learner, Reference, SamplerKind};
 use crate::objective::PolicyLoss;
 
 fn problem<T>(key: &str, text: impl Into<String>) -> Result<T, KeyError> {
@@ -19,6 +19,9 @@ const F32_ONLY: &str = "this version computes in f32; use \"auto\" or \"f32\"";
 
 /// More of anything than this is a slip of the keyboard; it also keeps products of two counts inside 64 bits.
 const MOST: u64 = 1 << 30;
+
+/// More completions of one step than anybody could wait for.
+const MOST_ROLLOUTS: usize = 1 << 20;
 
 impl Config {
     /// The first problem of a config whose keys and types are right.
@@ -49,6 +52,15 @@ impl Config {
         ];
         match counts.into_iter().find(|(_, value, least)| !(*least..=MOST).contains(value)) {
             Some((key, value, least)) => problem(key, format!("{value} is not between {least} and {MOST}")),
+            None if self.batch.prompts * self.batch.group > MOST_ROLLOUTS => {
+                let (prompts, group) = (self.batch.prompts, self.batch.group);
+                problem(
+                    "batch.group",
+                    format!(
+                        "{prompts} prompts of {group} rollouts are more than {MOST_ROLLOUTS} a step; lower one of them"
+                    ),
+                )
+            }
             None if self.batch.micro_tokens <= self.sampling.max_tokens => {
                 let (micro, longest) = (self.batch.micro_tokens, self.sampling.max_tokens);
                 problem(
@@ -74,7 +86,8 @@ impl Config {
             ("learner.weight_decay", learner.weight_decay, not_negative),
             ("learner.betas", learner.betas[0], decay),
             ("learner.betas", learner.betas[1], decay),
-            ("learner.epsilon", learner.epsilon, positive),
+            // Elsewhere a key of this name is the range of clipping, 0.2 or so.
+            ("learner.epsilon", learner.epsilon, (Excluded(0.0), Included(0.01))),
             ("learner.max_grad_norm", learner.max_grad_norm, positive),
             ("learner.clip", learner.clip[0], not_negative),
             ("learner.clip", learner.clip[1], not_negative),
@@ -113,7 +126,7 @@ impl Config {
 
     fn check_lists(&self) -> Result<(), KeyError> {
         if self.model.source.trim().is_empty() {
-            return problem("model.source", "is empty; name a folder, a .gguf file, or a pip: source");
+            return problem("model.source", "is empty; name a folder, a .gguf file, or an hf: or pip: source");
         }
         if self.lora.targets.is_empty() {
             return problem(
@@ -139,6 +152,17 @@ impl Config {
         if learner.delta.is_some() && learner.policy_loss != PolicyLoss::Clip {
             return problem("learner.delta", "bounds the ratio of policy_loss = \"clip\" only; remove it");
         }
+        if learner.kl_estimator.is_some() && learner.kl == 0.0 {
+            return problem("learner.kl_estimator", "has no effect with learner.kl = 0; set that, or remove this");
+        }
+        // The default is left alone: a run of few steps did not ask for it.
+        let (warmup, steps) = (learner.warmup_steps, self.steps);
+        if warmup >= steps && warmup > Learner::default().warmup_steps {
+            return problem(
+                "learner.warmup_steps",
+                format!("{warmup} steps of warm-up leave none of steps = {steps} for the peak; lower it"),
+            );
+        }
         if learner.reference == Some(Reference::Start) && self.lora.start_from.is_none() {
             return problem(
                 "learner.reference",
@@ -148,8 +172,8 @@ impl Config {
         if self.lora.dropout > 0.0 {
             return problem(
                 "lora.dropout",
-                "an environment that samples has no dropout in its sampler, so the ratio of learner and sampler would be \
-                 wrong; use 0.0",
+                "an environment that samples has no dropout in its sampler, so the ratio of learner and sampler would \
+                 be wrong; use 0.0",
             );
         }
         Ok(())
@@ -204,7 +228,8 @@ fn check_name(name: &str) -> Result<(), KeyError> {
     problem(
         "name",
         format!(
-            "{name:?} must be a plain folder name: letters, digits, '.', '_' and '-', at most 100, a letter or digit first"
+            "{name:?} must be a plain folder name: letters, digits, '.', '_' and '-', at most 100, a letter or digit \
+             first"
         ),
     )
 }

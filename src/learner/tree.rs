@@ -56,56 +56,75 @@ pub struct MicroBatch<'a> {
 /// # Errors
 /// If a prompt or a completion is empty, or a prompt with one branch exceeds the budget; tree and branch are named.
 pub fn pack(trees: &[Tree], budget: usize) -> Result<Vec<MicroBatch<'_>>> {
-    let mut pieces: Vec<(&Tree, Range<usize>, usize)> = Vec::new();
+    let mut all: Vec<(&Tree, Piece)> = Vec::new();
     for tree in trees {
         ensure!(!tree.prompt_ids.is_empty(), "{}: the prompt has no tokens", tree.name);
-        let mut open: Option<(usize, usize)> = None;
-        for (index, branch) in tree.branches.iter().enumerate() {
+        for branch in &tree.branches {
             ensure!(!branch.ids.is_empty(), "{}, rollout {}: the completion has no tokens", tree.name, branch.rollout);
-            let (prompt, rows) = (tree.prompt_ids.len(), branch.ids.len() - 1);
+            let rows = tree.prompt_ids.len() + branch.ids.len() - 1;
             ensure!(
-                prompt + rows <= budget,
-                "{}, rollout {}: {} tokens do not fit into batch.micro_tokens = {budget}; raise it, or shorten prompts or sampling.max_tokens",
+                rows <= budget,
+                "{}, rollout {}: {rows} tokens do not fit into batch.micro_tokens = {budget}; raise it, or shorten prompts \
+                 or sampling.max_tokens",
                 tree.name,
-                branch.rollout,
-                prompt + rows
+                branch.rollout
             );
-            open = match open {
-                Some((first, size)) if size + rows > budget => {
-                    pieces.push((tree, first..index, size));
-                    Some((index, prompt + rows))
-                }
-                Some((first, size)) => Some((first, size + rows)),
-                None => Some((index, prompt + rows)),
-            };
         }
-        pieces.extend(open.map(|(first, size)| (tree, first..tree.branches.len(), size)));
+        let completions = tree.branches.iter().map(|branch| branch.ids.len());
+        all.extend(pieces(tree.prompt_ids.len(), completions, budget).into_iter().map(|piece| (tree, piece)));
     }
-    let mut batches = Vec::new();
-    let mut rest = pieces.as_slice();
-    while !rest.is_empty() {
-        let mut total = 0;
-        let fitting = rest.iter().take_while(|(.., size)| {
-            total += size;
-            total <= budget
-        });
-        let (now, later) = rest.split_at(fitting.count());
-        batches.push(lay_out(now));
-        rest = later;
-    }
-    Ok(batches)
+    let sizes: Vec<usize> = all.iter().map(|(_, piece)| piece.rows).collect();
+    Ok(batches(&sizes, budget).into_iter().map(|range| lay_out(&all[range])).collect())
 }
 
-fn lay_out<'a>(pieces: &[(&'a Tree, Range<usize>, usize)]) -> MicroBatch<'a> {
+/// Branches of one tree that share a micro-batch.
+#[derive(Clone, Debug)]
+pub struct Piece {
+    /// The branches.
+    pub branches: Range<usize>,
+    /// Rows that they and the prompt take.
+    pub rows: usize,
+}
+
+/// Cuts a tree with completions of these lengths into pieces of at most `budget` rows, or of one branch.
+pub fn pieces(prompt: usize, completions: impl Iterator<Item = usize>, budget: usize) -> Vec<Piece> {
+    let mut pieces: Vec<Piece> = Vec::new();
+    for (index, tokens) in completions.enumerate() {
+        // The last token predicts nothing, so it needs no row.
+        let rows = tokens - 1;
+        match pieces.last_mut().filter(|piece| piece.rows + rows <= budget) {
+            Some(piece) => (piece.branches.end, piece.rows) = (index + 1, piece.rows + rows),
+            None => pieces.push(Piece { branches: index..index + 1, rows: prompt + rows }),
+        }
+    }
+    pieces
+}
+
+/// Which consecutive pieces share a micro-batch of at most `budget` rows; a larger piece has one to itself.
+pub fn batches(rows: &[usize], budget: usize) -> Vec<Range<usize>> {
+    let mut batches: Vec<Range<usize>> = Vec::new();
+    let mut total = 0;
+    for (index, &rows) in rows.iter().enumerate() {
+        match batches.last_mut().filter(|_| total + rows <= budget) {
+            Some(batch) => (batch.end, total) = (index + 1, total + rows),
+            None => {
+                batches.push(index..index + 1);
+                total = rows;
+            }
+        }
+    }
+    batches
+}
+
+fn lay_out<'a>(pieces: &[(&'a Tree, Piece)]) -> MicroBatch<'a> {
     let (mut ids, mut positions, mut spans) = (Vec::new(), Vec::new(), Vec::new());
     let (mut predicting, mut targets, mut branches) = (Vec::new(), Vec::new(), Vec::new());
-    for (tree, range, _) in pieces {
+    for (tree, piece) in pieces {
         let prompt = ids.len()..ids.len() + tree.prompt_ids.len();
         ids.extend(&tree.prompt_ids);
         positions.extend(0..prompt.len());
         spans.push(Span { queries: prompt.clone(), prefix: 0..0, own: prompt.clone() });
-        for branch in &tree.branches[range.clone()] {
-            // The last token predicts nothing, so it needs no row.
+        for branch in &tree.branches[piece.branches.clone()] {
             let inputs = &branch.ids[..branch.ids.len() - 1];
             let rows = ids.len()..ids.len() + inputs.len();
             branches.push((branch, targets.len()..targets.len() + branch.ids.len()));

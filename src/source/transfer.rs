@@ -118,10 +118,11 @@ impl<'a> Client<'a> {
             ureq::Error::Timeout(_) => format!("nothing arrived for {} seconds", self.patience.as_secs_f64()),
             // It holds the address, and addresses of files are signed.
             ureq::Error::BadUri(_) => "the address cannot be used".into(),
+            ureq::Error::Io(error) => error.to_string(),
             other => other.to_string(),
         };
         let host = uri.authority().map_or("", |authority| authority.as_str());
-        Failure::Unreachable(format!("{host} was not reached: {what}; check the network, proxies and HF_ENDPOINT"))
+        Failure::Unreachable(format!("{host} was not reached ({what}): check the network, proxies and HF_ENDPOINT"))
     }
 }
 

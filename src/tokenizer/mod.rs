@@ -1,7 +1,7 @@
 //! Text to token ids and back, chat messages to prompt ids, and the tokens that end a generation.
 //!
-//! Read from a Hugging Face folder or from a GGUF file's metadata. A token stands for bytes, not characters, so text and
-//! the byte range of each token come from one place ([`Tokenizer::token_ranges`]) and cannot disagree.
+//! Read from a Hugging Face folder or from a GGUF file's metadata. A token stands for bytes, not characters, so text
+//! and the byte range of each token come from one place ([`Tokenizer::token_ranges`]) and cannot disagree.
 
 mod folder;
 mod gguf;
@@ -51,11 +51,9 @@ impl Tokenizer {
     ///
     /// # Errors
     /// A required file is missing, a file is not what it should be (the message names it), the vocabulary is empty, or
-    /// its tokens do not spell bytes in a way we know.
+    /// its tokens do not spell bytes in a way we know. The message does not name the folder.
     pub fn from_folder(folder: &Path) -> Result<Self> {
-        folder::read(folder)
-            .and_then(Self::assemble)
-            .with_context(|| format!("the tokenizer in {} cannot be used", folder.display()))
+        folder::read(folder).and_then(Self::assemble).context("the tokenizer cannot be used")
     }
 
     /// Builds the tokenizer that a GGUF file's metadata describes.
@@ -97,7 +95,8 @@ impl Tokenizer {
 
     /// Token ids of `text`. Nothing is added; special tokens written in the text become those tokens.
     ///
-    /// As in transformers, bytes that a byte-level vocabulary lacks are left out (SmolLM2 lacks six control characters).
+    /// As in transformers, bytes that a byte-level vocabulary lacks are left out (SmolLM2 lacks six control
+    /// characters).
     ///
     /// # Errors
     /// The tokenizer's own, such as an unknown token that it names but does not have.
@@ -106,8 +105,8 @@ impl Tokenizer {
         Ok(encoding.get_ids().to_vec())
     }
 
-    /// The text of `ids` without special tokens. Bytes that are not UTF-8 become U+FFFD; an id without a token (a padding
-    /// row of the embedding) has no text.
+    /// The text of `ids` without special tokens. Bytes that are not UTF-8 become U+FFFD; an id without a token (a
+    /// padding row of the embedding) has no text.
     pub fn decode(&self, ids: &[u32]) -> String {
         self.spell(ids, false).0
     }
@@ -119,8 +118,8 @@ impl Tokenizer {
 
     /// The text of [`decode`](Self::decode), and for each id the byte range of that text that it covers.
     ///
-    /// Range starts never decrease, and together the ranges cover the text. An id that spells part of a character covers the
-    /// whole character, as do the ids of its other parts; an id without text has an empty range.
+    /// Range starts never decrease, and together the ranges cover the text. An id that spells part of a character
+    /// covers the whole character, as do the ids of its other parts; an id without text has an empty range.
     pub fn token_ranges(&self, ids: &[u32]) -> (String, Vec<Range<usize>>) {
         self.spell(ids, false)
     }
@@ -153,8 +152,8 @@ impl Tokenizer {
         self.template.as_ref().is_some_and(ChatTemplate::folds_system)
     }
 
-    /// Whether the model's files hold no chat template and it is given Gemma's, because its vocabulary has Gemma's turns. A
-    /// base model may never have seen them.
+    /// Whether the model's files hold no chat template and it is given Gemma's, because its vocabulary has Gemma's
+    /// turns. A base model may never have seen them.
     pub fn borrows_template(&self) -> bool {
         self.borrows_template
     }
@@ -176,7 +175,9 @@ impl Tokenizer {
     /// # Errors
     /// As [`render`](Self::render) and [`encode`](Self::encode).
     pub fn prompt_ids(&self, messages: &[Message]) -> Result<Vec<u32>> {
-        self.text_prompt_ids(&self.render(messages, true)?)
+        let ids = self.text_prompt_ids(&self.render(messages, true)?)?;
+        ensure!(!ids.is_empty(), "the chat template makes an empty prompt of these messages");
+        Ok(ids)
     }
 
     /// Token ids of a prompt that is plain text, to be continued as it is.
@@ -195,17 +196,18 @@ impl Tokenizer {
         Ok(ids)
     }
 
-    /// Whether the prompt of `messages` has at most `limit` tokens. Most are told by their length in bytes: no token stands for
-    /// less than one.
+    /// Whether the prompt of `messages` has at most `limit` tokens. Most are told by their length in bytes: no token
+    /// stands for less than one.
     ///
     /// # Errors
     /// As [`prompt_ids`](Self::prompt_ids).
     pub fn prompt_fits(&self, messages: &[Message], limit: usize) -> Result<bool> {
-        Ok(self.render(messages, true)?.len() < limit || self.prompt_ids(messages)?.len() <= limit)
+        let bytes = self.render(messages, true)?.len();
+        Ok(0 < bytes && bytes < limit || self.prompt_ids(messages)?.len() <= limit)
     }
 
-    /// Every token that ends a generation, in increasing order: those that the model's files name and the one that the chat
-    /// template writes after an assistant's answer. Empty if there are none.
+    /// Every token that ends a generation, in increasing order: those that the model's files name and the one that the
+    /// chat template writes after an assistant's answer. Empty if there are none.
     pub fn end_tokens(&self) -> &[u32] {
         &self.end_tokens
     }
@@ -220,8 +222,8 @@ impl Tokenizer {
         self.template.is_some()
     }
 
-    /// One more than the largest token id that text can become. The model's embedding may have more rows; a token added beyond
-    /// them, such as Gemma 3's for images, may have none.
+    /// One more than the largest token id that text can become. The model's embedding may have more rows; a token added
+    /// beyond them, such as Gemma 3's for images, may have none.
     pub fn vocab_size(&self) -> usize {
         self.inner.get_vocab(false).into_values().max().map_or(0, |largest| largest as usize + 1)
     }

@@ -1,7 +1,7 @@
 //! SentencePiece's byte-pair tokenizer as GGUF files keep it: tokens with scores instead of merges.
 //!
-//! SentencePiece joins whichever neighbors make the token of the highest score. Here every way of joining two tokens to a
-//! third becomes a merge, ordered by that score, as in the `tokenizer.json` that transformers makes of such a model.
+//! SentencePiece joins whichever neighbors make the token of the highest score. Here every way of joining two tokens to
+//! a third becomes a merge, ordered by that score, as in the `tokenizer.json` that transformers makes of such a model.
 
 use anyhow::{Result, ensure};
 use tokenizers::decoders::byte_fallback::ByteFallback;
@@ -13,8 +13,8 @@ use tokenizers::normalizers::replace::Replace;
 /// A token is cut in two at every place, so its length is limited; no known vocabulary comes near.
 const MAX_BYTES: usize = 1024;
 
-/// The tokenizer of `tokens`, of which those with a true `joined` come about by joining others; what no token spells becomes
-/// bytes, or `unknown`.
+/// The tokenizer of `tokens`, of which those with a true `joined` come about by joining others; what no token spells
+/// becomes bytes, or `unknown`.
 pub(super) fn tokenizer(
     tokens: &[&str],
     scores: &[f32],

@@ -44,8 +44,8 @@ impl Spelling {
     }
 }
 
-/// GPT-2's printable character for each byte, backwards: printable Latin-1 stands for itself, and the other 68 bytes are
-/// numbered from U+0100 on.
+/// GPT-2's printable character for each byte, backwards: printable Latin-1 stands for itself, and the other 68 bytes
+/// are numbered from U+0100 on.
 fn byte_of_stand_in(character: char) -> Option<u8> {
     let byte = match u32::from(character) {
         code @ (0x21..=0x7E | 0xA1..=0xAC | 0xAE..=0xFF) => code,

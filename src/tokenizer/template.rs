@@ -1,7 +1,8 @@
 //! Chat templates: the Jinja text that comes with a model turns messages into its prompt.
 //!
-//! Rendering follows transformers' `apply_chat_template`: blocks trimmed on both sides, one final newline of the template
-//! dropped, Python's string methods, `raise_exception`, `strftime_now`, `bos_token` and `eos_token`. No tools are passed.
+//! Rendering follows transformers' `apply_chat_template`: blocks trimmed on both sides, one final newline of the
+//! template dropped, Python's string methods, `raise_exception`, `strftime_now`, `bos_token` and `eos_token`. No tools
+//! are passed.
 
 use std::borrow::Cow;
 
