@@ -231,7 +231,7 @@ fn save_tensors(path: &Path, tensors: Vec<(String, Tensor)>) -> Result<()> {
 
 /// All tensors of a file, in f32. One that is not finite would end the run later, where nothing says where it came from.
 fn load_tensors(path: &Path, device: &Device) -> Result<HashMap<String, Tensor>> {
-    let file = Safetensors::map(vec![path.into()])?;
+    let file = Safetensors::open(vec![path.into()])?;
     let load = |name: &str| -> Result<_> {
         let tensor = file.tensor(name, device)?;
         let finite = tensor.flatten_all()?.to_vec1::<f32>()?.into_iter().all(f32::is_finite);

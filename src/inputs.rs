@@ -36,7 +36,7 @@ impl ModelFiles {
     /// If the source cannot be had, a tensor is missing or has the wrong shape, or the tokenizer is not this model's.
     pub fn open(source: &str, observer: Observer) -> Result<Self> {
         let path = resolve(source, Kind::Model, observer)?;
-        let mut weights = Weights::open(&path)?;
+        let weights = Weights::open(&path)?;
         let architecture = weights.architecture()?;
         Model::check(&weights, &architecture)?;
         let tokenizer = match weights.metadata() {
@@ -57,9 +57,9 @@ impl ModelFiles {
     ///
     /// # Errors
     /// If a tensor is missing or has the wrong shape.
-    pub fn load(mut self, device: &Device, observer: Observer) -> Result<Arc<Model>> {
+    pub fn load(self, device: &Device, observer: Observer) -> Result<Arc<Model>> {
         observer(Event::Line(&format!("loading the model from {}", self.weights.path().display())));
-        Ok(Arc::new(Model::load(&mut self.weights, device)?))
+        Ok(Arc::new(Model::load(&self.weights, device)?))
     }
 }
 

@@ -10,6 +10,7 @@ use anyhow::Result;
 use crate::config::{Config, Reference};
 use crate::inputs::Inputs;
 use crate::learner::tree::{Branch, Tree, pack};
+use crate::model::stored::reading_bytes;
 use crate::model::{Architecture, KeyValueStore, Projection};
 use crate::ops::head;
 use crate::report::{available_memory, resident_memory};
@@ -50,7 +51,7 @@ pub struct Memory {
     pub learning: usize,
     /// Selected hidden states and a block of logits.
     pub head: usize,
-    /// What is mapped only while the weights are read.
+    /// What is taken only while the weights are read.
     pub loading: usize,
 }
 
@@ -155,8 +156,6 @@ impl Work {
         let layers = architecture.layers.len();
         let inputs_of_layers = self.micro_rows * (layers + 1) * architecture.hidden;
         let weights = &inputs.model.weights;
-        // A folder's files are mapped; of a GGUF file one tensor is read at a time.
-        let loading = if weights.metadata().is_none() { weights.stored_bytes()? as usize } else { 0 };
         Ok(Memory {
             program: resident_memory().unwrap_or(0) as usize,
             base: FLOAT * weights.elements(),
@@ -165,7 +164,7 @@ impl Work {
             sampling: FLOAT * self.forward_rows * forward_width(architecture),
             learning: FLOAT * (inputs_of_layers + self.micro_rows * backward_width(architecture)),
             head: FLOAT * (3 * self.targets * architecture.hidden + head::BLOCK),
-            loading,
+            loading: reading_bytes(),
         })
     }
 }

@@ -20,6 +20,7 @@ mod hub;
 mod hub_server;
 mod inputs;
 mod learner;
+mod loading;
 mod model;
 mod objective;
 mod objective_identities;

@@ -7,6 +7,7 @@
 //! * [`family`]: the families that are known, read from `config.json` or GGUF metadata
 //! * [`weights`]: tensors by name from safetensors or GGUF
 //! * [`gguf`], [`safetensors`]: the two kinds of files
+//! * [`stored`]: a tensor in a file, read in pieces
 //! * [`cache`]: keys and values of past tokens, for the sampler
 
 pub mod architecture;
@@ -14,6 +15,7 @@ pub mod cache;
 pub mod family;
 pub mod gguf;
 pub mod safetensors;
+pub mod stored;
 pub mod weights;
 
 use std::ops::Range;
@@ -95,7 +97,7 @@ impl Model {
     ///
     /// # Errors
     /// If a tensor is missing or has the wrong shape.
-    pub fn load(weights: &mut Weights, device: &Device) -> Result<Self> {
+    pub fn load(weights: &Weights, device: &Device) -> Result<Self> {
         let architecture = weights.architecture()?;
         Self::assemble(&architecture, device, |name, shape| weights.tensor(name, shape, &architecture, device))
     }
@@ -107,7 +109,7 @@ impl Model {
     pub fn check(weights: &Weights, architecture: &Architecture) -> Result<()> {
         let nothing = Tensor::zeros((), DType::F32, &Device::Cpu)?;
         let expect = |name: &str, shape: &[usize]| {
-            weights.expect(name, shape, architecture)?;
+            weights.stored(name, shape, architecture)?;
             Ok(nothing.clone())
         };
         Self::assemble(architecture, &Device::Cpu, expect).map(drop)
@@ -133,7 +135,7 @@ impl Model {
     /// # Errors
     /// As [`Weights::open`] and [`Model::load`].
     pub fn open(path: &Path, device: &Device) -> Result<Self> {
-        Self::load(&mut Weights::open(path)?, device)
+        Self::load(&Weights::open(path)?, device)
     }
 
     /// The head's weight [vocabulary, hidden].
