@@ -11,9 +11,9 @@ use candor_environments::{Context, Load, REGISTRY, Split, Target};
 use rayon::prelude::*;
 
 use crate::advantage::AdvantageKind;
-use crate::config::{self, Config, LongPrompts};
+use crate::config::{self, Config, LongPrompts, Quantization};
 use crate::event::{Event, Observer};
-use crate::model::{Architecture, Model, Weights};
+use crate::model::{Architecture, Footprint, Model, Weights};
 use crate::scorers::no_panic;
 use crate::selection::{Source, shares};
 use crate::source::{self, Kind};
@@ -27,6 +27,10 @@ pub struct ModelFiles {
     pub architecture: Architecture,
     /// Its tokenizer and chat template.
     pub tokenizer: Arc<Tokenizer>,
+    /// How the layers' projections are packed, if they are.
+    pub quantization: Option<Quantization>,
+    /// What its weights will take.
+    pub footprint: Footprint,
 }
 
 impl ModelFiles {
@@ -38,7 +42,7 @@ impl ModelFiles {
         let path = resolve(source, Kind::Model, observer)?;
         let weights = Weights::open(&path)?;
         let architecture = weights.architecture()?;
-        Model::check(&weights, &architecture)?;
+        let footprint = Model::footprint(&weights, &architecture, None)?;
         let tokenizer = match weights.metadata() {
             Some(metadata) => Tokenizer::from_gguf(metadata),
             None => Tokenizer::from_folder(&path),
@@ -50,7 +54,21 @@ impl ModelFiles {
             "{}: the tokenizer needs {tokens} token ids, the model has only {vocabulary}; are they of one model?",
             weights.path().display()
         );
-        Ok(Self { weights, architecture, tokenizer: Arc::new(tokenizer) })
+        Ok(Self { weights, architecture, tokenizer: Arc::new(tokenizer), quantization: None, footprint })
+    }
+
+    /// The same model, its projections to be packed.
+    ///
+    /// # Errors
+    /// If they cannot be packed like this.
+    pub fn packed(self, quantization: Quantization) -> Result<Self> {
+        ensure!(
+            quantization != Quantization::Keep || self.weights.metadata().is_some(),
+            "\"keep\" leaves a GGUF file's weights as they are packed, but {} is a folder of unpacked ones; use \"nf4\" or \"q8_0\"",
+            self.weights.path().display()
+        );
+        let footprint = Model::footprint(&self.weights, &self.architecture, Some(quantization))?;
+        Ok(Self { quantization: Some(quantization), footprint, ..self })
     }
 
     /// Reads the weights.
@@ -59,7 +77,7 @@ impl ModelFiles {
     /// If a tensor is missing or has the wrong shape.
     pub fn load(self, device: &Device, observer: Observer) -> Result<Arc<Model>> {
         observer(Event::Line(&format!("loading the model from {}", self.weights.path().display())));
-        Ok(Arc::new(Model::load(&self.weights, device)?))
+        Ok(Arc::new(Model::load(&self.weights, self.quantization, device)?))
     }
 }
 
@@ -98,7 +116,10 @@ impl Inputs {
             let others = &config.evaluation.environments;
             heldout.extend(loader.load_all("evaluation.environment", others, Split::Heldout)?);
         }
-        let model = ModelFiles::open(&config.model.source, observer).with_context(|| loader.at("model.source"))?;
+        let mut model = ModelFiles::open(&config.model.source, observer).with_context(|| loader.at("model.source"))?;
+        if let Some(quantization) = config.model.quantization {
+            model = model.packed(quantization).with_context(|| loader.at("model.quantization"))?;
+        }
         let Config { batch, sampling, evaluation, .. } = config;
         let context = Room { tokens: model.architecture.context, name: "the model's context" };
         let micro = Room { tokens: batch.micro_tokens, name: "batch.micro_tokens" };

@@ -41,6 +41,8 @@ pub struct Memory {
     pub program: usize,
     /// The frozen weights.
     pub base: usize,
+    /// The largest packed projection, while it is unpacked.
+    pub unpacked: usize,
     /// The adapter, its gradient, both moments, and the copies for the sampler and the reference.
     pub adapter: usize,
     /// The sampler's keys and values.
@@ -69,7 +71,7 @@ impl Memory {
 
     /// The most that is resident at once.
     pub fn peak(&self) -> usize {
-        let working = self.adapter + self.cache + self.head + self.activations() + self.pieces();
+        let working = self.unpacked + self.adapter + self.cache + self.head + self.activations() + self.pieces();
         self.program + self.base + working.max(self.loading)
     }
 }
@@ -155,10 +157,11 @@ impl Work {
         let copies = 5 + usize::from(reference);
         let layers = architecture.layers.len();
         let inputs_of_layers = self.micro_rows * (layers + 1) * architecture.hidden;
-        let weights = &inputs.model.weights;
+        let footprint = inputs.model.footprint;
         Ok(Memory {
             program: resident_memory().unwrap_or(0) as usize,
-            base: FLOAT * weights.elements(),
+            base: footprint.resident,
+            unpacked: footprint.unpacked,
             adapter: FLOAT * copies * adapter,
             cache: KeyValueStore::bytes(architecture, self.stored_rows),
             sampling: FLOAT * self.forward_rows * forward_width(architecture),
@@ -218,12 +221,16 @@ impl fmt::Display for Plan {
     /// As TOML comments, so that a config stays one with its plan below it.
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
         self.derived.iter().try_for_each(|line| writeln!(f, "# {line}"))?;
-        let Memory { program, base, adapter, cache, sampling, learning, head, loading } = self.memory;
+        let Memory { program, base, unpacked, adapter, cache, sampling, learning, head, loading } = self.memory;
         let gigabytes = |bytes: usize| bytes as f64 / 1e9;
+        let form = match unpacked {
+            0 => "f32".to_string(),
+            bytes => format!("packed, {:.2} more for the projection in use", gigabytes(bytes)),
+        };
         writeln!(f, "#\n# memory at its fullest, completions as long as they may be (GB)")?;
         for (name, bytes, note) in [
             ("program, tokenizer, data", program, String::new()),
-            ("base weights", base, format!("f32; while they are read, {:.2} more", gigabytes(loading))),
+            ("base weights", base, format!("{form}; while they are read, {:.2} more", gigabytes(loading))),
             ("adapter", adapter, "with its gradient, moments and copies".into()),
             ("keys and values", cache, "of the sampler".into()),
             ("activations", learning.max(sampling), format!("learning; sampling takes {:.2}", gigabytes(sampling))),

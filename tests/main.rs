@@ -28,6 +28,7 @@ mod ops;
 mod parsing;
 mod program;
 mod published;
+mod quantized;
 mod random;
 mod resume;
 mod rows;

@@ -161,7 +161,6 @@ impl Config {
                 "this build computes on the CPU only; use \"auto\" or \"cpu\"",
             ),
             (self.model.dtype == Dtype::Bf16, "model.dtype", "this version computes in f32; use \"auto\" or \"f32\""),
-            (self.model.quantization.is_some(), "model.quantization", "weights are unpacked when loaded; remove it"),
             (
                 self.sampling.kind != SamplerKind::Local,
                 "sampling.kind",

@@ -10,7 +10,9 @@ use candle_core::quantized::{GgmlDType, QStorage, QTensor};
 use candle_core::{Device, Tensor};
 use rayon::prelude::*;
 
-use crate::ops::quantized::unpack;
+use crate::config::Quantization;
+use crate::ops::nf4::{Blocks, Nf4};
+use crate::ops::quantized::{Packed, Values, unpack};
 
 /// About how many numbers a thread reads at once.
 const PIECE: usize = 256 * 1024;
@@ -66,6 +68,52 @@ impl Stored<'_> {
         Ok(QTensor::new(storage, (rows, width))?)
     }
 
+    /// In which form the matrix is held; what is in f32 already is not packed to be kept.
+    pub fn form(&self, quantization: Option<Quantization>) -> Option<Quantization> {
+        quantization.filter(|form| (*form, self.kind) != (Quantization::Keep, GgmlDType::F32))
+    }
+
+    /// What the matrix takes when packed, in bytes.
+    ///
+    /// # Errors
+    /// If its rows are not whole blocks.
+    pub fn packed_bytes(&self, quantization: Quantization) -> Result<usize> {
+        let (rows, width) = self.matrix();
+        let kind = match quantization {
+            Quantization::Nf4 => return Ok(Nf4::bytes(rows * width)),
+            Quantization::Q8 => GgmlDType::Q8_0,
+            Quantization::Keep => self.kind,
+        };
+        let block = kind.block_size();
+        ensure!(
+            width.is_multiple_of(block),
+            "its rows of {width} numbers are not whole blocks of {block}, as {kind:?} has them; use \"nf4\""
+        );
+        Ok(rows * width / block * kind.type_size())
+    }
+
+    /// The matrix, packed.
+    ///
+    /// # Errors
+    /// If the file cannot be read any more, or what is to be packed is not finite.
+    pub fn pack(&self, quantization: Quantization) -> Result<Packed> {
+        let values = match quantization {
+            Quantization::Nf4 => Values::Nf4(Nf4::new(self.pieces(|piece| Ok(Blocks::of(&finite(&piece)?)))?)),
+            Quantization::Q8 => Values::Blocks(self.pieces(|piece| {
+                let numbers = Tensor::from_vec(finite(&piece)?, piece.shape(), &Device::Cpu)?;
+                Ok(QTensor::quantize(&numbers, GgmlDType::Q8_0)?)
+            })?),
+            Quantization::Keep => Values::Blocks(self.pieces(Ok)?),
+        };
+        Ok(Packed { dims: self.matrix(), values })
+    }
+
+    fn pieces<T: Send>(&self, f: impl Fn(QTensor) -> Result<T> + Sync) -> Result<Vec<T>> {
+        let ((rows, _), piece) = (self.matrix(), self.piece_rows());
+        let firsts: Vec<usize> = (0..rows).step_by(piece).collect();
+        firsts.into_par_iter().map(|first| f(self.piece(first, piece.min(rows - first))?)).collect()
+    }
+
     /// The tensor in f32.
     ///
     /// # Errors
@@ -80,6 +128,13 @@ impl Stored<'_> {
         })?;
         Ok(Tensor::from_vec(values, self.shape.as_slice(), &Device::Cpu)?.to_device(device)?)
     }
+}
+
+/// The numbers of a piece in f32, which a packed type could not hold if they were not finite.
+fn finite(piece: &QTensor) -> Result<Vec<f32>> {
+    let numbers = piece.dequantize(&Device::Cpu)?.flatten_all()?.to_vec1::<f32>()?;
+    ensure!(numbers.iter().all(|number| number.is_finite()), "it holds NaN or infinity");
+    Ok(numbers)
 }
 
 /// The rows of a head whose halves are interleaved, one half after the other.

@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::fs::File;
 use std::io::BufReader;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use anyhow::{Context, Result, bail, ensure};
 use candle_core::quantized::gguf_file::{Content, TensorInfo, Value as Metadata};
@@ -13,6 +14,8 @@ use super::architecture::{Architecture, Projection};
 use super::gguf;
 use super::safetensors::Safetensors;
 use super::stored::Stored;
+use crate::config::Quantization;
+use crate::ops::quantized::Weight;
 use crate::source::single_file;
 
 /// An opened model file or folder.
@@ -152,6 +155,26 @@ impl Weights {
     pub fn tensor(&self, name: &str, shape: &[usize], architecture: &Architecture, device: &Device) -> Result<Tensor> {
         let loaded = self.stored(name, shape, architecture)?.load(device);
         loaded.with_context(|| format!("{}: tensor {name}", self.path().display()))
+    }
+
+    /// The matrix of this Hugging Face name, packed if that is asked for, else in f32.
+    ///
+    /// # Errors
+    /// As [`Weights::tensor`], or if it cannot be packed like this.
+    pub fn matrix(
+        &self,
+        name: &str,
+        shape: &[usize],
+        architecture: &Architecture,
+        quantization: Option<Quantization>,
+        device: &Device,
+    ) -> Result<Weight> {
+        let stored = self.stored(name, shape, architecture)?;
+        let matrix = match stored.form(quantization) {
+            None => stored.load(device).map(Weight::Dense),
+            Some(form) => stored.pack(form).map(|packed| Weight::Packed(Arc::new(packed))),
+        };
+        matrix.with_context(|| format!("{}: tensor {name}", self.path().display()))
     }
 }
 
