@@ -54,7 +54,7 @@ impl Check {
         self.odd.push(text.into());
     }
 
-    fn model(&mut self, ModelFiles { weights, architecture, tokenizer }: &ModelFiles) {
+    fn model(&mut self, ModelFiles { weights, architecture, tokenizer, .. }: &ModelFiles) {
         self.line("model", weights.path().display());
         let millions = weights.elements() as f64 / 1e6;
         let (layers, hidden) = (architecture.layers.len(), architecture.hidden);

@@ -12,9 +12,9 @@ use rayon::prelude::*;
 use tracing::debug;
 
 use crate::advantage::AdvantageKind;
-use crate::config::{self, Config, LongPrompts};
+use crate::config::{self, Config, LongPrompts, Quantization};
 use crate::event::{Event, Observer};
-use crate::model::{Architecture, Model, Weights};
+use crate::model::{Architecture, Footprint, Model, Weights};
 use crate::peft;
 use crate::policy::Adapter;
 use crate::scorers::{caught, no_panic};
@@ -30,6 +30,10 @@ pub struct ModelFiles {
     pub architecture: Architecture,
     /// Its tokenizer and chat template.
     pub tokenizer: Arc<Tokenizer>,
+    /// How the layers' projections are packed, if they are.
+    pub quantization: Option<Quantization>,
+    /// What its weights will take.
+    pub footprint: Footprint,
 }
 
 impl ModelFiles {
@@ -39,9 +43,9 @@ impl ModelFiles {
     /// If the source cannot be had, a tensor is missing or has the wrong shape, or the tokenizer is not this model's.
     pub fn open(source: &str, observer: Observer) -> Result<Self> {
         let path = resolve(source, Kind::Model, observer)?;
-        let mut weights = Weights::open(&path)?;
+        let weights = Weights::open(&path)?;
         let architecture = weights.architecture()?;
-        Model::check(&weights, &architecture)?;
+        let footprint = Model::footprint(&weights, &architecture, None)?;
         let tokenizer = match weights.metadata() {
             Some(metadata) => Tokenizer::from_gguf(metadata),
             None => Tokenizer::from_folder(&path),
@@ -53,7 +57,21 @@ impl ModelFiles {
             "{}: the tokenizer needs {tokens} token ids, the model has only {vocabulary}; are they of one model?",
             weights.path().display()
         );
-        Ok(Self { weights, architecture, tokenizer: Arc::new(tokenizer) })
+        Ok(Self { weights, architecture, tokenizer: Arc::new(tokenizer), quantization: None, footprint })
+    }
+
+    /// The same model, its projections to be packed.
+    ///
+    /// # Errors
+    /// If they cannot be packed like this.
+    pub fn packed(self, quantization: Quantization) -> Result<Self> {
+        ensure!(
+            quantization != Quantization::Keep || self.weights.metadata().is_some(),
+            "\"keep\" leaves a GGUF file's weights as they are packed, but {} is a folder of unpacked ones; use \"nf4\" or \"q8_0\"",
+            self.weights.path().display()
+        );
+        let footprint = Model::footprint(&self.weights, &self.architecture, Some(quantization))?;
+        Ok(Self { quantization: Some(quantization), footprint, ..self })
     }
 
     /// Reads the PEFT adapter in a folder if one is given.
@@ -81,11 +99,11 @@ impl ModelFiles {
     ///
     /// # Errors
     /// If a tensor is missing or has the wrong shape.
-    pub fn load(mut self, device: &Device, observer: Observer) -> Result<Arc<Model>> {
+    pub fn load(self, device: &Device, observer: Observer) -> Result<Arc<Model>> {
         let path = self.weights.path();
         debug!(path = %path.display(), "weights");
         observer(Event::Line(&format!("loading the model {}", path.file_name().unwrap_or(path.as_os_str()).display())));
-        Ok(Arc::new(Model::load(&mut self.weights, device)?))
+        Ok(Arc::new(Model::load(&self.weights, self.quantization, device)?))
     }
 }
 
@@ -168,7 +186,10 @@ impl Loader<'_> {
     fn fit(&self, mut training: Vec<Source>, mut heldout: Vec<Source>) -> Result<Inputs> {
         let Config { batch, sampling, evaluation, lora, .. } = self.config;
         let source = &self.config.model.source;
-        let model = ModelFiles::open(source, self.observer).with_context(|| self.at("model.source"))?;
+        let mut model = ModelFiles::open(source, self.observer).with_context(|| self.at("model.source"))?;
+        if let Some(quantization) = self.config.model.quantization {
+            model = model.packed(quantization).with_context(|| self.at("model.quantization"))?;
+        }
         let start = lora.start_from.as_deref().filter(|_| !training.is_empty()).map(|folder| {
             let adapter = peft::load(Path::new(folder), &model.architecture, lora, &Device::Cpu);
             adapter.with_context(|| self.at("lora.start_from"))

@@ -10,6 +10,7 @@ use anyhow::Result;
 use crate::config::{Config, Reference};
 use crate::inputs::Inputs;
 use crate::learner::tree::{Piece, batches, pieces};
+use crate::model::stored::reading_bytes;
 use crate::model::{Architecture, KeyValueStore, Projection};
 use crate::ops::head;
 use crate::report::{available_memory, resident_memory};
@@ -40,6 +41,8 @@ pub struct Memory {
     pub program: usize,
     /// The frozen weights.
     pub base: usize,
+    /// The largest packed projection, while it is unpacked.
+    pub unpacked: usize,
     /// The adapter, its gradient, both moments, and the copies for the sampler and the reference.
     pub adapter: usize,
     /// The sampler's keys and values.
@@ -50,7 +53,7 @@ pub struct Memory {
     pub learning: usize,
     /// Selected hidden states and a block of logits.
     pub head: usize,
-    /// What is mapped only while the weights are read.
+    /// What is taken only while the weights are read.
     pub loading: usize,
 }
 
@@ -68,7 +71,7 @@ impl Memory {
 
     /// The most that is resident at once.
     pub fn peak(&self) -> usize {
-        let working = self.adapter + self.cache + self.head + self.activations() + self.pieces();
+        let working = self.unpacked + self.adapter + self.cache + self.head + self.activations() + self.pieces();
         self.program + self.base + working.max(self.loading)
     }
 }
@@ -151,18 +154,17 @@ impl Work {
         let copies = 4 + usize::from(reference);
         let layers = architecture.layers.len();
         let inputs_of_layers = self.micro_rows * (layers + 1) * architecture.hidden;
-        let weights = &inputs.model.weights;
-        // A folder's files are mapped; of a GGUF file one tensor is read at a time.
-        let loading = if weights.metadata().is_none() { weights.stored_bytes()? as usize } else { 0 };
+        let footprint = inputs.model.footprint;
         Ok(Memory {
             program,
-            base: FLOAT * weights.elements(),
+            base: footprint.resident,
+            unpacked: footprint.unpacked,
             adapter: FLOAT * copies * adapter,
             cache: KeyValueStore::bytes(architecture, self.stored_rows),
             sampling: FLOAT * self.forward_rows * forward_width(architecture),
             learning: FLOAT * (inputs_of_layers + self.micro_rows * backward_width(architecture)),
             head: FLOAT * (3 * self.targets * architecture.hidden + head::BLOCK),
-            loading,
+            loading: reading_bytes(),
         })
     }
 }
@@ -216,15 +218,19 @@ impl fmt::Display for Plan {
     /// As TOML comments, so that a config stays one with its plan below it.
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
         self.derived.iter().try_for_each(|line| writeln!(f, "# {line}"))?;
-        let Memory { program, base, adapter, cache, sampling, learning, head, loading } = self.memory;
+        let Memory { program, base, unpacked, adapter, cache, sampling, learning, head, loading } = self.memory;
         let gigabytes = |bytes: usize| bytes as f64 / 1e9;
+        let form = match unpacked {
+            0 => "f32".to_string(),
+            bytes => format!("packed, {:.2} more for the projection in use", gigabytes(bytes)),
+        };
         writeln!(f, "#\n# memory at its fullest, completions as long as they may be (GB)")?;
         let rows = [
             ("program, tokenizer, data", program, String::new(), "take fewer rows"),
             (
                 "base weights",
                 base,
-                format!("f32; while they are read, {:.2} more", gigabytes(loading)),
+                format!("{form}; while they are read, {:.2} more", gigabytes(loading)),
                 "choose a smaller model",
             ),
             ("adapter", adapter, "with its gradient, moments and copies".into(), "lower lora.rank"),

@@ -29,7 +29,7 @@ pub fn save(path: &Path, tensors: Vec<(String, Tensor)>) -> Result<()> {
 /// # Errors
 /// If the file is damaged, or a number is not finite: it would end a run later, where nothing says where it came from.
 pub fn load(path: &Path, device: &Device) -> Result<HashMap<String, Tensor>> {
-    let file = Safetensors::map(vec![path.into()])?;
+    let file = Safetensors::open(vec![path.into()])?;
     let load = |name: &str| -> Result<_> {
         let tensor = file.tensor(name, device)?;
         let finite = tensor.flatten_all()?.to_vec1::<f32>()?.into_iter().all(f32::is_finite);

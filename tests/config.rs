@@ -194,7 +194,6 @@ fn model_keys_and_names_are_refused() {
         ("\"weights\"", "\"m\"\ndevice = \"cuda:-1\"", "small.toml:4: model.device: unknown device \"cuda:-1\""),
         ("\"weights\"", "\"m\"\ndevice = \"gpu\"", "expected \"auto\", \"cpu\" or \"cuda:0\""),
         ("\"weights\"", "\"m\"\ndtype = \"bf16\"", "model.dtype: not in this version"),
-        ("\"weights\"", "\"m\"\nquantization = \"q8_0\"", "model.quantization: not in this version"),
         (
             "\"weights\"",
             "\"m\"\nquantization = \"q3\"",

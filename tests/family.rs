@@ -2,6 +2,7 @@
 //! writes them, and what is refused.
 
 use std::collections::HashMap;
+use std::fs;
 use std::path::Path;
 
 use candle_core::quantized::gguf_file::{self, Value as Gguf};
@@ -99,7 +100,7 @@ fn what_is_left_out_is_what_transformers_takes_or_an_error() {
 }
 
 /// The tensors of a tiny model under the names, and with the values, that llama.cpp's converter gives them.
-fn converted(folder: &Path, family: &str) -> Vec<(String, Tensor)> {
+pub fn converted(folder: &Path, family: &str) -> Vec<(String, Tensor)> {
     let config = check::json(&folder.join("config.json"));
     let gemma = family.starts_with("gemma");
     // GGUF has no word for the scale of Gemma's scores, which is the width of a head in published models of this size; here
@@ -133,7 +134,12 @@ fn converted(folder: &Path, family: &str) -> Vec<(String, Tensor)> {
         ];
         (renamed.iter().fold(name, |name, (from, to)| name.replace(from, to)), tensor)
     };
-    let mut all: Vec<_> = tensors(&folder.join("model.safetensors")).into_iter().map(convert).collect();
+    let files = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
+    let files = files.filter(|file| {
+        let name = file.file_name().unwrap().to_str().unwrap();
+        name.starts_with("model") && name.ends_with(".safetensors")
+    });
+    let mut all: Vec<_> = files.flat_map(|file| tensors(&file)).map(convert).collect();
     if config["rope_parameters"]["rope_type"] == "llama3" {
         let plain = changed(folder, &json!({"rope_parameters": null, "rope_scaling": null}));
         let frequencies =
@@ -146,7 +152,7 @@ fn converted(folder: &Path, family: &str) -> Vec<(String, Tensor)> {
 }
 
 /// The metadata that llama.cpp's converter writes for a tiny model.
-fn metadata(folder: &Path, family: &str) -> HashMap<String, Gguf> {
+pub fn metadata(folder: &Path, family: &str) -> HashMap<String, Gguf> {
     let config = check::json(&folder.join("config.json"));
     let whole = |key: &str| Gguf::U32(config[key].as_u64().unwrap() as u32);
     let float = |key: &str| Gguf::F32(config[key].as_f64().unwrap() as f32);

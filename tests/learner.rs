@@ -16,7 +16,7 @@ use crate::check;
 use crate::model::{adapter, ids, tensors, tiny_models, values};
 
 /// PyTorch's optimizer settings in the golden runs.
-fn settings() -> Settings {
+pub fn settings() -> Settings {
     Settings {
         learning_rate: 1e-2,
         schedule: Schedule::Constant,
@@ -26,7 +26,7 @@ fn settings() -> Settings {
     }
 }
 
-fn shape() -> StepShape {
+pub fn shape() -> StepShape {
     StepShape { micro_tokens: 4096, max_tokens: 64, temperature: 1.0, learning_rate: 1e-2 }
 }
 
@@ -35,12 +35,12 @@ fn branch(ids: &[u32], advantage: f64) -> Branch {
 }
 
 /// A sequence whose every token but the first is to be imitated: supervised fine-tuning is advantage 1 on policy.
-fn imitation(ids: &[u32]) -> Tree {
+pub fn imitation(ids: &[u32]) -> Tree {
     Tree { name: "imitation".into(), prompt_ids: vec![ids[0]], branches: vec![branch(&ids[1..], 1.0)] }
 }
 
 /// Sets the behavior log-probabilities to the adapter's own, so that every ratio is 1.
-fn on_policy(model: &Model, adapter: &Adapter, trees: &mut [Tree]) {
+pub fn on_policy(model: &Model, adapter: &Adapter, trees: &mut [Tree]) {
     let logprobs = completion_logprobs(model, Some(adapter), trees, 4096, 1.0).unwrap();
     let branches = trees.iter_mut().flat_map(|tree| &mut tree.branches);
     branches.zip(logprobs).for_each(|(branch, logprobs)| branch.behavior_t = logprobs);
@@ -56,7 +56,7 @@ fn golden_adapters() -> Vec<(std::path::PathBuf, &'static str)> {
     pairs.filter(|(folder, name)| folder.join(format!("adapter_{name}")).exists()).collect()
 }
 
-fn gradient(learner: &Learner, trees: &[Tree], shape: &StepShape) -> Vec<Vec<f64>> {
+pub fn gradient(learner: &Learner, trees: &[Tree], shape: &StepShape) -> Vec<Vec<f64>> {
     learner.gradient(trees, shape, &|_| {}).unwrap().gradients.iter().map(values).collect()
 }
 

@@ -8,8 +8,9 @@ use candle_core::{DType, Device, Result, Tensor, Var};
 use candle_nn::ops::{sigmoid, softmax};
 use candor::ops::attention::{Heads, Span, attention};
 use candor::ops::gate::{Activation, gated};
-use candor::ops::linear::{LowRank, linear};
+use candor::ops::linear::{Frozen, LowRank, linear};
 use candor::ops::norm::rms_norm;
+use candor::ops::quantized::Weight;
 use candor::ops::rope::{Rotation, rope};
 use candor::random::SplitMix64;
 
@@ -103,24 +104,29 @@ pub fn check_op(
     }
 }
 
+/// A frozen f32 weight.
+fn dense(weight: &Tensor) -> Frozen {
+    Frozen { weight: Weight::Dense(narrowed(weight)), bias: None }
+}
+
 #[test]
 fn linear_without_and_with_an_adapter() {
     for rows in ROWS {
         let (wide, narrow, rank) = (37, 21, 3);
         let (x, w) = (random(1, (rows, narrow)), random(2, (wide, narrow)));
         let (a, b) = (random(3, (rank, narrow)), random(4, (wide, rank)));
-        let w32 = narrowed(&w);
         let bias = random(5, (1, wide)).flatten_all().unwrap();
-        let bias32 = narrowed(&bias);
+        let frozen = dense(&w);
+        let shifted = Frozen { bias: Some(narrowed(&bias)), ..frozen.clone() };
         let plain = |x: &[Tensor]| x[0].matmul(&w.t()?);
         let one = std::slice::from_ref(&x);
-        check_op(&format!("frozen linear, {rows} rows"), one, |x| linear(&x[0], &w32, None, None), plain);
-        let biased = |x: &[Tensor]| linear(&x[0], &w32, Some(&bias32), None);
+        check_op(&format!("frozen linear, {rows} rows"), one, |x| linear(&x[0], &frozen, None), plain);
+        let biased = |x: &[Tensor]| linear(&x[0], &shifted, None);
         check_op(&format!("biased linear, {rows} rows"), one, biased, |x| plain(x)?.broadcast_add(&bias));
         let adapted = |x: &[Tensor]| plain(x)? + (x[0].matmul(&x[1].t()?)?.matmul(&x[2].t()?)? * 0.7)?;
-        let low_rank = |x: &[Tensor]| linear(&x[0], &w32, None, Some(LowRank { a: &x[1], b: &x[2], scale: 0.7 }));
+        let low_rank = |x: &[Tensor]| linear(&x[0], &frozen, Some(LowRank { a: &x[1], b: &x[2], scale: 0.7 }));
         check_op(&format!("adapted linear, {rows} rows"), &[x.clone(), a.clone(), b.clone()], low_rank, adapted);
-        let both = |x: &[Tensor]| linear(&x[0], &w32, Some(&bias32), Some(LowRank { a: &x[1], b: &x[2], scale: 0.7 }));
+        let both = |x: &[Tensor]| linear(&x[0], &shifted, Some(LowRank { a: &x[1], b: &x[2], scale: 0.7 }));
         check_op(&format!("adapted and biased linear, {rows} rows"), &[x.clone(), a.clone(), b.clone()], both, |x| {
             adapted(x)?.broadcast_add(&bias)
         });
@@ -356,12 +362,13 @@ fn shapes_that_do_not_fit_are_errors() {
     }
     // More queries than keys of their own, many enough that a block of them has none at all.
     assert!(attend(&x(80, 8), &x(80, 4), 0..80, 0..80, 0..3).contains("points outside"));
-    let w = x(7, 5);
-    error(linear(&x(2, 6), &w, None, None));
-    error(linear(&x(5, 4), &w, None, None));
-    error(linear(&x(2, 5), &w, Some(&x(1, 5).flatten_all().unwrap()), None));
-    error(linear(&x(2, 5), &w, None, Some(LowRank { a: &x(3, 4), b: &x(7, 3), scale: 1.0 })));
-    error(linear(&x(2, 5), &w, None, Some(LowRank { a: &x(3, 5), b: &x(6, 3), scale: 1.0 })));
+    let w = dense(&x(7, 5));
+    let bias = Some(x(1, 5).flatten_all().unwrap());
+    error(linear(&x(2, 6), &w, None));
+    error(linear(&x(5, 4), &w, None));
+    error(linear(&x(2, 5), &Frozen { bias, ..w.clone() }, None));
+    error(linear(&x(2, 5), &w, Some(LowRank { a: &x(3, 4), b: &x(7, 3), scale: 1.0 })));
+    error(linear(&x(2, 5), &w, Some(LowRank { a: &x(3, 5), b: &x(6, 3), scale: 1.0 })));
     error(rms_norm(&x(2, 7), &x(1, 3).flatten_all().unwrap(), 1e-5));
     error(gated(&x(2, 6), &x(2, 5), Activation::Silu));
     error(rope(&x(2, 6), &Rotation::new(&[0, 1], &[1.0, 0.1])));

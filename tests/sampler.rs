@@ -41,12 +41,12 @@ fn tiny() -> Option<Tiny> {
     Some(open(&check::golden("tiny/llama")?))
 }
 
-fn settings(max_tokens: usize, temperature: f64) -> Settings {
+pub fn settings(max_tokens: usize, temperature: f64) -> Settings {
     Settings { max_tokens, temperature, stop: Vec::new(), seed: 7, step: 3 }
 }
 
 /// A prompt of its own for every `number`.
-fn request(number: usize, length: usize, rollouts: usize) -> Request {
+pub fn request(number: usize, length: usize, rollouts: usize) -> Request {
     Request {
         name: format!("group {number}"),
         prompt_ids: (0..length).map(|i| ((number * 53 + i * 37) % 300 + 4) as u32).collect(),
@@ -55,7 +55,7 @@ fn request(number: usize, length: usize, rollouts: usize) -> Request {
 }
 
 /// Samples, and sorts what was handed over by group and rollout.
-fn sample(
+pub fn sample(
     sampler: &mut LocalSampler,
     requests: &[Request],
     adapter: Option<&Adapter>,

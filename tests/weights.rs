@@ -254,7 +254,7 @@ fn with_tensor(kind: &str, shape: &[u64], bytes: u64) -> TempDir {
 fn floats_of_16_and_32_bits_are_read_and_nothing_else() {
     for kind in [DType::F32, DType::F16, DType::BF16] {
         let folder = micro_folder(kind);
-        let mut weights = Weights::open(folder.path()).unwrap();
+        let weights = Weights::open(folder.path()).unwrap();
         let architecture = weights.architecture().unwrap();
         for (name, tensor) in micro_tensors() {
             let read = weights.tensor(&name, tensor.dims(), &architecture, &Device::Cpu).unwrap();
@@ -265,7 +265,7 @@ fn floats_of_16_and_32_bits_are_read_and_nothing_else() {
         [("F64", 8), ("I64", 8), ("U8", 1), ("I8", 1), ("BOOL", 1), ("F8_E4M3", 1), ("F8_E5M2", 1), ("C64", 8)]
     {
         let folder = with_tensor(kind, &[6, 32], 6 * 32 * bytes);
-        let mut weights = Weights::open(folder.path()).unwrap();
+        let weights = Weights::open(folder.path()).unwrap();
         let architecture = weights.architecture().unwrap();
         let path = folder.path().join("model.safetensors");
         let read = weights.tensor("model.embed_tokens.weight", &[6, 32], &architecture, &Device::Cpu);
@@ -278,7 +278,7 @@ fn floats_of_16_and_32_bits_are_read_and_nothing_else() {
 fn another_shape_is_refused_from_the_header_alone() {
     for shape in [vec![0, 32], vec![6, 0], vec![6, 31], vec![6 * 32], vec![], vec![6, 32, 1]] {
         let folder = with_tensor("I64", &shape, 8 * shape.iter().product::<u64>());
-        let mut weights = Weights::open(folder.path()).unwrap();
+        let weights = Weights::open(folder.path()).unwrap();
         let architecture = weights.architecture().unwrap();
         let read = weights.tensor("model.embed_tokens.weight", &[6, 32], &architecture, &Device::Cpu);
         let place = folder.path().to_str().unwrap();
@@ -287,12 +287,12 @@ fn another_shape_is_refused_from_the_header_alone() {
 }
 
 #[test]
-fn shapes_and_sizes_come_from_headers() {
+fn shapes_come_from_headers() {
     let (folder, file) = (micro_folder(DType::F16), tempdir().unwrap());
     let stored = file.path().join("m.gguf");
     fs::write(&stored, micro_gguf()).unwrap();
     for (path, stored) in [(folder.path(), folder.path().join("model.safetensors")), (file.path(), stored)] {
-        let mut weights = Weights::open(path).unwrap();
+        let weights = Weights::open(path).unwrap();
         let architecture = weights.architecture().unwrap();
         for (name, _, shape) in TENSORS {
             assert_eq!(weights.shape(name, &architecture).unwrap(), shape, "{name}");
@@ -301,7 +301,6 @@ fn shapes_and_sizes_come_from_headers() {
             weights.shape("lm_head.weight", &architecture).map(drop),
             &[stored.to_str().unwrap(), "lm_head.weight", "missing"],
         );
-        assert_eq!(weights.stored_bytes().unwrap(), fs::metadata(stored).unwrap().len());
     }
 }
 
@@ -330,11 +329,9 @@ fn a_model_in_several_files_is_one_model() {
     // What the index does not name is not looked at.
     fs::write(folder.path().join("other.safetensors"), "not one").unwrap();
     write_index(folder.path(), &index);
-    let mut weights = Weights::open(folder.path()).unwrap();
+    let weights = Weights::open(folder.path()).unwrap();
     let architecture = weights.architecture().unwrap();
     assert!(TENSORS.iter().all(|(name, _, shape)| weights.shape(name, &architecture).unwrap() == *shape));
-    let lengths = [0, 1].map(|n| fs::metadata(folder.path().join(format!("model-{n}.safetensors"))).unwrap().len());
-    assert_eq!(weights.stored_bytes().unwrap(), lengths.iter().sum::<u64>());
 }
 
 #[test]

@@ -6,6 +6,7 @@ use std::io::Cursor;
 
 use candle_core::Device;
 use candle_core::quantized::gguf_file::Content;
+use candor::config::Quantization;
 use candor::model::{Model, Weights, gguf};
 use candor::tokenizer::Tokenizer;
 use candor_fuzz::folder_with;
@@ -23,5 +24,8 @@ fuzz_target!(|bytes: &[u8]| {
     }
     drop(Tokenizer::from_gguf(&content.metadata));
     let folder = folder_with(&[("model.gguf", bytes)]);
-    drop(Model::load(&mut Weights::open(folder.path()).expect("it was accepted before"), &Device::Cpu));
+    let weights = Weights::open(folder.path()).expect("it was accepted before");
+    for quantization in [None, Some(Quantization::Nf4), Some(Quantization::Q8), Some(Quantization::Keep)] {
+        drop(Model::load(&weights, quantization, &Device::Cpu));
+    }
 });

@@ -24,7 +24,8 @@ pub struct Model {
     /// The number format that the weights are computed in: `auto`, `f32` or `bf16`.
     #[serde(default)]
     pub dtype: Dtype,
-    /// The format that the weights are kept packed in; absent: unpacked to `dtype` when loaded.
+    /// The format that the layers' projections are kept packed in, unpacked one at a time when used (QLoRA); embedding and
+    /// head are not. Absent: unpacked to `dtype` when loaded.
     pub quantization: Option<Quantization>,
 }
 
@@ -82,12 +83,12 @@ pub enum Dtype {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Quantization {
-    /// 4-bit normal floats, as QLoRA.
+    /// 4-bit normal floats with double quantization, as QLoRA and bitsandbytes: 4.1 bits a weight.
     Nf4,
-    /// 8-bit integers in blocks of 32.
+    /// 8-bit integers in blocks of 32, as GGUF: 8.5 bits a weight.
     #[serde(rename = "q8_0")]
     Q8,
-    /// The GGUF file's own types.
+    /// The types that a GGUF file has them in.
     Keep,
 }
 

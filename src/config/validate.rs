@@ -189,7 +189,6 @@ impl Config {
                 "this build computes on the CPU only; use \"auto\" or \"cpu\"",
             ),
             (self.model.dtype == Dtype::Bf16, "model.dtype", F32_ONLY),
-            (self.model.quantization.is_some(), "model.quantization", "weights are unpacked when loaded; remove it"),
             (
                 self.sampling.kind != SamplerKind::Local,
                 "sampling.kind",

@@ -105,7 +105,7 @@ fn shards(tensors: Vec<(String, Vec<usize>)>, size: u64, limit: u64) -> Vec<Vec<
 
 /// The description of the model; writes the tokenizer beside where it will be.
 fn describe(export: &Export, path: &Path) -> Result<Value> {
-    let ModelFiles { weights, architecture, tokenizer } = &export.model;
+    let ModelFiles { weights, architecture, tokenizer, .. } = &export.model;
     let Some(metadata) = weights.metadata() else {
         for name in COPIED.iter().filter(|name| weights.path().join(name).exists()) {
             // Its text and not its permissions: the hub's cache is read-only.

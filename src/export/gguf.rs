@@ -2,7 +2,7 @@
 
 use std::collections::HashSet;
 use std::fs::File;
-use std::io::{BufWriter, Write};
+use std::io::{BufReader, BufWriter, Write};
 use std::path::Path;
 
 use anyhow::{Context, Result, bail};
@@ -53,13 +53,14 @@ pub(super) fn write(export: &mut Export, path: &Path, observer: Observer) -> Res
         tensors.push((gguf_name(&name, &architecture), QTensor::quantize(&merged, kind)?));
         show(observer, done + 1, total);
     }
-    let Weights::Gguf { content, reader, .. } = &mut export.model.weights else { bail!("not a GGUF file") };
+    let Weights::Gguf { content, file, .. } = &export.model.weights else { bail!("not a GGUF file") };
+    let mut reader = BufReader::new(file.try_clone()?);
     let named: HashSet<&str> = tensors.iter().map(|(name, _)| name.as_str()).collect();
     let mut others: Vec<String> =
         content.tensor_infos.keys().filter(|name| !named.contains(name.as_str())).cloned().collect();
     others.sort();
     for name in others {
-        let tensor = content.tensor(reader, &name, &Device::Cpu).with_context(|| format!("tensor {name}"))?;
+        let tensor = content.tensor(&mut reader, &name, &Device::Cpu).with_context(|| format!("tensor {name}"))?;
         tensors.push((name, tensor));
     }
     let file_type = Value::U32(file_type);

@@ -7,13 +7,16 @@
 //! * [`family`]: the families that are known, read from `config.json` or GGUF metadata
 //! * [`weights`]: tensors by name from safetensors or GGUF
 //! * [`gguf`], [`safetensors`]: the two kinds of files
+//! * [`stored`]: a tensor in a file, read in pieces
 //! * [`cache`]: keys and values of past tokens, for the sampler
 
 pub mod architecture;
 pub mod cache;
 pub mod family;
 pub mod gguf;
+mod parts;
 pub mod safetensors;
+pub mod stored;
 pub mod weights;
 
 use std::ops::Range;
@@ -21,19 +24,22 @@ use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::{Result, ensure};
-use candle_core::{DType, Device, Tensor};
+use candle_core::{Device, Tensor};
 
 pub use architecture::{Architecture, AttentionKind, Projection};
 pub use cache::{KeyValueStore, Store};
+pub use parts::Footprint;
 pub use weights::Weights;
 
+use crate::config::Quantization;
 use crate::ops::attention::{Heads, Span, attention};
 use crate::ops::gate::gated;
 use crate::ops::head::Logits;
-use crate::ops::linear::linear;
+use crate::ops::linear::{Frozen, linear};
 use crate::ops::norm::rms_norm;
 use crate::ops::rope::{Rotation, rope};
 use crate::policy::Adapter;
+use parts::{Parts, Reading};
 
 /// A frozen decoder. Its tensors exist once; whoever needs them shares the model in an `Arc`.
 pub struct Model {
@@ -61,14 +67,6 @@ struct Layer {
     projections: [Frozen; 7],
 }
 
-/// A projection that is never trained.
-struct Frozen {
-    /// [out, in].
-    weight: Tensor,
-    /// [out].
-    bias: Option<Tensor>,
-}
-
 /// The rows of one forward call: consecutive rows of one or several sequences.
 pub struct Call<'a> {
     /// Token of every row.
@@ -91,57 +89,32 @@ pub struct LayerCall<'a> {
 }
 
 impl Model {
-    /// Loads a model from an opened file or folder.
+    /// Loads a model from an opened file or folder. If a quantization is given, the layers' projections stay packed.
     ///
     /// # Errors
-    /// If a tensor is missing or has the wrong shape.
-    pub fn load(weights: &mut Weights, device: &Device) -> Result<Self> {
-        let architecture = weights.architecture()?;
-        Self::assemble(&architecture, device, |name, shape| weights.tensor(name, shape, &architecture, device))
+    /// If a tensor is missing, has the wrong shape or cannot be packed like this.
+    pub fn load(weights: &Weights, quantization: Option<Quantization>, device: &Device) -> Result<Self> {
+        let architecture = &weights.architecture()?;
+        Self::assemble(architecture, device, &mut Reading { weights, architecture, quantization, device })
     }
 
-    /// Checks from the header alone that every tensor is there and has its shape.
-    ///
-    /// # Errors
-    /// As [`Model::load`].
-    pub fn check(weights: &Weights, architecture: &Architecture) -> Result<()> {
-        Self::tensors(architecture)?.iter().try_for_each(|(name, shape)| weights.expect(name, shape, architecture))
-    }
-
-    /// Name and shape of every tensor of such a model.
-    ///
-    /// # Errors
-    /// None that a description which was read can bring about.
-    pub fn tensors(architecture: &Architecture) -> Result<Vec<(String, Vec<usize>)>> {
-        let (nothing, mut tensors) = (Tensor::zeros((), DType::F32, &Device::Cpu)?, Vec::new());
-        Self::assemble(architecture, &Device::Cpu, |name, shape| {
-            tensors.push((name.to_string(), shape.to_vec()));
-            Ok(nothing.clone())
-        })?;
-        Ok(tensors)
-    }
-
-    fn assemble(
-        architecture: &Architecture,
-        device: &Device,
-        mut tensor: impl FnMut(&str, &[usize]) -> Result<Tensor>,
-    ) -> Result<Self> {
+    fn assemble(architecture: &Architecture, device: &Device, parts: &mut impl Parts) -> Result<Self> {
         let table = [architecture.vocabulary, architecture.hidden];
-        let embedding = tensor("model.embed_tokens.weight", &table)?;
-        let head = if architecture.tied { embedding.clone() } else { tensor("lm_head.weight", &table)? };
-        let layers = (0..architecture.layers.len()).map(|index| Layer::load(index, architecture, &mut tensor));
+        let embedding = parts.tensor("model.embed_tokens.weight", &table)?;
+        let head = if architecture.tied { embedding.clone() } else { parts.tensor("lm_head.weight", &table)? };
+        let layers = (0..architecture.layers.len()).map(|index| Layer::load(index, architecture, parts));
         let layers = layers.collect::<Result<_>>()?;
-        let norm = (tensor("model.norm.weight", &[architecture.hidden])? + architecture.norm_offset)?;
+        let norm = (parts.tensor("model.norm.weight", &[architecture.hidden])? + architecture.norm_offset)?;
         let (architecture, device) = (architecture.clone(), device.clone());
         Ok(Self { architecture, device, embedding, layers, norm, head })
     }
 
-    /// Opens and loads a model: see [`Weights::open`].
+    /// Opens and loads a model, nothing packed: see [`Weights::open`].
     ///
     /// # Errors
     /// As [`Weights::open`] and [`Model::load`].
     pub fn open(path: &Path, device: &Device) -> Result<Self> {
-        Self::load(&mut Weights::open(path)?, device)
+        Self::load(&Weights::open(path)?, None, device)
     }
 
     /// The head's weight [vocabulary, hidden].
@@ -232,12 +205,12 @@ impl Model {
         x: &Tensor,
         adapters: &[(Range<usize>, Option<&Adapter>)],
     ) -> Result<Tensor> {
-        let Frozen { weight, bias } = &self.layers[index].projections[projection as usize];
+        let frozen = &self.layers[index].projections[projection as usize];
         let mut parts = Vec::with_capacity(adapters.len());
         for (rows, adapter) in adapters {
             let low_rank = adapter.and_then(|adapter| adapter.low_rank(index, projection));
             // With one adapter this is all of x, and no copy is made.
-            parts.push(linear(&x.narrow(0, rows.start, rows.len())?, weight, bias.as_ref(), low_rank)?);
+            parts.push(linear(&x.narrow(0, rows.start, rows.len())?, frozen, low_rank)?);
         }
         if parts.len() == 1 { Ok(parts.remove(0)) } else { Ok(Tensor::cat(&parts, 0)?) }
     }
@@ -266,22 +239,18 @@ impl Model {
 }
 
 impl Layer {
-    fn load(
-        index: usize,
-        architecture: &Architecture,
-        tensor: &mut impl FnMut(&str, &[usize]) -> Result<Tensor>,
-    ) -> Result<Self> {
-        let mut tensor = |part: &str, shape: &[usize]| tensor(&format!("model.layers.{index}.{part}"), shape);
+    fn load(index: usize, architecture: &Architecture, parts: &mut impl Parts) -> Result<Self> {
+        let name = |part: &str, what: &str| format!("model.layers.{index}.{part}.{what}");
         let mut projections = Vec::new();
         for projection in Projection::ALL {
             let ((wide, narrow), module) = (architecture.dimensions(projection), projection.module());
-            let weight = tensor(&format!("{module}.weight"), &[wide, narrow])?;
-            let bias = architecture.has_bias(projection).then(|| tensor(&format!("{module}.bias"), &[wide]));
+            let weight = parts.matrix(&name(module, "weight"), &[wide, narrow])?;
+            let bias = architecture.has_bias(projection).then(|| parts.tensor(&name(module, "bias"), &[wide]));
             let bias = bias.transpose()?;
             projections.push(Frozen { weight, bias });
         }
         let mut norm = |part: &str, width: usize| -> Result<Tensor> {
-            Ok((tensor(&format!("{part}.weight"), &[width])? + architecture.norm_offset)?)
+            Ok((parts.tensor(&name(part, "weight"), &[width])? + architecture.norm_offset)?)
         };
         let Architecture { hidden, head_dim, output_norms, head_norms, .. } = *architecture;
         let attention_norm = norm("input_layernorm", hidden)?;

@@ -1,17 +1,21 @@
-//! Weights by their Hugging Face names, from a GGUF file or a folder of safetensors, converted to f32 once.
+//! Weights by their Hugging Face names, from a GGUF file or a folder of safetensors, converted once.
 
 use std::collections::HashMap;
 use std::fs::File;
 use std::io::BufReader;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use anyhow::{Context, Result, bail, ensure};
-use candle_core::quantized::gguf_file::{Content, Value as Metadata};
+use candle_core::quantized::gguf_file::{Content, TensorInfo, Value as Metadata};
 use candle_core::{Device, Tensor};
 
 use super::architecture::{Architecture, Projection};
 use super::gguf;
 use super::safetensors::Safetensors;
+use super::stored::Stored;
+use crate::config::Quantization;
+use crate::ops::quantized::Weight;
 use crate::source::single_file;
 
 /// An opened model file or folder.
@@ -23,13 +27,13 @@ pub enum Weights {
         /// Header and metadata.
         content: Content,
         /// The file itself.
-        reader: BufReader<File>,
+        file: File,
     },
     /// A folder with `config.json` and one or several safetensors files.
     Folder {
         /// Where it lies, for messages.
         path: PathBuf,
-        /// The mapped files.
+        /// Its opened files.
         tensors: Safetensors,
     },
 }
@@ -43,36 +47,36 @@ impl Weights {
         if path.join("config.json").exists() {
             return Ok(Self::Folder { path: path.into(), tensors: Safetensors::in_folder(path)? });
         }
-        let file = if path.is_dir() {
+        let path = if path.is_dir() {
             single_file(path, "gguf").context("expected config.json with safetensors, or one .gguf file")?
         } else {
             path.to_path_buf()
         };
-        let mut reader = BufReader::new(File::open(&file).with_context(|| format!("{}: cannot open", file.display()))?);
-        let bytes = reader.get_ref().metadata()?.len();
-        let content =
-            gguf::read(&mut reader, bytes).with_context(|| format!("{}: not a readable gguf file", file.display()))?;
-        Ok(Self::Gguf { path: file, content, reader })
+        let file = File::open(&path).with_context(|| format!("{}: cannot open", path.display()))?;
+        let bytes = file.metadata()?.len();
+        let content = gguf::read(BufReader::new(&file), bytes);
+        let content = content.with_context(|| format!("{}: not a readable gguf file", path.display()))?;
+        Ok(Self::Gguf { path, content, file })
     }
 
     /// The model's description.
     ///
     /// # Errors
     /// If the description is missing or of an unsupported family.
-    pub fn architecture(&mut self) -> Result<Architecture> {
+    pub fn architecture(&self) -> Result<Architecture> {
         match self {
-            Self::Gguf { path, content, reader } => {
+            Self::Gguf { path, content, file } => {
                 let embedding = content.tensor_infos.get("token_embd.weight").map(|info| info.shape.dims().to_vec());
                 let Some([vocabulary, _]) = embedding.as_deref() else {
                     bail!("{}: tensor token_embd.weight is missing or not a matrix", path.display());
                 };
                 let tied = !content.tensor_infos.contains_key("output.weight");
                 // Llama 3's scaling comes as what each rotary frequency is divided by.
-                let divisors = match content.tensor_infos.contains_key("rope_freqs.weight") {
-                    true => Some(content.tensor(reader, "rope_freqs.weight", &Device::Cpu)?.dequantize(&Device::Cpu)?),
-                    false => None,
-                };
-                let divisors = divisors.map(|divisors| divisors.to_vec1::<f32>()).transpose();
+                let divisors = content.tensor_infos.get("rope_freqs.weight").map(|info| {
+                    let stored = place(content, file, info, None);
+                    stored.load(&Device::Cpu)?.to_vec1::<f32>().map_err(anyhow::Error::from)
+                });
+                let divisors = divisors.transpose();
                 let divisors = divisors.with_context(|| format!("{}: tensor rope_freqs.weight", path.display()))?;
                 Architecture::from_gguf(&content.metadata, *vocabulary, tied, divisors.as_deref())
                     .with_context(|| path.display().to_string())
@@ -110,19 +114,6 @@ impl Weights {
         }
     }
 
-    /// Size of the file or files in bytes.
-    ///
-    /// # Errors
-    /// If a file is gone.
-    pub fn stored_bytes(&self) -> Result<u64> {
-        match self {
-            Self::Gguf { path, reader, .. } => {
-                Ok(reader.get_ref().metadata().with_context(|| path.display().to_string())?.len())
-            }
-            Self::Folder { tensors, .. } => tensors.bytes(),
-        }
-    }
-
     /// The shape of the tensor of this Hugging Face name, from the header: no data is read.
     ///
     /// # Errors
@@ -130,52 +121,74 @@ impl Weights {
     pub fn shape(&self, name: &str, architecture: &Architecture) -> Result<Vec<usize>> {
         match self {
             Self::Folder { tensors, .. } => tensors.shape(name),
-            Self::Gguf { path, content, .. } => {
-                let stored = gguf_name(name, architecture);
-                let info = content.tensor_infos.get(&stored);
-                let info = info.with_context(|| format!("{}: tensor {stored} ({name}) is missing", path.display()))?;
-                Ok(info.shape.dims().to_vec())
-            }
+            Self::Gguf { path, content, .. } => Ok(named(path, content, name, architecture)?.shape.dims().to_vec()),
         }
     }
 
-    /// Checks in the header that a tensor is there, and of this shape.
+    /// Where the tensor of this Hugging Face name lies, from the header: no data is read.
     ///
     /// # Errors
-    /// If it is not.
-    pub fn expect(&self, name: &str, shape: &[usize], architecture: &Architecture) -> Result<()> {
-        let stored = self.shape(name, architecture)?;
+    /// If it is missing, its shape is not the one that the model's description asks for, or its numbers are of a type that
+    /// cannot be read.
+    pub fn stored(&self, name: &str, shape: &[usize], architecture: &Architecture) -> Result<Stored<'_>> {
+        let found = self.shape(name, architecture)?;
         ensure!(
-            stored == shape,
-            "{}: tensor {name} has shape {stored:?}, the model's description asks for {shape:?}",
+            found == shape,
+            "{}: tensor {name} has shape {found:?}, the model's description asks for {shape:?}",
             self.path().display()
         );
-        Ok(())
+        match self {
+            Self::Folder { tensors, .. } => tensors.stored(name),
+            Self::Gguf { path, content, file } => {
+                let info = named(path, content, name, architecture)?;
+                // Files of some families interleave the two halves of each head of queries and keys.
+                let heads = [Projection::QProj, Projection::KProj].iter().any(|heads| name.contains(heads.module()));
+                Ok(place(content, file, info, (heads && architecture.interleaved).then_some(architecture.head_dim)))
+            }
+        }
     }
 
     /// The tensor of this Hugging Face name, in f32.
     ///
     /// # Errors
-    /// If it is missing, or its shape is not the one that the model's description asks for.
-    pub fn tensor(
-        &mut self,
+    /// As [`Weights::stored`], or if the file cannot be read any more.
+    pub fn tensor(&self, name: &str, shape: &[usize], architecture: &Architecture, device: &Device) -> Result<Tensor> {
+        let loaded = self.stored(name, shape, architecture)?.load(device);
+        loaded.with_context(|| format!("{}: tensor {name}", self.path().display()))
+    }
+
+    /// The matrix of this Hugging Face name, packed if that is asked for, else in f32.
+    ///
+    /// # Errors
+    /// As [`Weights::tensor`], or if it cannot be packed like this.
+    pub fn matrix(
+        &self,
         name: &str,
         shape: &[usize],
         architecture: &Architecture,
+        quantization: Option<Quantization>,
         device: &Device,
-    ) -> Result<Tensor> {
-        self.expect(name, shape, architecture)?;
-        let tensor = match self {
-            Self::Folder { tensors, .. } => tensors.tensor(name, device)?,
-            Self::Gguf { path, content, reader } => {
-                let stored = gguf_name(name, architecture);
-                let found = content.tensor(reader, &stored, device);
-                let found = found.with_context(|| format!("{}: tensor {stored} ({name})", path.display()))?;
-                unpermute(name, found.dequantize(device)?, architecture)?
-            }
+    ) -> Result<Weight> {
+        let stored = self.stored(name, shape, architecture)?;
+        let matrix = match stored.form(quantization) {
+            None => stored.load(device).map(Weight::Dense),
+            Some(form) => stored.pack(form).map(|packed| Weight::Packed(Arc::new(packed))),
         };
-        Ok(tensor.contiguous()?)
+        matrix.with_context(|| format!("{}: tensor {name}", self.path().display()))
     }
+}
+
+/// What a GGUF file's header says of the tensor of this Hugging Face name.
+fn named<'a>(path: &Path, content: &'a Content, name: &str, architecture: &Architecture) -> Result<&'a TensorInfo> {
+    let stored = gguf_name(name, architecture);
+    let info = content.tensor_infos.get(&stored);
+    info.with_context(|| format!("{}: tensor {stored} ({name}) is missing", path.display()))
+}
+
+/// Where a tensor of a GGUF file lies.
+fn place<'a>(content: &Content, file: &'a File, info: &TensorInfo, interleaved: Option<usize>) -> Stored<'a> {
+    let offset = content.tensor_data_offset + info.offset;
+    Stored { file, offset, kind: info.ggml_dtype, shape: info.shape.dims().to_vec(), interleaved }
 }
 
 /// GGUF's name of a tensor: `model.layers.3.self_attn.q_proj.weight` is `blk.3.attn_q.weight`.
@@ -202,16 +215,4 @@ pub(crate) fn gguf_name(name: &str, architecture: &Architecture) -> String {
     let after_attention = if architecture.output_norms { "post_attention_norm." } else { "ffn_norm." };
     let parts = PARTS.into_iter().chain([("post_attention_layernorm.", after_attention)]);
     parts.fold(name.to_string(), |name, (from, to)| name.replace(from, to))
-}
-
-/// Undoes the interleaving of the two halves of each head of queries and keys, where files do that.
-fn unpermute(name: &str, tensor: Tensor, architecture: &Architecture) -> Result<Tensor> {
-    let permuted = [Projection::QProj, Projection::KProj].iter().any(|projection| name.contains(projection.module()));
-    if !architecture.interleaved || !permuted {
-        return Ok(tensor);
-    }
-    let (out, width) = tensor.dims2()?;
-    let half = architecture.head_dim / 2;
-    ensure!(out % (2 * half) == 0, "tensor {name} has {out} rows, not whole heads of {}", 2 * half);
-    Ok(tensor.reshape((out / (2 * half), half, 2, width))?.transpose(1, 2)?.reshape((out, width))?)
 }

@@ -4,6 +4,7 @@
 //! have no backward; so the heavy steps of the decoder are `CustomOp`s of our own. In reading order:
 //!
 //! * [`matmul`]: the one matrix product everything else calls; kernels for particular processors go there
+//! * [`quantized`], [`nf4`]: frozen weights that stay packed, unpacked for one product at a time
 //! * [`linear`]: a frozen weight plus an optional low-rank adapter
 //! * [`norm`], [`rope`], [`gate`]: the point-wise parts of a layer
 //! * [`attention`]: queries over a tree of keys, never the full score matrix
@@ -16,7 +17,9 @@ pub mod gate;
 pub mod head;
 pub mod linear;
 pub mod matmul;
+pub mod nf4;
 pub mod norm;
+pub mod quantized;
 pub mod rope;
 
 use candle_core::{CpuStorage, Layout, Result, Shape, Storage, Tensor, bail};
