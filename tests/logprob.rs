@@ -138,7 +138,7 @@ fn a_row_that_is_wrong_is_named_before_anything_is_printed() {
         (r#"{"prompt": "a"}"#, "field `completion` is missing"),
         (r#"{"completion": "a"}"#, "there is no field `prompt`, `messages` or `question`"),
         (r#"{"prompt": "a", "messages": [], "completion": "b"}"#, "both `prompt` and `messages`"),
-        (r#"{"prompt": "a", "completion": 3}"#, "field `completion`: invalid type: integer `3`"),
+        (r#"{"prompt": "a", "completion": 3}"#, "field `completion` is 3, not a string"),
         (r#"{"prompt": ["a"], "completion": "b"}"#, "field `prompt`: invalid type: sequence"),
         (r#"{"messages": [{"role": "judge", "content": "a"}], "completion": "b"}"#, "unknown variant `judge`"),
         (r#"{"prompt": "", "completion": "b"}"#, "the prompt has no tokens"),

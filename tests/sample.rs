@@ -150,7 +150,8 @@ fn ctrl_c_ends_at_once_and_leaves_whole_lines() {
         assert!(child.try_wait().unwrap().is_none() && started.elapsed() < Duration::from_secs(60), "{}", place.said());
         thread::sleep(Duration::from_millis(1));
     }
-    let status = std::process::Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap();
+    // Not -INT, which whatever a shell starts in the background ignores.
+    let status = std::process::Command::new("kill").args(["-TERM", &child.id().to_string()]).status().unwrap();
     let asked = Instant::now();
     assert!(status.success());
     let ended = place.wait(child);
