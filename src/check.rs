@@ -190,14 +190,7 @@ impl Check {
     ) -> Result<HashMap<&'static str, Score>> {
         let scoring = Scoring { name: name.clone(), environment: environment.clone(), index };
         let (kinds, completions): (Vec<_>, Vec<_>) = canned.into_iter().unzip();
-        let scores = if environment.compares() {
-            scoring.score(&completions)?
-        } else {
-            completions
-                .iter()
-                .map(|one| Ok(scoring.score(std::slice::from_ref(one))?.remove(0)))
-                .collect::<Result<_>>()?
-        };
+        let scores = scoring.score(&completions)?;
         self.line("scores", "reward  parsed      confidence  completion");
         let mut by_kind = HashMap::new();
         for ((kind, completion), score) in kinds.into_iter().zip(&completions).zip(scores) {

@@ -122,9 +122,8 @@ pub struct Policy {
 /// # Errors
 /// As [`ModelFiles::open`] and [`ModelFiles::load`].
 pub fn load_model(source: &str, device: &Device, observer: Observer) -> Result<(Arc<Model>, Arc<Tokenizer>)> {
-    let files = ModelFiles::open(source, observer)?;
-    let tokenizer = files.tokenizer.clone();
-    Ok((files.load(device, observer)?, tokenizer))
+    let Policy { model, tokenizer, .. } = ModelFiles::open(source, observer)?.policy(None, device, observer)?;
+    Ok((model, tokenizer))
 }
 
 /// Everything that a config names, opened and found to fit together.

@@ -96,7 +96,7 @@ impl Plan {
         }
         let held_out = choose_heldout(heldout, config.evaluation.tasks, config.seed);
         work.sample(&prompts(heldout, &held_out)?, 1, &Settings::evaluation(config, 0));
-        let memory = work.memory(config, inputs, program)?;
+        let memory = work.memory(config, inputs, program);
         Ok(Self { derived: derived(config, inputs, &prompt_tokens, held_out.len()), memory })
     }
 }
@@ -142,7 +142,7 @@ impl Work {
         }
     }
 
-    fn memory(&self, config: &Config, inputs: &Inputs, program: usize) -> Result<Memory> {
+    fn memory(&self, config: &Config, inputs: &Inputs, program: usize) -> Memory {
         let architecture = &inputs.model.architecture;
         let width = |projection: &Projection| {
             let (wide, narrow) = architecture.dimensions(*projection);
@@ -155,7 +155,7 @@ impl Work {
         let layers = architecture.layers.len();
         let inputs_of_layers = self.micro_rows * (layers + 1) * architecture.hidden;
         let footprint = inputs.model.footprint;
-        Ok(Memory {
+        Memory {
             program,
             base: footprint.resident,
             unpacked: footprint.unpacked,
@@ -165,7 +165,7 @@ impl Work {
             learning: FLOAT * (inputs_of_layers + self.micro_rows * backward_width(architecture)),
             head: FLOAT * (3 * self.targets * architecture.hidden + head::BLOCK),
             loading: reading_bytes(),
-        })
+        }
     }
 }
 

@@ -29,15 +29,15 @@ pub struct Scoring {
 }
 
 impl Scoring {
-    /// The scores of completions of one task: of one, or of all of them in order where they are compared.
+    /// The scores of completions of one task in order: each alone, or together where they are compared.
     ///
     /// # Errors
     /// If the environment panicked or gave the wrong number of scores. A score that it could not give is not an error here.
     pub fn score(&self, completions: &[Completion]) -> Result<Vec<Result<Score, ScoreError>>> {
         let Self { name, environment, index } = self;
-        let scores = no_panic(name, *index, || match completions {
-            [one] if !environment.compares() => vec![environment.score(*index, one)],
-            group => environment.score_group(*index, group),
+        let scores = no_panic(name, *index, || match environment.compares() {
+            true => environment.score_group(*index, completions),
+            false => completions.iter().map(|one| environment.score(*index, one)).collect(),
         })?;
         let (found, wanted) = (scores.len(), completions.len());
         ensure!(

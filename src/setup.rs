@@ -68,6 +68,7 @@ impl Run {
         Ok(Self { config, folder, tokenizer, training, heldout, sampler, learner, next_step })
     }
 }
+
 /// The run folder and the learner, fresh or as the newest checkpoint left them.
 fn begin(
     config: &Config,

@@ -93,7 +93,7 @@ pub fn write_synthetic(folder: &Path, kind: DType) {
 }
 
 /// Every type of GGUF that can be read.
-const KINDS: [GgmlDType; 13] = [
+pub const KINDS: [GgmlDType; 13] = [
     GgmlDType::F32,
     GgmlDType::F16,
     GgmlDType::BF16,

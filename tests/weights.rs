@@ -4,8 +4,8 @@ use std::fs;
 use std::io::Cursor;
 use std::path::{Path, PathBuf};
 
+use candle_core::quantized::QTensor;
 use candle_core::quantized::gguf_file::{self, Content, Value};
-use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{DType, Device, Tensor};
 use candor::model::{Weights, gguf};
 use serde_json::{Value as Json, json};
@@ -13,6 +13,7 @@ use tempfile::{TempDir, tempdir};
 
 use crate::check;
 use crate::hostile::{TENSORS, assert_error, micro_folder, micro_gguf, micro_tensors};
+use crate::loading::KINDS;
 use crate::model::values;
 
 const ABSURD: [u64; 4] = [1 << 40, 1 << 60, i64::MAX as u64, u64::MAX];
@@ -52,23 +53,8 @@ fn gguf_files_are_read_as_candle_reads_them() {
         ("nested", Value::Array(vec![strings(["a", ""]), strings(["b", "c d"])])),
         ("none", Value::Array(Vec::new())),
     ];
-    let kinds = [
-        GgmlDType::F32,
-        GgmlDType::F16,
-        GgmlDType::Q4_0,
-        GgmlDType::Q4_1,
-        GgmlDType::Q5_0,
-        GgmlDType::Q5_1,
-        GgmlDType::Q8_0,
-        GgmlDType::Q2K,
-        GgmlDType::Q3K,
-        GgmlDType::Q4K,
-        GgmlDType::Q5K,
-        GgmlDType::Q6K,
-        GgmlDType::BF16,
-    ];
     let numbers = Tensor::arange(0f32, 512., &Device::Cpu).unwrap().reshape((2, 256)).unwrap();
-    let tensors = kinds.map(|kind| (format!("{kind:?}"), QTensor::quantize(&numbers, kind).unwrap()));
+    let tensors = KINDS.map(|kind| (format!("{kind:?}"), QTensor::quantize(&numbers, kind).unwrap()));
     let mut file = Cursor::new(Vec::new());
     let entries: Vec<(&str, &Value)> = entries.iter().map(|(key, value)| (*key, value)).collect();
     let tensors: Vec<(&str, &QTensor)> = tensors.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();

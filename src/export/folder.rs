@@ -44,7 +44,7 @@ pub(super) fn check(model: &ModelFiles) -> Result<()> {
 }
 
 /// Writes the folder.
-pub(super) fn write(export: &mut Export, path: &Path, observer: Observer) -> Result<()> {
+pub(super) fn write(export: &Export, path: &Path, observer: Observer) -> Result<()> {
     fs::create_dir(path).with_context(|| format!("{}: cannot create", path.display()))?;
     let mut config = describe(export, path)?;
     let dtype = export.dtype.of_tensors();

@@ -41,16 +41,16 @@ pub(super) fn check(model: &ModelFiles) -> Result<()> {
 
 /// Writes the file. Matrices are in the chosen number format, vectors in f32, as llama.cpp needs them; what the model does not
 /// name stays as it is.
-pub(super) fn write(export: &mut Export, path: &Path, observer: Observer) -> Result<()> {
-    let architecture = export.model.architecture.clone();
+pub(super) fn write(export: &Export, path: &Path, observer: Observer) -> Result<()> {
+    let architecture = &export.model.architecture;
     let (matrices, file_type) = kind(export.dtype);
     let all = export.tensors()?;
     let (total, mut tensors) = (all.len(), Vec::new());
     for (done, (name, shape)) in all.into_iter().enumerate() {
-        let merged = permute(&name, export.merged(&name, &shape)?, &architecture)?;
+        let merged = permute(&name, export.merged(&name, &shape)?, architecture)?;
         let kind = if shape.len() == 1 { GgmlDType::F32 } else { matrices };
         export.check_range(&name, &merged)?;
-        tensors.push((gguf_name(&name, &architecture), QTensor::quantize(&merged, kind)?));
+        tensors.push((gguf_name(&name, architecture), QTensor::quantize(&merged, kind)?));
         show(observer, done + 1, total);
     }
     let Weights::Gguf { content, file, .. } = &export.model.weights else { bail!("not a GGUF file") };

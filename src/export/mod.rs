@@ -101,8 +101,8 @@ impl Export {
     ///
     /// # Errors
     /// If a weight cannot be read or does not fit the number format, or the disk fails; nothing is left then.
-    pub fn write(mut self, observer: Observer) -> Result<()> {
-        let out = self.out.clone();
+    pub fn write(self, observer: Observer) -> Result<()> {
+        let out = &self.out;
         let name = out.file_name().with_context(|| format!("{} names no file or folder", out.display()))?;
         let unfinished = out.with_file_name(format!(".{}.new", name.to_string_lossy()));
         remove(&unfinished).with_context(|| format!("{}: cannot remove", unfinished.display()))?;
@@ -110,11 +110,11 @@ impl Export {
             fs::create_dir_all(parent).with_context(|| format!("{}: cannot create", parent.display()))?;
         }
         let written = match self.format {
-            Format::Safetensors => folder::write(&mut self, &unfinished, observer),
-            Format::Gguf => gguf::write(&mut self, &unfinished, observer),
+            Format::Safetensors => folder::write(&self, &unfinished, observer),
+            Format::Gguf => gguf::write(&self, &unfinished, observer),
         };
         let renamed = written
-            .and_then(|()| fs::rename(&unfinished, &out).with_context(|| format!("{}: cannot create", out.display())));
+            .and_then(|()| fs::rename(&unfinished, out).with_context(|| format!("{}: cannot create", out.display())));
         if renamed.is_err() {
             // What failed before is what matters.
             remove(&unfinished).ok();
@@ -128,8 +128,8 @@ impl Export {
     }
 
     /// A tensor with the adapter's share, in f32.
-    fn merged(&mut self, name: &str, shape: &[usize]) -> Result<Tensor> {
-        let ModelFiles { weights, architecture, .. } = &mut self.model;
+    fn merged(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
+        let ModelFiles { weights, architecture, .. } = &self.model;
         let weight = weights.tensor(name, shape, architecture, &Device::Cpu)?;
         let adapter = self.adapter.as_ref().zip(projection(name));
         let low_rank = adapter.and_then(|(adapter, (layer, projection))| adapter.low_rank(layer, projection));

@@ -77,6 +77,11 @@ pub fn single_file(folder: &Path, extension: &str) -> Result<PathBuf> {
     }
 }
 
+/// Bytes as hashes are written.
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
 /// Everything in a folder that is not a folder, however deep, in order.
 fn files_below(folder: &Path) -> Result<Vec<PathBuf>> {
     let mut found = Vec::new();

@@ -18,10 +18,10 @@ use sha2::digest::DynDigest;
 use sha2::{Digest, Sha256};
 
 use super::address::{Address, Kind};
-use super::files_below;
 use super::hub::Hub;
 use super::partial::Partial;
 use super::transfer::{Client, Failure};
+use super::{files_below, hex};
 
 /// What the hub says of a revision.
 #[derive(Deserialize)]
@@ -272,10 +272,6 @@ fn hasher(hash: &str, size: u64) -> Result<Box<dyn DynDigest>> {
         40 if plain => Ok(Box::new(Sha1::new_with_prefix(format!("blob {size}\0")))),
         _ => bail!("the hub gives {hash:?} as its hash, which is neither a SHA-256 nor Git's"),
     }
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 fn is_commit(text: &str) -> bool {

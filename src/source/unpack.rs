@@ -75,5 +75,5 @@ fn sha256(path: &Path) -> Result<String> {
             count => hasher.update(&buffer[..count]),
         }
     }
-    Ok(hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
+    Ok(super::hex(&hasher.finalize()))
 }

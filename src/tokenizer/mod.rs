@@ -175,8 +175,14 @@ impl Tokenizer {
     /// # Errors
     /// As [`render`](Self::render) and [`encode`](Self::encode).
     pub fn prompt_ids(&self, messages: &[Message]) -> Result<Vec<u32>> {
-        let ids = self.text_prompt_ids(&self.render(messages, true)?)?;
-        ensure!(!ids.is_empty(), "the chat template makes an empty prompt of these messages");
+        self.rendered_ids(&self.render(messages, true)?)
+    }
+
+    /// Token ids of a rendered chat. BOS alone is no prompt.
+    fn rendered_ids(&self, rendered: &str) -> Result<Vec<u32>> {
+        let ids = self.text_prompt_ids(rendered)?;
+        let empty = rendered.is_empty() || ids.is_empty();
+        ensure!(!empty, "the chat template makes an empty prompt of these messages");
         Ok(ids)
     }
 
@@ -202,8 +208,8 @@ impl Tokenizer {
     /// # Errors
     /// As [`prompt_ids`](Self::prompt_ids).
     pub fn prompt_fits(&self, messages: &[Message], limit: usize) -> Result<bool> {
-        let bytes = self.render(messages, true)?.len();
-        Ok(0 < bytes && bytes < limit || self.prompt_ids(messages)?.len() <= limit)
+        let rendered = self.render(messages, true)?;
+        Ok((1..limit).contains(&rendered.len()) || self.rendered_ids(&rendered)?.len() <= limit)
     }
 
     /// Every token that ends a generation, in increasing order: those that the model's files name and the one that the
