@@ -12,9 +12,10 @@ use rayon::prelude::*;
 use tracing::debug;
 
 use crate::advantage::AdvantageKind;
-use crate::config::{self, Config, LongPrompts, Quantization};
+use crate::config::{self, Config, Dtype, LongPrompts, Quantization};
 use crate::event::{Event, Observer};
 use crate::model::{Architecture, Footprint, Model, Weights};
+use crate::ops::kernel::Kernel;
 use crate::peft;
 use crate::policy::Adapter;
 use crate::scorers::{caught, no_panic};
@@ -32,6 +33,8 @@ pub struct ModelFiles {
     pub tokenizer: Arc<Tokenizer>,
     /// How the layers' projections are packed, if they are.
     pub quantization: Option<Quantization>,
+    /// What multiplies matrices.
+    pub kernel: Kernel,
     /// What its weights will take.
     pub footprint: Footprint,
 }
@@ -45,7 +48,8 @@ impl ModelFiles {
         let path = resolve(source, Kind::Model, observer)?;
         let weights = Weights::open(&path)?;
         let architecture = weights.architecture()?;
-        let footprint = Model::footprint(&weights, &architecture, None)?;
+        let kernel = Kernel::choose(Dtype::Auto, None)?;
+        let footprint = Model::footprint(&weights, &architecture, None, kernel)?;
         let tokenizer = match weights.metadata() {
             Some(metadata) => Tokenizer::from_gguf(metadata),
             None => Tokenizer::from_folder(&path),
@@ -57,7 +61,16 @@ impl ModelFiles {
             "{}: the tokenizer needs {tokens} token ids, the model has only {vocabulary}; are they of one model?",
             weights.path().display()
         );
-        Ok(Self { weights, architecture, tokenizer: Arc::new(tokenizer), quantization: None, footprint })
+        Ok(Self { weights, architecture, tokenizer: Arc::new(tokenizer), quantization: None, kernel, footprint })
+    }
+
+    /// The same model, computed by these instructions.
+    ///
+    /// # Errors
+    /// None that opening it would not have had.
+    pub fn computed_by(self, kernel: Kernel) -> Result<Self> {
+        let footprint = Model::footprint(&self.weights, &self.architecture, self.quantization, kernel)?;
+        Ok(Self { kernel, footprint, ..self })
     }
 
     /// The same model, its projections to be packed.
@@ -70,7 +83,7 @@ impl ModelFiles {
             "\"keep\" leaves a GGUF file's weights as they are packed, but {} is a folder of unpacked ones; use \"nf4\" or \"q8_0\"",
             self.weights.path().display()
         );
-        let footprint = Model::footprint(&self.weights, &self.architecture, Some(quantization))?;
+        let footprint = Model::footprint(&self.weights, &self.architecture, Some(quantization), self.kernel)?;
         Ok(Self { quantization: Some(quantization), footprint, ..self })
     }
 
@@ -103,7 +116,7 @@ impl ModelFiles {
         let path = self.weights.path();
         debug!(path = %path.display(), "weights");
         observer(Event::Line(&format!("loading the model {}", path.file_name().unwrap_or(path.as_os_str()).display())));
-        Ok(Arc::new(Model::load(&self.weights, self.quantization, device)?))
+        Ok(Arc::new(Model::load(&self.weights, self.quantization, self.kernel, device)?))
     }
 }
 
@@ -121,8 +134,9 @@ pub struct Policy {
 ///
 /// # Errors
 /// As [`ModelFiles::open`] and [`ModelFiles::load`].
-pub fn load_model(source: &str, device: &Device, observer: Observer) -> Result<(Arc<Model>, Arc<Tokenizer>)> {
-    let Policy { model, tokenizer, .. } = ModelFiles::open(source, observer)?.policy(None, device, observer)?;
+pub fn load_model(source: &str, kernel: Kernel, observer: Observer) -> Result<(Arc<Model>, Arc<Tokenizer>)> {
+    let files = ModelFiles::open(source, observer)?.computed_by(kernel)?;
+    let Policy { model, tokenizer, .. } = files.policy(None, &Device::Cpu, observer)?;
     Ok((model, tokenizer))
 }
 
@@ -186,7 +200,10 @@ impl Loader<'_> {
         let Config { batch, sampling, evaluation, lora, .. } = self.config;
         let source = &self.config.model.source;
         let mut model = ModelFiles::open(source, self.observer).with_context(|| self.at("model.source"))?;
-        if let Some(quantization) = self.config.model.quantization {
+        let config::Model { dtype, kernel, quantization, .. } = self.config.model;
+        let kernel = Kernel::choose(dtype, kernel).with_context(|| self.at("model.kernel"))?;
+        model = model.computed_by(kernel)?;
+        if let Some(quantization) = quantization {
             model = model.packed(quantization).with_context(|| self.at("model.quantization"))?;
         }
         let start = lora.start_from.as_deref().filter(|_| !training.is_empty()).map(|folder| {

@@ -3,17 +3,18 @@
 use std::ops::Range;
 use std::path::Path;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use candle_core::Device;
 use candor_environments::rows::field;
 use serde::Serialize;
 
-use crate::config::Batch;
+use crate::config::{Batch, Dtype};
 use crate::evaluation::token_confidence;
 use crate::event::{Event, Observer};
 use crate::inputs::{ModelFiles, Policy};
 use crate::learner::completion_logprobs;
 use crate::learner::tree::{Branch, Tree};
+use crate::ops::kernel::Kernel;
 use crate::prompts::{Prompt, check_room};
 use crate::tokenizer::Tokenizer;
 
@@ -47,8 +48,15 @@ impl Logprob {
     ///
     /// # Errors
     /// If a row, named by file and line, the model or the adapter is not what it should be.
-    pub fn prepare(source: &str, file: &Path, adapter: Option<&Path>, observer: Observer) -> Result<Self> {
-        let model = ModelFiles::open(source, observer)?;
+    pub fn prepare(
+        source: &str,
+        file: &Path,
+        adapter: Option<&Path>,
+        dtype: Dtype,
+        observer: Observer,
+    ) -> Result<Self> {
+        let kernel = Kernel::choose(dtype, None).context("--dtype")?;
+        let model = ModelFiles::open(source, observer)?.computed_by(kernel)?;
         let rows = Prompt::read(file, &model, |Prompt { row, ids: prompt_ids, is_chat }| {
             let mut ids = model.tokenizer.encode(&field::<String>(&row, "completion")?)?;
             ids.extend(model.tokenizer.end_of_turn().filter(|_| is_chat));

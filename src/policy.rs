@@ -1,14 +1,17 @@
 //! The adapter: what is trained, published to the sampler, and saved. The base model never changes.
 
+use std::sync::OnceLock;
+
 use anyhow::{Context, Result, ensure};
-use candle_core::{DType, Device, Tensor, Var};
+use candle_core::{DType, Device, Tensor};
 
 use crate::config::Lora;
 use crate::model::{Architecture, Projection};
 use crate::ops::linear::LowRank;
 use crate::random::{self, Purpose};
 
-/// A low-rank adapter (LoRA, Hu et al. 2021) over some projections of every layer.
+/// A low-rank adapter (LoRA, Hu et al. 2021) over some projections of every layer. Its tensors are never written in place, so
+/// a clone stays what it is while another is trained.
 #[derive(Clone)]
 pub struct Adapter {
     /// Optimizer steps that went into it.
@@ -28,6 +31,8 @@ struct Pair {
     a: Tensor,
     /// [out, rank].
     b: Tensor,
+    /// Both as products want them, from the first use on.
+    ready: OnceLock<LowRank>,
 }
 
 impl Pair {
@@ -105,16 +110,31 @@ impl Adapter {
                 index[layer * Projection::ALL.len() + projection as usize] = Some(pairs.len());
                 let a = tensor(layer, projection, "lora_A", (lora.rank, narrow))?;
                 let b = tensor(layer, projection, "lora_B", (wide, lora.rank))?;
-                pairs.push(Pair { layer, projection, a, b });
+                pairs.push(Pair { layer, projection, a, b, ready: OnceLock::new() });
             }
         }
         Ok(Self { version: 0, scale: scale(lora), pairs, index })
     }
 
     /// The pair of one projection, if it carries one.
-    pub fn low_rank(&self, layer: usize, projection: Projection) -> Option<LowRank<'_>> {
+    pub fn low_rank(&self, layer: usize, projection: Projection) -> Option<&LowRank> {
         let pair = &self.pairs[self.index[layer * Projection::ALL.len() + projection as usize]?];
-        Some(LowRank { a: &pair.a, b: &pair.b, scale: self.scale })
+        let floats = |tensor: &Tensor| tensor.flatten_all()?.to_vec1::<f32>();
+        Some(pair.ready.get_or_init(|| {
+            let (a, b) = (floats(&pair.a), floats(&pair.b));
+            let (a, b) = (a.expect("adapters are f32"), b.expect("adapters are f32"));
+            LowRank::new(a, b, pair.a.dims()[0], self.scale)
+        }))
+    }
+
+    /// What the pair of one projection adds to its weight, s · B A [out, in], if it carries one.
+    ///
+    /// # Errors
+    /// If the device fails.
+    pub fn delta(&self, layer: usize, projection: Projection) -> Result<Option<Tensor>> {
+        let Some(index) = self.index[layer * Projection::ALL.len() + projection as usize] else { return Ok(None) };
+        let pair = &self.pairs[index];
+        Ok(Some((pair.b.matmul(&pair.a)? * f64::from(self.scale))?))
     }
 
     /// Every tensor with PEFT's name for it, always in the same order.
@@ -123,49 +143,29 @@ impl Adapter {
         self.pairs.iter().flat_map(named).collect()
     }
 
-    /// Indices into [`Adapter::tensors`] of the tensors of one layer.
-    pub fn layer_tensors(&self, layer: usize) -> Vec<usize> {
-        let of_layer = |(index, pair): (usize, &Pair)| (pair.layer == layer).then_some([2 * index, 2 * index + 1]);
-        self.pairs.iter().enumerate().filter_map(of_layer).flatten().collect()
+    /// The indices into [`Adapter::tensors`] of A and B of one projection, if it carries them.
+    pub fn indices(&self, layer: usize, projection: Projection) -> Option<[usize; 2]> {
+        let pair = self.index[layer * Projection::ALL.len() + projection as usize]?;
+        Some([2 * pair, 2 * pair + 1])
     }
 
-    /// A deep copy without gradients: what the sampler reads while the learner writes in place.
+    /// The same adapter as another version of itself.
+    pub fn publish(&self, version: u64) -> Self {
+        Self { version, ..self.clone() }
+    }
+
+    /// Replaces every tensor, in the order of [`Adapter::tensors`], by one of its shape.
     ///
-    /// # Errors
-    /// If the device fails.
-    pub fn publish(&self, version: u64) -> Result<Self> {
-        self.with_tensors(version, |tensor| tensor.detach().copy())
-    }
-
-    /// The adapter whose tensors are variables, with the variables in the order of [`Adapter::tensors`]. Both share storage:
-    /// setting a variable changes the adapter.
-    ///
-    /// # Errors
-    /// If the device fails.
-    pub fn trainable(&self) -> Result<(Self, Vec<Var>)> {
-        let mut variables = Vec::new();
-        let adapter = self.with_tensors(self.version, |tensor| {
-            let variable = Var::from_tensor(&tensor.copy()?)?;
-            variables.push(variable.clone());
-            Ok(variable.as_tensor().clone())
-        })?;
-        Ok((adapter, variables))
-    }
-
-    /// A view of the same storage through which no gradient flows.
-    ///
-    /// # Errors
-    /// If the device fails.
-    pub fn frozen(&self) -> Result<Self> {
-        self.with_tensors(self.version, |tensor| Ok(tensor.detach()))
-    }
-
-    fn with_tensors(&self, version: u64, mut f: impl FnMut(&Tensor) -> candle_core::Result<Tensor>) -> Result<Self> {
-        let mut copy = Self { version, ..self.clone() };
-        for pair in &mut copy.pairs {
-            pair.a = f(&pair.a)?;
-            pair.b = f(&pair.b)?;
+    /// # Panics
+    /// If there are more or fewer: a mistake of the caller.
+    pub fn replace(&mut self, tensors: Vec<Tensor>) {
+        assert_eq!(tensors.len(), 2 * self.pairs.len(), "one tensor for each");
+        let mut tensors = tensors.into_iter();
+        for pair in &mut self.pairs {
+            for tensor in [&mut pair.a, &mut pair.b] {
+                *tensor = tensors.next().expect("there are as many");
+            }
+            pair.ready = OnceLock::new();
         }
-        Ok(copy)
     }
 }

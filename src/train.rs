@@ -80,7 +80,7 @@ fn save(run: &mut Run, next_step: u64) -> Result<()> {
 /// Samples and scores a step's rollouts, and gives them their advantages.
 fn collect(run: &mut Run, step: u64, observer: Observer) -> Result<Vec<Group>> {
     let Run { config, training, tokenizer, sampler, learner, .. } = run;
-    let adapter = learner.adapter().publish(step)?;
+    let adapter = learner.adapter().publish(step);
     let chosen = choose_tasks(training, config.batch.prompts, config.seed, step);
     let collector = Collector {
         sources: training,
@@ -105,7 +105,7 @@ fn evaluate(run: &mut Run, step: u64, observer: Observer, stop: &(dyn Fn() -> bo
     if config.evaluation.tasks == 0 {
         return Ok(Outcome::Finished);
     }
-    let adapter = learner.adapter().publish(step)?;
+    let adapter = learner.adapter().publish(step);
     let held_out = HeldOut { config, sources: heldout, tokenizer, observer, stop };
     let groups = match held_out.complete(&mut **sampler, Some(&adapter), step) {
         Err(error) if error.is::<Interrupted>() => return Ok(Outcome::Interrupted),

@@ -53,8 +53,8 @@ pub struct Logprob {
     pub base: Base,
     /// Rows as JSON lines, plain or .gz, or .parquet
     file: PathBuf,
-    /// What is computed in: auto, f32 or bf16
-    #[arg(long, value_parser = word::<Dtype>, default_value = "auto")]
+    /// What is computed in: f32, bf16, or auto for the fastest
+    #[arg(long, value_parser = word::<Dtype>, default_value = "f32")]
     dtype: Dtype,
 }
 
@@ -62,11 +62,8 @@ impl Logprob {
     /// Runs it.
     pub fn run(&self, observer: Observer, console: &Console) -> Result<u8, Failure> {
         let Self { base: Base { model, adapter, .. }, file, dtype } = self;
-        let prepare = || {
-            dtype.check_offered().map_err(|error| error.context("--dtype"))?;
-            logprob::Logprob::prepare(model, file, adapter.as_deref(), observer)
-        };
-        let prepared = prepare().map_err(Failure::Input)?;
+        let prepared = logprob::Logprob::prepare(model, file, adapter.as_deref(), *dtype, observer);
+        let prepared = prepared.map_err(Failure::Input)?;
         let print = &mut |scored| print(&scored, console);
         prepared.run(observer, print).map_err(Failure::Run)?;
         Ok(0)

@@ -9,6 +9,7 @@ use serde::de::{Error, MapAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::advantage::AdvantageKind;
+use crate::ops::kernel::Kernel;
 use crate::objective::{Importance, ImportanceLevel, ImportanceMode, KlEstimator, LossMean, PolicyLoss, Ratio};
 
 /// `[model]`: the frozen base model and where it is computed.
@@ -24,8 +25,11 @@ pub struct Model {
     /// The number format that the weights are computed in: `auto`, `f32` or `bf16`.
     #[serde(default)]
     pub dtype: Dtype,
-    /// The format that the layers' projections are kept packed in, unpacked one at a time when used (QLoRA); embedding and
-    /// head are not. Absent: unpacked to `dtype` when loaded.
+    /// The instructions that multiply matrices: `amx` and `avx512_bf16` compute in bf16, `avx512` and `gemm` in f32. Absent:
+    /// the fastest of this processor that compute in `dtype`.
+    pub kernel: Option<Kernel>,
+    /// The format that the layers' projections are kept packed in, unpacked a layer at a time when used (QLoRA); embedding
+    /// and head are not. Absent: unpacked to `dtype` when loaded.
     pub quantization: Option<Quantization>,
 }
 

@@ -6,7 +6,7 @@ use std::ops::{Bound, RangeBounds};
 
 use candor_environments::KeyError;
 
-use super::{Config, Device, Dtype, Environment, Learner, Reference, SamplerKind};
+use super::{Config, Device, Environment, Learner, Reference, SamplerKind};
 use crate::objective::PolicyLoss;
 
 fn problem<T>(key: &str, text: impl Into<String>) -> Result<T, KeyError> {
@@ -15,7 +15,6 @@ fn problem<T>(key: &str, text: impl Into<String>) -> Result<T, KeyError> {
 
 /// What is said of everything that comes with a later version.
 const LATER: &str = "not in this version: ";
-const F32_ONLY: &str = "this version computes in f32; use \"auto\" or \"f32\"";
 
 /// More of anything than this is a slip of the keyboard; it also keeps products of two counts inside 64 bits.
 const MOST: u64 = 1 << 30;
@@ -188,7 +187,6 @@ impl Config {
                 "model.device",
                 "this build computes on the CPU only; use \"auto\" or \"cpu\"",
             ),
-            (self.model.dtype == Dtype::Bf16, "model.dtype", F32_ONLY),
             (
                 self.sampling.kind != SamplerKind::Local,
                 "sampling.kind",
@@ -205,17 +203,6 @@ impl Config {
             Some((_, key, text)) => problem(key, format!("{LATER}{text}")),
             None => Ok(()),
         }
-    }
-}
-
-impl Dtype {
-    /// Refuses what the engine does not compute in yet, as the config's `model.dtype` does.
-    ///
-    /// # Errors
-    /// If it is not offered.
-    pub fn check_offered(self) -> anyhow::Result<()> {
-        anyhow::ensure!(self != Self::Bf16, "{LATER}{F32_ONLY}");
-        Ok(())
     }
 }
 

@@ -131,10 +131,13 @@ impl Export {
     fn merged(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
         let ModelFiles { weights, architecture, .. } = &self.model;
         let weight = weights.tensor(name, shape, architecture, &Device::Cpu)?;
-        let adapter = self.adapter.as_ref().zip(projection(name));
-        let low_rank = adapter.and_then(|(adapter, (layer, projection))| adapter.low_rank(layer, projection));
-        let Some(low_rank) = low_rank else { return Ok(weight) };
-        Ok((weight + (low_rank.b.matmul(low_rank.a)? * f64::from(low_rank.scale))?)?)
+        let Some((adapter, (layer, projection))) = self.adapter.as_ref().zip(projection(name)) else {
+            return Ok(weight);
+        };
+        Ok(match adapter.delta(layer, projection)? {
+            Some(delta) => (weight + delta)?,
+            None => weight,
+        })
     }
 
     /// Refuses numbers that the chosen format cannot hold.

@@ -12,15 +12,16 @@ pub mod tree;
 use std::sync::Arc;
 
 use anyhow::{Context, Result};
-use candle_core::backprop::GradStore;
-use candle_core::{Device, Tensor, Var};
+use candle_core::{Device, Tensor};
 use tracing::debug;
 
 use crate::config::Learner as Settings;
 use crate::event::{Event, Observer};
-use crate::model::{Call, Model};
+use crate::model::{Call, Model, Projection};
 use crate::objective::{Counts, KlEstimator, Metrics, PolicyGradient, Sampled, Sequence, policy_gradient};
-use crate::ops::head::log_probabilities;
+use crate::ops::buffer::Buffer;
+use crate::ops::head::{log_probabilities, log_probabilities_backward};
+use crate::ops::keys::Keys;
 use crate::policy::Adapter;
 use optimizer::AdamW;
 use tree::{MicroBatch, Tree, pack};
@@ -29,9 +30,7 @@ use tree::{MicroBatch, Tree, pack};
 pub struct Learner {
     model: Arc<Model>,
     settings: Settings,
-    /// The trained adapter; its tensors are `variables`.
     adapter: Adapter,
-    variables: Vec<Var>,
     /// AdamW's moments and count.
     pub optimizer: AdamW,
     /// What `learner.kl` compares with; `None` is the base model.
@@ -78,12 +77,11 @@ impl Learner {
     /// # Errors
     /// If the device fails.
     pub fn new(model: Arc<Model>, adapter: &Adapter, reference: Option<Adapter>, settings: &Settings) -> Result<Self> {
-        let (adapter, variables) = adapter.trainable()?;
-        let optimizer = AdamW::new(&variables)?;
-        Ok(Self { model, settings: settings.clone(), adapter, variables, optimizer, reference })
+        let optimizer = AdamW::new(&tensors(adapter))?;
+        Ok(Self { model, settings: settings.clone(), adapter: adapter.clone(), optimizer, reference })
     }
 
-    /// The adapter as it is now; its tensors change with the next step, so copy what must not.
+    /// The adapter as it is now.
     pub fn adapter(&self) -> &Adapter {
         &self.adapter
     }
@@ -102,7 +100,9 @@ impl Learner {
         let names = self.adapter.tensors();
         report.grad_norm =
             optimizer::clip(&mut gradients, self.settings.max_grad_norm, |index| names[index].0.clone())?;
-        self.optimizer.update(&self.variables, &gradients, shape.learning_rate, &self.settings)?;
+        let updated =
+            self.optimizer.update(&tensors(&self.adapter), &gradients, shape.learning_rate, &self.settings)?;
+        self.adapter.replace(updated);
         self.adapter.version += 1;
         Ok(report)
     }
@@ -114,8 +114,8 @@ impl Learner {
     pub fn gradient(&self, trees: &[Tree], shape: &StepShape, observer: Observer) -> Result<StepGradient> {
         let masks = trees.iter().flat_map(|tree| tree.branches.iter().map(|branch| branch.mask_t.as_slice()));
         let counts = Counts::of(masks, shape.max_tokens);
-        let zeros = |variable: &Var| Ok(variable.zeros_like()?);
-        let mut gradients = self.variables.iter().map(zeros).collect::<Result<Vec<_>>>()?;
+        let tensors = tensors(&self.adapter);
+        let mut gradients: Vec<Vec<f32>> = tensors.iter().map(|tensor| vec![0.0; tensor.elem_count()]).collect();
         let mut report = StepReport { loss: 0.0, grad_norm: 0.0, tokens: 0, metrics: Metrics::default() };
         let micro_batches = pack(trees, shape.micro_tokens)?;
         let (mut done, total) = (0, micro_batches.len() * self.model.architecture.layers.len());
@@ -127,7 +127,9 @@ impl Learner {
             debug!(rows = micro.ids.len(), branches = micro.branches.len(), "micro-batch");
             self.accumulate(micro, shape, &counts, &mut gradients, &mut report, &mut layer_done)?;
         }
-        Ok(StepGradient { gradients, report })
+        let shaped = gradients.into_iter().zip(&tensors);
+        let shaped = shaped.map(|(gradient, like)| Ok(Tensor::from_vec(gradient, like.shape(), like.device())?));
+        Ok(StepGradient { gradients: shaped.collect::<Result<_>>()?, report })
     }
 
     fn accumulate(
@@ -135,15 +137,17 @@ impl Learner {
         micro: &MicroBatch,
         shape: &StepShape,
         counts: &Counts,
-        gradients: &mut [Tensor],
+        gradients: &mut [Vec<f32>],
         report: &mut StepReport,
         layer_done: &mut dyn FnMut(),
     ) -> Result<()> {
+        let model = &*self.model;
         let inputs = self.layer_inputs(micro)?;
-        let last = Var::from_tensor(inputs.last().context("the model has no layers")?)?;
-        let hidden = self.model.select(&last, &micro.predicting)?;
-        let head = log_probabilities(&hidden, self.model.head(), &micro.targets, self.model.logits(shape.temperature))?;
-        let logprobs_t = floats(&head.logprobs)?;
+        let last = inputs.last().context("the model has no layers")?;
+        let hidden = model.final_norm(&model.select(last, &micro.predicting));
+        let logits = model.logits(shape.temperature);
+        let head = log_probabilities(&hidden, model.head(), &micro.targets, logits)?;
+        let logprobs_t = floats(&head.logprobs);
         let compared = self.settings.kl > 0.0;
         let reference =
             compared.then(|| logprobs(&self.model, self.reference.as_ref(), micro, shape.temperature)).transpose()?;
@@ -158,17 +162,17 @@ impl Learner {
         });
         let objective = policy_gradient(&sampled.collect::<Vec<_>>(), &self.policy_gradient(), counts)?;
         let coefficients = objective.coefficients.concat().into_iter().map(|w| w as f32).collect::<Vec<_>>();
-        let coefficients = Tensor::new(coefficients, &self.model.device)?;
-        let mut grads = (&head.logprobs * coefficients)?.sum_all()?.backward()?;
-        let seed = take(&mut grads, &last)?;
-        self.backward_layers(micro, &inputs, seed, gradients, layer_done)?;
+        let d_hidden =
+            log_probabilities_backward(&hidden, model.head(), &micro.targets, logits, &head, &coefficients);
+        let seed = model.select_backward(last, &micro.predicting, &d_hidden);
+        self.backward_layers(micro, inputs, seed, gradients, layer_done)?;
         report.loss += objective.loss;
         report.tokens += micro.ids.len();
         report.metrics.merge(objective.metrics);
         report.metrics.mean(
             "entropy",
-            head.entropies.iter().map(|&entropy| f64::from(entropy)).sum(),
-            head.entropies.len() as f64,
+            head.entropies().map(f64::from).sum(),
+            head.logprobs.len() as f64,
         );
         Ok(())
     }
@@ -179,45 +183,57 @@ impl Learner {
         PolicyGradient { policy_loss, ratio, clip, delta, loss_mean, importance, kl, kl_estimator }
     }
 
-    /// The input of every layer, and the output of the last, without a graph.
-    fn layer_inputs(&self, micro: &MicroBatch) -> Result<Vec<Tensor>> {
-        let frozen = self.adapter.frozen()?;
-        let adapters = [(0..micro.ids.len(), Some(&frozen))];
+    /// The input of every layer, and the output of the last.
+    fn layer_inputs(&self, micro: &MicroBatch) -> Result<Vec<Buffer>> {
+        let adapters = [(0..micro.ids.len(), Some(&self.adapter))];
         let call = call(micro, &adapters);
         let context = self.model.begin(&call)?;
-        let mut inputs = vec![self.model.embed(&call)?];
+        let mut keys = keys(&self.model, micro);
+        let mut inputs = vec![self.model.embed(&call)];
         for index in 0..self.model.architecture.layers.len() {
-            let output = self.model.layer(index, &inputs[index], &context)?;
+            let output = self.model.layer(index, &inputs[index], &context, &mut keys)?;
             inputs.push(output);
         }
         Ok(inputs)
     }
 
-    /// From the last layer to the first: run it again, this time with gradients, and seed it with its output's gradient.
+    /// From the last layer to the first, each computed again from its input.
     fn backward_layers(
         &self,
         micro: &MicroBatch,
-        inputs: &[Tensor],
-        seed: Tensor,
-        gradients: &mut [Tensor],
+        mut inputs: Vec<Buffer>,
+        mut grad: Buffer,
+        gradients: &mut [Vec<f32>],
         layer_done: &mut dyn FnMut(),
     ) -> Result<()> {
         let adapters = [(0..micro.ids.len(), Some(&self.adapter))];
         let call = call(micro, &adapters);
         let context = self.model.begin(&call)?;
-        let mut seed = seed;
+        let (mut keys, mut swapped) = (keys(&self.model, micro), keys(&self.model, micro));
+        inputs.pop();
         for index in (0..self.model.architecture.layers.len()).rev() {
-            let x = Var::from_tensor(&inputs[index])?;
-            let y = self.model.layer(index, &x, &context)?;
-            let mut grads = (y * seed)?.sum_all()?.backward()?;
-            seed = take(&mut grads, &x)?;
-            for tensor in self.adapter.layer_tensors(index) {
-                gradients[tensor] = (&gradients[tensor] + take(&mut grads, &self.variables[tensor])?)?;
+            let x = inputs.pop().context("every layer has an input")?;
+            let of_layer = self.model.layer_backward(index, &x, &mut grad, &context, &mut keys, &mut swapped)?;
+            for (projection, gradient) in Projection::ALL.into_iter().zip(of_layer) {
+                let (Some(gradient), Some([a, b])) = (gradient, self.adapter.indices(index, projection)) else { continue };
+                for (total, part) in [(a, gradient.a), (b, gradient.b)] {
+                    gradients[total].iter_mut().zip(part).for_each(|(total, part)| *total += part);
+                }
             }
             layer_done();
         }
         Ok(())
     }
+}
+
+fn tensors(adapter: &Adapter) -> Vec<Tensor> {
+    adapter.tensors().into_iter().map(|(_, tensor)| tensor).collect()
+}
+
+/// Room for the keys and values of one layer.
+fn keys(model: &Model, micro: &MicroBatch) -> Keys {
+    // All layers have keys of one shape.
+    Keys::new(micro.key_rows(), model.architecture.heads_of(0))
 }
 
 /// The log-probability of every completion token of every branch, in the order of the trees.
@@ -242,18 +258,20 @@ pub fn completion_logprobs(
 /// The log-probability of every target of a micro-batch; nothing is kept for a backward pass.
 fn logprobs(model: &Model, adapter: Option<&Adapter>, micro: &MicroBatch, temperature: f64) -> Result<Vec<f64>> {
     let adapters = [(0..micro.ids.len(), adapter)];
-    let hidden = model.select(&model.forward(&call(micro, &adapters))?, &micro.predicting)?;
-    floats(&log_probabilities(&hidden, model.head(), &micro.targets, model.logits(temperature))?.logprobs)
+    let call = call(micro, &adapters);
+    let (context, mut keys) = (model.begin(&call)?, keys(model, micro));
+    let mut x = model.embed(&call);
+    for index in 0..model.architecture.layers.len() {
+        x = model.layer(index, &x, &context, &mut keys)?;
+    }
+    let hidden = model.final_norm(&model.select(&x, &micro.predicting));
+    Ok(floats(&log_probabilities(&hidden, model.head(), &micro.targets, model.logits(temperature))?.logprobs))
 }
 
 fn call<'a>(micro: &'a MicroBatch, adapters: &'a [(std::ops::Range<usize>, Option<&'a Adapter>)]) -> Call<'a> {
-    Call { ids: &micro.ids, positions: &micro.positions, spans: micro.spans.clone(), adapters, store: None }
+    Call { ids: &micro.ids, positions: &micro.positions, spans: &micro.spans, stores: &micro.stores, adapters }
 }
 
-fn take(grads: &mut GradStore, variable: &Var) -> Result<Tensor> {
-    grads.remove(variable).context("an operation of the model cut the graph: it has no backward")
-}
-
-fn floats(tensor: &Tensor) -> Result<Vec<f64>> {
-    Ok(tensor.to_vec1::<f32>()?.into_iter().map(f64::from).collect())
+fn floats(values: &[f32]) -> Vec<f64> {
+    values.iter().copied().map(f64::from).collect()
 }

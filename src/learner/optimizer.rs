@@ -1,13 +1,13 @@
 //! AdamW with moments that can be saved, gradient clipping, and the learning-rate schedules.
 
 use anyhow::{Result, ensure};
-use candle_core::{DType, Tensor, Var};
+use candle_core::{DType, Tensor};
 
 use crate::config::{Learner as Settings, Schedule};
 
-/// AdamW (Loshchilov & Hutter 2019) over a fixed list of f32 variables.
+/// AdamW (Loshchilov & Hutter 2019) over a fixed list of f32 tensors.
 pub struct AdamW {
-    /// First and second moment of every variable, f32.
+    /// First and second moment of every tensor, f32.
     pub moments: Vec<(Tensor, Tensor)>,
     /// Updates applied so far.
     pub updates: u64,
@@ -18,35 +18,36 @@ impl AdamW {
     ///
     /// # Errors
     /// If the device fails.
-    pub fn new(variables: &[Var]) -> Result<Self> {
-        let zeros = |variable: &Var| Ok((variable.zeros_like()?, variable.zeros_like()?));
-        Ok(Self { moments: variables.iter().map(zeros).collect::<Result<_>>()?, updates: 0 })
+    pub fn new(parameters: &[Tensor]) -> Result<Self> {
+        let zeros = |parameter: &Tensor| Ok((parameter.zeros_like()?, parameter.zeros_like()?));
+        Ok(Self { moments: parameters.iter().map(zeros).collect::<Result<_>>()?, updates: 0 })
     }
 
-    /// One update in place: decoupled decay, then the bias-corrected step. The arithmetic is PyTorch's.
+    /// The parameters after one update: decoupled decay, then the bias-corrected step. The arithmetic is PyTorch's.
     ///
     /// # Errors
     /// If the device fails.
     pub fn update(
         &mut self,
-        variables: &[Var],
+        parameters: &[Tensor],
         gradients: &[Tensor],
         learning_rate: f64,
         settings: &Settings,
-    ) -> Result<()> {
+    ) -> Result<Vec<Tensor>> {
         self.updates += 1;
         let [beta1, beta2] = settings.betas;
         let correction1 = 1.0 - beta1.powf(self.updates as f64);
         let correction2 = (1.0 - beta2.powf(self.updates as f64)).sqrt();
-        for ((variable, gradient), (first, second)) in variables.iter().zip(gradients).zip(&mut self.moments) {
+        let pairs = parameters.iter().zip(gradients).zip(&mut self.moments);
+        let update = |((parameter, gradient), (first, second)): ((&Tensor, &Tensor), &mut (Tensor, Tensor))| {
             *first = ((&*first * beta1)? + (gradient * (1.0 - beta1))?)?;
             *second = ((&*second * beta2)? + (gradient.sqr()? * (1.0 - beta2))?)?;
             let denominator = ((second.sqrt()? / correction2)? + settings.epsilon)?;
             let step = ((&*first * (learning_rate / correction1))? / denominator)?;
-            let kept = (variable.as_detached_tensor() * (1.0 - learning_rate * settings.weight_decay))?;
-            variable.set(&(kept - step)?)?;
-        }
-        Ok(())
+            let kept = (parameter * (1.0 - learning_rate * settings.weight_decay))?;
+            Ok((kept - step)?)
+        };
+        pairs.map(update).collect()
     }
 }
 

@@ -1,11 +1,10 @@
 //! Trees and their packing: a prompt once, its completions as branches, whole trees per micro-batch.
 
 use std::ops::Range;
-use std::sync::Arc;
-
 use anyhow::{Result, ensure};
 
 use crate::ops::attention::Span;
+use crate::ops::keys::{Store, padded};
 
 /// One prompt and the completions that continue it.
 #[derive(Clone, Debug)]
@@ -41,13 +40,22 @@ pub struct MicroBatch<'a> {
     /// Logical position of every row.
     pub positions: Vec<usize>,
     /// Which rows attend to which.
-    pub spans: Arc<[Span]>,
+    pub spans: Vec<Span>,
+    /// Where the rows' keys go: every prompt and branch starts a block of its own.
+    pub stores: Vec<Store>,
     /// The rows that predict, one per completion token: a prompt's last row predicts the first token of every branch.
     pub predicting: Vec<u32>,
     /// The token that each of them predicts.
     pub targets: Vec<u32>,
     /// The branches, and where their tokens lie in `targets`.
     pub branches: Vec<(&'a Branch, Range<usize>)>,
+}
+
+impl MicroBatch<'_> {
+    /// Rows that the keys of all rows take.
+    pub fn key_rows(&self) -> usize {
+        self.stores.last().map_or(0, |last| padded(last.to + last.from.len()))
+    }
 }
 
 /// Packs whole trees, in order, into micro-batches of at most `budget` rows. A tree that is larger is split by branches,
@@ -117,13 +125,19 @@ pub fn batches(rows: &[usize], budget: usize) -> Vec<Range<usize>> {
 }
 
 fn lay_out<'a>(pieces: &[(&'a Tree, Piece)]) -> MicroBatch<'a> {
-    let (mut ids, mut positions, mut spans) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut ids, mut positions, mut spans, mut stores) = (Vec::new(), Vec::new(), Vec::new(), Vec::<Store>::new());
     let (mut predicting, mut targets, mut branches) = (Vec::new(), Vec::new(), Vec::new());
+    let mut store = |rows: &Range<usize>| {
+        let to = stores.last().map_or(0, |last| padded(last.to + last.from.len()));
+        stores.push(Store { from: rows.clone(), to });
+        to..to + rows.len()
+    };
     for (tree, piece) in pieces {
         let prompt = ids.len()..ids.len() + tree.prompt_ids.len();
         ids.extend(&tree.prompt_ids);
         positions.extend(0..prompt.len());
-        spans.push(Span { queries: prompt.clone(), prefix: 0..0, own: prompt.clone() });
+        let prompt_keys = store(&prompt);
+        spans.push(Span { queries: prompt.clone(), prefix: 0..0, own: prompt_keys.clone() });
         for branch in &tree.branches[piece.branches.clone()] {
             let inputs = &branch.ids[..branch.ids.len() - 1];
             let rows = ids.len()..ids.len() + inputs.len();
@@ -133,9 +147,10 @@ fn lay_out<'a>(pieces: &[(&'a Tree, Piece)]) -> MicroBatch<'a> {
             ids.extend(inputs);
             positions.extend(prompt.len()..prompt.len() + inputs.len());
             if !rows.is_empty() {
-                spans.push(Span { queries: rows.clone(), prefix: prompt.clone(), own: rows });
+                let own = store(&rows);
+                spans.push(Span { queries: rows, prefix: prompt_keys.clone(), own });
             }
         }
     }
-    MicroBatch { ids, positions, spans: spans.into(), predicting, targets, branches }
+    MicroBatch { ids, positions, spans, stores, predicting, targets, branches }
 }

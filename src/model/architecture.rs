@@ -3,6 +3,7 @@
 use anyhow::{Result, ensure};
 
 pub use crate::config::Projection;
+use crate::ops::attention::Heads;
 use crate::ops::gate::Activation;
 
 impl Projection {
@@ -97,6 +98,18 @@ impl Architecture {
             Projection::OProj => (self.hidden, attention),
             Projection::GateProj | Projection::UpProj => (self.intermediate, self.hidden),
             Projection::DownProj => (self.hidden, self.intermediate),
+        }
+    }
+
+    /// The shape of attention in layers of one kind.
+    pub fn heads_of(&self, kind: usize) -> Heads {
+        Heads {
+            query: self.heads,
+            key: self.key_value_heads,
+            dim: self.head_dim,
+            scale: self.score_scale as f32,
+            soft_cap: self.score_cap.map(|cap| cap as f32),
+            window: self.attention[kind].window,
         }
     }
 

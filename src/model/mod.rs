@@ -8,12 +8,14 @@
 //! * [`weights`]: tensors by name from safetensors or GGUF
 //! * [`gguf`], [`safetensors`]: the two kinds of files
 //! * [`stored`]: a tensor in a file, read in pieces
+//! * [`layer`]: one layer, forward and backward
 //! * [`cache`]: keys and values of past tokens, for the sampler
 
 pub mod architecture;
 pub mod cache;
 pub mod family;
 pub mod gguf;
+mod layer;
 mod parts;
 pub mod safetensors;
 pub mod stored;
@@ -24,21 +26,25 @@ use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::{Result, ensure};
-use candle_core::{Device, Tensor};
+use candle_core::Device;
 
 pub use architecture::{Architecture, AttentionKind, Projection};
-pub use cache::{KeyValueStore, Store};
+pub use cache::KeyValueStore;
+pub use layer::AdapterGradient;
 pub use parts::Footprint;
 pub use weights::Weights;
 
 use crate::config::Quantization;
-use crate::ops::attention::{Heads, Span, attention};
-use crate::ops::gate::gated;
+use crate::ops::attention::Span;
+use crate::ops::buffer::Buffer;
 use crate::ops::head::Logits;
-use crate::ops::linear::{Frozen, linear};
-use crate::ops::norm::rms_norm;
-use crate::ops::rope::{Rotation, rope};
+use crate::ops::kernel::Kernel;
+use crate::ops::keys::{Keys, Store};
+use crate::ops::norm::RmsNorm;
+use crate::ops::panels::Panels;
+use crate::ops::rope::Rotation;
 use crate::policy::Adapter;
+use layer::{Frozen, Layer, Work};
 use parts::{Parts, Reading};
 
 /// A frozen decoder. Its tensors exist once; whoever needs them shares the model in an `Arc`.
@@ -47,45 +53,55 @@ pub struct Model {
     pub architecture: Architecture,
     /// Where its tensors live.
     pub device: Device,
-    embedding: Tensor,
+    /// What multiplies matrices.
+    pub kernel: Kernel,
+    embedding: Arc<Panels>,
     layers: Vec<Layer>,
-    norm: Tensor,
-    head: Tensor,
-}
-
-struct Layer {
-    attention_norm: Tensor,
-    /// Of what attention returns.
-    attention_output_norm: Option<Tensor>,
-    feed_forward_norm: Tensor,
-    /// Of what the feed-forward block returns.
-    feed_forward_output_norm: Option<Tensor>,
-    /// Of every head, [head_dim].
-    query_norm: Option<Tensor>,
-    key_norm: Option<Tensor>,
-    /// By [`Projection`].
-    projections: [Frozen; 7],
+    norm: RmsNorm,
+    head: Arc<Panels>,
 }
 
 /// The rows of one forward call: consecutive rows of one or several sequences.
+#[derive(Clone, Copy)]
 pub struct Call<'a> {
     /// Token of every row.
     pub ids: &'a [u32],
     /// Logical position of every row in its sequence.
     pub positions: &'a [usize],
-    /// Which keys every row attends to: rows of this call, or of the store if there is one.
-    pub spans: Arc<[Span]>,
+    /// Which keys every row attends to.
+    pub spans: &'a [Span],
+    /// Where the keys and values of the call's rows go.
+    pub stores: &'a [Store],
     /// Which adapter applies to which rows; the ranges cover all rows in order.
     pub adapters: &'a [(Range<usize>, Option<&'a Adapter>)],
-    /// Where keys and values go and come from; without it they are the call's own.
-    pub store: Option<(&'a KeyValueStore, &'a [Store])>,
 }
 
 /// What every layer of one call needs beside its input.
 pub struct LayerCall<'a> {
-    /// By kind of attention.
+    /// By layer, the number of its rotation; by kind of attention.
+    kinds: &'a [usize],
     rotations: Vec<Rotation>,
     call: &'a Call<'a>,
+}
+
+impl LayerCall<'_> {
+    fn rotation(&self, layer: usize) -> &Rotation {
+        &self.rotations[self.kinds[layer]]
+    }
+
+    /// The parts of a block of rows that have an adapter in common, counted from the block's first row.
+    fn adapters(&self, rows: &Range<usize>) -> impl Iterator<Item = (Range<usize>, Option<&Adapter>)> {
+        let (first, last) = (rows.start, rows.end);
+        self.call.adapters.iter().filter_map(move |(range, adapter)| {
+            let (start, end) = (range.start.max(first), range.end.min(last));
+            (start < end).then(|| (start - first..end - first, *adapter))
+        })
+    }
+
+    /// The adapter of a call whose rows have all the same.
+    fn only_adapter(&self) -> Option<&Adapter> {
+        self.call.adapters.first().and_then(|(_, adapter)| *adapter)
+    }
 }
 
 impl Model {
@@ -93,32 +109,38 @@ impl Model {
     ///
     /// # Errors
     /// If a tensor is missing, has the wrong shape or cannot be packed like this.
-    pub fn load(weights: &Weights, quantization: Option<Quantization>, device: &Device) -> Result<Self> {
+    pub fn load(
+        weights: &Weights,
+        quantization: Option<Quantization>,
+        kernel: Kernel,
+        device: &Device,
+    ) -> Result<Self> {
         let architecture = &weights.architecture()?;
-        Self::assemble(architecture, device, &mut Reading { weights, architecture, quantization, device })
+        Self::assemble(architecture, kernel, device, &mut Reading { weights, architecture, quantization, kernel })
     }
 
-    fn assemble(architecture: &Architecture, device: &Device, parts: &mut impl Parts) -> Result<Self> {
+    fn assemble(architecture: &Architecture, kernel: Kernel, device: &Device, parts: &mut impl Parts) -> Result<Self> {
         let table = [architecture.vocabulary, architecture.hidden];
-        let embedding = parts.tensor("model.embed_tokens.weight", &table)?;
-        let head = if architecture.tied { embedding.clone() } else { parts.tensor("lm_head.weight", &table)? };
+        let embedding = Arc::new(parts.table("model.embed_tokens.weight", &table)?);
+        let head =
+            if architecture.tied { embedding.clone() } else { Arc::new(parts.table("lm_head.weight", &table)?) };
         let layers = (0..architecture.layers.len()).map(|index| Layer::load(index, architecture, parts));
         let layers = layers.collect::<Result<_>>()?;
-        let norm = (parts.tensor("model.norm.weight", &[architecture.hidden])? + architecture.norm_offset)?;
+        let norm = norm("model.norm.weight", architecture.hidden, architecture, parts)?;
         let (architecture, device) = (architecture.clone(), device.clone());
-        Ok(Self { architecture, device, embedding, layers, norm, head })
+        Ok(Self { architecture, device, kernel, embedding, layers, norm, head })
     }
 
     /// Opens and loads a model, nothing packed: see [`Weights::open`].
     ///
     /// # Errors
     /// As [`Weights::open`] and [`Model::load`].
-    pub fn open(path: &Path, device: &Device) -> Result<Self> {
-        Self::load(&Weights::open(path)?, None, device)
+    pub fn open(path: &Path, kernel: Kernel) -> Result<Self> {
+        Self::load(&Weights::open(path)?, None, kernel, &Device::Cpu)
     }
 
     /// The head's weight [vocabulary, hidden].
-    pub fn head(&self) -> &Tensor {
+    pub fn head(&self) -> &Panels {
         &self.head
     }
 
@@ -131,7 +153,7 @@ impl Model {
     ///
     /// # Errors
     /// If the parts of the call disagree about its rows, or a token or position is outside what the model knows.
-    pub fn begin<'a>(&self, call: &'a Call<'a>) -> Result<LayerCall<'a>> {
+    pub fn begin<'a>(&'a self, call: &'a Call<'a>) -> Result<LayerCall<'a>> {
         let rows = call.ids.len();
         ensure!(call.positions.len() == rows, "{} positions for {rows} rows", call.positions.len());
         let covered = call.adapters.iter().try_fold(0, |end, (range, _)| (range.start == end).then_some(range.end));
@@ -143,99 +165,106 @@ impl Model {
         if let Some(position) = call.positions.iter().find(|&&position| position >= context) {
             anyhow::bail!("position {position} is outside the model's context of {context} tokens");
         }
+        let fits = |span: &Span| span.queries.end <= rows && span.queries.len() <= span.own.len();
+        if let Some(span) = call.spans.iter().find(|span| !fits(span)) {
+            anyhow::bail!("{span:?} does not fit the {rows} rows of the call");
+        }
         let kinds = self.architecture.attention.iter();
-        Ok(LayerCall { rotations: kinds.map(|kind| Rotation::new(call.positions, &kind.frequencies)).collect(), call })
+        let rotations = kinds.map(|kind| Rotation::new(call.positions, &kind.frequencies)).collect();
+        Ok(LayerCall { kinds: &self.architecture.layers, rotations, call })
     }
 
     /// Embeds the call's tokens: [rows, hidden].
-    ///
-    /// # Errors
-    /// If the device fails.
-    pub fn embed(&self, call: &Call) -> Result<Tensor> {
-        let embedded = self.embedding.index_select(&Tensor::new(call.ids, &self.device)?, 0)?;
-        let scale = self.architecture.embedding_scale;
-        Ok(if scale == 1.0 { embedded } else { (embedded * scale)? })
-    }
-
-    /// One layer: [rows, hidden] to [rows, hidden].
-    ///
-    /// # Errors
-    /// If the device fails.
-    pub fn layer(&self, index: usize, x: &Tensor, context: &LayerCall) -> Result<Tensor> {
-        let (layer, epsilon) = (&self.layers[index], self.architecture.norm_epsilon);
-        let kind = self.architecture.layers[index];
-        let project = |x: &Tensor, projection: Projection| self.project(index, projection, x, context.call.adapters);
-        let rotation = &context.rotations[kind];
-        let normed = |x: Tensor, gain: &Option<Tensor>| match gain {
-            Some(gain) => rms_norm(&x, gain, epsilon),
-            None => Ok(x),
-        };
-        let h = rms_norm(x, &layer.attention_norm, epsilon)?;
-        let q = rope(&normed(project(&h, Projection::QProj)?, &layer.query_norm)?, rotation)?;
-        let k = rope(&normed(project(&h, Projection::KProj)?, &layer.key_norm)?, rotation)?;
-        let v = project(&h, Projection::VProj)?;
-        let (k, v) = match context.call.store {
-            Some((store, stores)) => store.write(index, &k, &v, stores)?,
-            None => (k, v),
-        };
-        let attended = attention(&q, &k, &v, self.heads(kind), &context.call.spans)?;
-        let x = (x + normed(project(&attended, Projection::OProj)?, &layer.attention_output_norm)?)?;
-        let h = rms_norm(&x, &layer.feed_forward_norm, epsilon)?;
-        let (gate, up) = (project(&h, Projection::GateProj)?, project(&h, Projection::UpProj)?);
-        let gated = gated(&gate, &up, self.architecture.activation)?;
-        Ok((x + normed(project(&gated, Projection::DownProj)?, &layer.feed_forward_output_norm)?)?)
-    }
-
-    fn heads(&self, kind: usize) -> Heads {
-        let Architecture { heads, key_value_heads, head_dim, score_scale, score_cap, .. } = self.architecture;
-        Heads {
-            query: heads,
-            key: key_value_heads,
-            dim: head_dim,
-            scale: score_scale as f32,
-            soft_cap: score_cap.map(|cap| cap as f32),
-            window: self.architecture.attention[kind].window,
+    pub fn embed(&self, call: &Call) -> Buffer {
+        let (hidden, scale) = (self.architecture.hidden, self.architecture.embedding_scale as f32);
+        let mut embedded = Buffer::new(call.ids.len() * hidden);
+        for (row, id) in embedded.chunks_exact_mut(hidden).zip(call.ids) {
+            self.embedding.row(*id as usize, row);
+            if scale != 1.0 {
+                row.iter_mut().for_each(|x| *x *= scale);
+            }
         }
+        embedded
     }
 
-    fn project(
+    /// One layer: `x` [rows, hidden] to the output, of the same shape. The call's keys and values are added to `keys`.
+    ///
+    /// # Errors
+    /// If packed weights cannot be unpacked.
+    pub fn layer(&self, index: usize, x: &[f32], context: &LayerCall, keys: &mut Keys) -> Result<Buffer> {
+        let mut y = Buffer::new(x.len());
+        self.work(index, context)?.forward(x, keys, &mut y);
+        Ok(y)
+    }
+
+    /// The same layer backward: replaces `grad`, the gradient of its output, by that of its input `x`, and returns the adapter's
+    /// gradients. `keys` and `swapped` are room for the call's keys and values.
+    ///
+    /// # Errors
+    /// As [`Model::layer`].
+    pub fn layer_backward(
         &self,
         index: usize,
-        projection: Projection,
-        x: &Tensor,
-        adapters: &[(Range<usize>, Option<&Adapter>)],
-    ) -> Result<Tensor> {
-        let frozen = &self.layers[index].projections[projection as usize];
-        let mut parts = Vec::with_capacity(adapters.len());
-        for (rows, adapter) in adapters {
-            let low_rank = adapter.and_then(|adapter| adapter.low_rank(index, projection));
-            // With one adapter this is all of x, and no copy is made.
-            parts.push(linear(&x.narrow(0, rows.start, rows.len())?, frozen, low_rank)?);
+        x: &[f32],
+        grad: &mut [f32],
+        context: &LayerCall,
+        keys: &mut Keys,
+        swapped: &mut Keys,
+    ) -> Result<AdapterGradient> {
+        Ok(self.work(index, context)?.backward(x, grad, keys, swapped))
+    }
+
+    fn work<'a>(&'a self, index: usize, context: &'a LayerCall) -> Result<Work<'a>> {
+        Work::new(&self.layers[index], index, &self.architecture, context, self.kernel)
+    }
+
+    /// Selected rows of the last layer's output: [rows.len(), hidden].
+    pub fn select(&self, x: &[f32], rows: &[u32]) -> Buffer {
+        let hidden = self.architecture.hidden;
+        let mut selected = Buffer::new(rows.len() * hidden);
+        for (to, row) in selected.chunks_exact_mut(hidden).zip(rows) {
+            to.copy_from_slice(&x[*row as usize * hidden..][..hidden]);
         }
-        if parts.len() == 1 { Ok(parts.remove(0)) } else { Ok(Tensor::cat(&parts, 0)?) }
+        selected
     }
 
-    /// The final norm of selected rows of the last layer's output: [rows.len(), hidden], ready for the head.
-    ///
-    /// # Errors
-    /// If a row does not exist.
-    pub fn select(&self, x: &Tensor, rows: &[u32]) -> Result<Tensor> {
-        let selected = x.index_select(&Tensor::new(rows, &self.device)?, 0)?;
-        Ok(rms_norm(&selected, &self.norm, self.architecture.norm_epsilon)?)
+    /// The final norm of rows of the last layer's output: ready for the head.
+    pub fn final_norm(&self, x: &[f32]) -> Buffer {
+        let mut normed = Buffer::new(x.len());
+        self.norm.forward(x, &mut normed);
+        normed
     }
 
-    /// All layers, without keeping anything for a backward pass: the last layer's output [rows, hidden].
+    /// The gradient of the last layer's output [rows of `x`, hidden] from that of the normed `selected` rows of it.
+    pub fn select_backward(&self, x: &[f32], selected: &[u32], grad: &[f32]) -> Buffer {
+        let hidden = self.architecture.hidden;
+        let mut dx = Buffer::zeros(x.len());
+        for (row, grad) in selected.iter().zip(grad.chunks_exact(hidden)) {
+            let place = *row as usize * hidden..(*row as usize + 1) * hidden;
+            self.norm.backward(&x[place.clone()], grad, &mut dx[place]);
+        }
+        dx
+    }
+
+    /// All layers: the normed last hidden states of selected rows, [selected.len(), hidden].
     ///
     /// # Errors
-    /// As [`Model::begin`], or if the device fails.
-    pub fn forward(&self, call: &Call) -> Result<Tensor> {
+    /// As [`Model::begin`] and [`Model::layer`].
+    pub fn forward(&self, call: &Call, store: &mut KeyValueStore, selected: &[u32]) -> Result<Buffer> {
         let context = self.begin(call)?;
-        let mut x = self.embed(call)?;
+        let mut x = self.embed(call);
         for index in 0..self.layers.len() {
-            x = self.layer(index, &x, &context)?;
+            x = self.layer(index, &x, &context, store.layer(index))?;
         }
-        Ok(x)
+        Ok(self.final_norm(&self.select(&x, selected)))
     }
+}
+
+/// A normalization as the model applies it.
+fn norm(name: &str, width: usize, architecture: &Architecture, parts: &mut impl Parts) -> Result<RmsNorm> {
+    let mut gain = parts.tensor(name, &[width])?;
+    gain.iter_mut().for_each(|gain| *gain = (f64::from(*gain) + architecture.norm_offset) as f32);
+    Ok(RmsNorm { gain, epsilon: architecture.norm_epsilon })
 }
 
 impl Layer {
@@ -249,9 +278,7 @@ impl Layer {
             let bias = bias.transpose()?;
             projections.push(Frozen { weight, bias });
         }
-        let mut norm = |part: &str, width: usize| -> Result<Tensor> {
-            Ok((parts.tensor(&name(part, "weight"), &[width])? + architecture.norm_offset)?)
-        };
+        let mut norm = |part: &str, width: usize| norm(&name(part, "weight"), width, architecture, parts);
         let Architecture { hidden, head_dim, output_norms, head_norms, .. } = *architecture;
         let attention_norm = norm("input_layernorm", hidden)?;
         let after_attention = norm("post_attention_layernorm", hidden)?;

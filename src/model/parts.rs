@@ -1,18 +1,22 @@
 //! What a model is put together from: tensors that are read, or what their headers say of them.
 
 use anyhow::{Context, Result};
-use candle_core::{DType, Device, Tensor};
+use candle_core::Device;
 
 use super::{Architecture, Model, Weights};
 use crate::config::Quantization;
+use crate::ops::kernel::Kernel;
+use crate::ops::panels::Panels;
 use crate::ops::quantized::Weight;
 
 /// Tensors by their Hugging Face names.
 pub(super) trait Parts {
-    /// A tensor that is in f32 in memory.
-    fn tensor(&mut self, name: &str, shape: &[usize]) -> Result<Tensor>;
+    /// A vector, in f32 in memory.
+    fn tensor(&mut self, name: &str, shape: &[usize]) -> Result<Vec<f32>>;
+    /// An embedding table or head.
+    fn table(&mut self, name: &str, shape: &[usize; 2]) -> Result<Panels>;
     /// A projection's weight, which may be packed.
-    fn matrix(&mut self, name: &str, shape: &[usize]) -> Result<Weight>;
+    fn matrix(&mut self, name: &str, shape: &[usize; 2]) -> Result<Weight>;
 }
 
 /// Reads them.
@@ -20,16 +24,21 @@ pub(super) struct Reading<'a> {
     pub weights: &'a Weights,
     pub architecture: &'a Architecture,
     pub quantization: Option<Quantization>,
-    pub device: &'a Device,
+    pub kernel: Kernel,
 }
 
 impl Parts for Reading<'_> {
-    fn tensor(&mut self, name: &str, shape: &[usize]) -> Result<Tensor> {
-        self.weights.tensor(name, shape, self.architecture, self.device)
+    fn tensor(&mut self, name: &str, shape: &[usize]) -> Result<Vec<f32>> {
+        let tensor = self.weights.tensor(name, shape, self.architecture, &Device::Cpu)?;
+        Ok(tensor.to_vec1()?)
     }
 
-    fn matrix(&mut self, name: &str, shape: &[usize]) -> Result<Weight> {
-        self.weights.matrix(name, shape, self.architecture, self.quantization, self.device)
+    fn table(&mut self, name: &str, shape: &[usize; 2]) -> Result<Panels> {
+        self.weights.panels(name, shape, self.architecture, self.kernel)
+    }
+
+    fn matrix(&mut self, name: &str, shape: &[usize; 2]) -> Result<Weight> {
+        self.weights.matrix(name, shape, self.architecture, self.quantization, self.kernel)
     }
 }
 
@@ -38,7 +47,9 @@ impl Parts for Reading<'_> {
 pub struct Footprint {
     /// All the time.
     pub resident: usize,
-    /// While the largest packed projection is used.
+    /// The projections of one layer as products want them: the transposed copy in a backward pass.
+    pub layer: usize,
+    /// Those of them that are packed, while the layer is used.
     pub unpacked: usize,
 }
 
@@ -47,49 +58,58 @@ struct Headers<'a> {
     weights: &'a Weights,
     architecture: &'a Architecture,
     quantization: Option<Quantization>,
-    nothing: Tensor,
+    kernel: Kernel,
+    /// Of all layers together, as long as they are counted.
     footprint: Footprint,
 }
 
 impl Parts for Headers<'_> {
-    fn tensor(&mut self, name: &str, shape: &[usize]) -> Result<Tensor> {
+    fn tensor(&mut self, name: &str, shape: &[usize]) -> Result<Vec<f32>> {
         self.weights.stored(name, shape, self.architecture)?;
-        self.footprint.resident += in_f32(shape);
-        Ok(self.nothing.clone())
+        self.footprint.resident += size_of::<f32>() * shape.iter().product::<usize>();
+        Ok(Vec::new())
     }
 
-    fn matrix(&mut self, name: &str, shape: &[usize]) -> Result<Weight> {
+    fn table(&mut self, name: &str, shape: &[usize; 2]) -> Result<Panels> {
+        self.weights.stored(name, shape, self.architecture)?;
+        self.footprint.resident += Panels::bytes(shape[0], shape[1], self.kernel);
+        Ok(Panels::zeros(0, 0, self.kernel))
+    }
+
+    fn matrix(&mut self, name: &str, shape: &[usize; 2]) -> Result<Weight> {
         let stored = self.weights.stored(name, shape, self.architecture)?;
-        if let Some(form) = stored.form(self.quantization) {
-            let bytes = stored.packed_bytes(form);
-            self.footprint.resident +=
-                bytes.with_context(|| format!("{}: tensor {name}", self.weights.path().display()))?;
-            self.footprint.unpacked = self.footprint.unpacked.max(in_f32(shape));
-            return Ok(Weight::Dense(self.nothing.clone()));
+        let bytes = Panels::bytes(shape[0], shape[1], self.kernel);
+        self.footprint.layer += bytes;
+        match stored.form(self.quantization) {
+            None => self.footprint.resident += bytes,
+            Some(form) => {
+                self.footprint.unpacked += bytes;
+                let bytes = stored.packed_bytes(form);
+                self.footprint.resident +=
+                    bytes.with_context(|| format!("{}: tensor {name}", self.weights.path().display()))?;
+            }
         }
-        self.tensor(name, shape).map(Weight::Dense)
+        Ok(Weight::Panels(Panels::zeros(0, 0, self.kernel)))
     }
 }
 
 /// Notes what is asked for.
-struct Names {
-    tensors: Vec<(String, Vec<usize>)>,
-    nothing: Tensor,
-}
+#[derive(Default)]
+struct Names(Vec<(String, Vec<usize>)>);
 
 impl Parts for Names {
-    fn tensor(&mut self, name: &str, shape: &[usize]) -> Result<Tensor> {
-        self.tensors.push((name.to_string(), shape.to_vec()));
-        Ok(self.nothing.clone())
+    fn tensor(&mut self, name: &str, shape: &[usize]) -> Result<Vec<f32>> {
+        self.0.push((name.to_string(), shape.to_vec()));
+        Ok(Vec::new())
     }
 
-    fn matrix(&mut self, name: &str, shape: &[usize]) -> Result<Weight> {
-        self.tensor(name, shape).map(Weight::Dense)
+    fn table(&mut self, name: &str, shape: &[usize; 2]) -> Result<Panels> {
+        self.tensor(name, shape).map(|_| Panels::zeros(0, 0, Kernel::Gemm))
     }
-}
 
-fn in_f32(shape: &[usize]) -> usize {
-    size_of::<f32>() * shape.iter().product::<usize>()
+    fn matrix(&mut self, name: &str, shape: &[usize; 2]) -> Result<Weight> {
+        self.table(name, shape).map(Weight::Panels)
+    }
 }
 
 impl Model {
@@ -98,9 +118,9 @@ impl Model {
     /// # Errors
     /// None that a description which was read can bring about.
     pub fn tensors(architecture: &Architecture) -> Result<Vec<(String, Vec<usize>)>> {
-        let mut names = Names { tensors: Vec::new(), nothing: Tensor::zeros((), DType::F32, &Device::Cpu)? };
-        Self::assemble(architecture, &Device::Cpu, &mut names)?;
-        Ok(names.tensors)
+        let mut names = Names::default();
+        Self::assemble(architecture, Kernel::Gemm, &Device::Cpu, &mut names)?;
+        Ok(names.0)
     }
 
     /// What the weights will take, from the headers alone, which must have every tensor in its shape.
@@ -111,10 +131,14 @@ impl Model {
         weights: &Weights,
         architecture: &Architecture,
         quantization: Option<Quantization>,
+        kernel: Kernel,
     ) -> Result<Footprint> {
-        let nothing = Tensor::zeros((), DType::F32, &Device::Cpu)?;
-        let mut headers = Headers { weights, architecture, quantization, nothing, footprint: Footprint::default() };
-        Self::assemble(architecture, &Device::Cpu, &mut headers)?;
+        let footprint = Footprint::default();
+        let mut headers = Headers { weights, architecture, quantization, kernel, footprint };
+        Self::assemble(architecture, kernel, &Device::Cpu, &mut headers)?;
+        let layers = architecture.layers.len().max(1);
+        headers.footprint.layer /= layers;
+        headers.footprint.unpacked /= layers;
         Ok(headers.footprint)
     }
 }

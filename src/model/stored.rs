@@ -11,7 +11,9 @@ use candle_core::{Device, Tensor};
 use rayon::prelude::*;
 
 use crate::config::Quantization;
+use crate::ops::kernel::Kernel;
 use crate::ops::nf4::{Blocks, Nf4};
+use crate::ops::panels::Panels;
 use crate::ops::quantized::{Packed, Values, unpack};
 
 /// About how many numbers a thread reads at once.
@@ -112,6 +114,19 @@ impl Stored<'_> {
         let ((rows, _), piece) = (self.matrix(), self.piece_rows());
         let firsts: Vec<usize> = (0..rows).step_by(piece).collect();
         firsts.into_par_iter().map(|first| f(self.piece(first, piece.min(rows - first))?)).collect()
+    }
+
+    /// The matrix as products want it.
+    ///
+    /// # Errors
+    /// If the file cannot be read any more.
+    pub fn panels(&self, kernel: Kernel) -> Result<Panels> {
+        let (rows, width) = self.matrix();
+        let mut panels = Panels::zeros(rows, width, kernel);
+        panels.try_write(self.piece_rows(), |first, values| {
+            unpack(&self.piece(first, values.len() / width)?, values).map_err(anyhow::Error::from)
+        })?;
+        Ok(panels)
     }
 
     /// The tensor in f32.

@@ -4,7 +4,6 @@ use std::collections::HashMap;
 use std::fs::File;
 use std::io::BufReader;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
 use anyhow::{Context, Result, bail, ensure};
 use candle_core::quantized::gguf_file::{Content, TensorInfo, Value as Metadata};
@@ -15,6 +14,8 @@ use super::gguf;
 use super::safetensors::Safetensors;
 use super::stored::Stored;
 use crate::config::Quantization;
+use crate::ops::kernel::Kernel;
+use crate::ops::panels::Panels;
 use crate::ops::quantized::Weight;
 use crate::source::single_file;
 
@@ -157,7 +158,16 @@ impl Weights {
         loaded.with_context(|| format!("{}: tensor {name}", self.path().display()))
     }
 
-    /// The matrix of this Hugging Face name, packed if that is asked for, else in f32.
+    /// The matrix of this Hugging Face name, as products want it.
+    ///
+    /// # Errors
+    /// As [`Weights::tensor`].
+    pub fn panels(&self, name: &str, shape: &[usize], architecture: &Architecture, kernel: Kernel) -> Result<Panels> {
+        let loaded = self.stored(name, shape, architecture)?.panels(kernel);
+        loaded.with_context(|| format!("{}: tensor {name}", self.path().display()))
+    }
+
+    /// The same, packed if that is asked for.
     ///
     /// # Errors
     /// As [`Weights::tensor`], or if it cannot be packed like this.
@@ -167,14 +177,14 @@ impl Weights {
         shape: &[usize],
         architecture: &Architecture,
         quantization: Option<Quantization>,
-        device: &Device,
+        kernel: Kernel,
     ) -> Result<Weight> {
         let stored = self.stored(name, shape, architecture)?;
-        let matrix = match stored.form(quantization) {
-            None => stored.load(device).map(Weight::Dense),
-            Some(form) => stored.pack(form).map(|packed| Weight::Packed(Arc::new(packed))),
+        let Some(form) = stored.form(quantization) else {
+            return self.panels(name, shape, architecture, kernel).map(Weight::Panels);
         };
-        matrix.with_context(|| format!("{}: tensor {name}", self.path().display()))
+        let packed = stored.pack(form).map(Weight::Packed);
+        packed.with_context(|| format!("{}: tensor {name}", self.path().display()))
     }
 }
 

@@ -2,20 +2,24 @@
 //!
 //! Grouped queries, optional soft-cap and sliding window (Gemma 2). Scores exist for one block of queries at a time; the
 //! backward recomputes them from the log-sum-exp kept per query, as FlashAttention does (Dao et al. 2022, algorithm 4).
+//!
+//! Every sum runs over keys in the order of their logical positions, in strands that depend on these positions alone: a
+//! query's result is the same bits whether it is computed with others or by itself.
 
 use std::ops::Range;
-use std::sync::{Arc, OnceLock};
 
-use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 
-use super::matmul::{Matrix, Threads, matmul};
-use super::{exp, output, values, vectorized, with_values};
+use super::buffer::Buffer;
+use super::keys::{BLOCK, Keys};
+use super::matmul::{Matrix, matmul};
+use super::shared::SharedRows;
+use super::{exp, vectorized};
 
 /// Consecutive query rows of one sequence, and the key rows that hold its context.
 ///
 /// The context is `prefix` followed by `own`, in logical order; the last query sees all of it, the one before it one key
-/// less, and so on. A prompt has an empty prefix; a branch has the prompt's rows as its prefix.
+/// less, and so on. A prompt has an empty prefix; a branch has the prompt's rows as its prefix. Both start with a block.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Span {
     /// Rows of the queries of this call.
@@ -55,36 +59,10 @@ pub struct Heads {
     pub window: Option<usize>,
 }
 
-/// Queries [rows, query · dim] over keys and values [key rows, key · dim]: [rows, query · dim].
-///
-/// # Errors
-/// If a span points outside the rows, or a tensor is not f32.
-pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, heads: Heads, spans: &Arc<[Span]>) -> Result<Tensor> {
-    let ((queries, width), (keys, key_width)) = (q.dims2()?, k.dims2()?);
-    if width != heads.query * heads.dim || key_width != heads.key * heads.dim || k.dims() != v.dims() {
-        bail!("attention: {:?}, {:?}, {:?} do not fit {heads:?}", q.dims(), k.dims(), v.dims());
-    }
-    let fits = |span: &Span| {
-        span.queries.end <= queries
-            && span.prefix.end <= keys
-            && span.own.end <= keys
-            && span.queries.len() <= span.own.len()
-    };
-    if let Some(span) = spans.iter().find(|span| !fits(span)) {
-        bail!("attention: {span:?} points outside {queries} queries and {keys} keys");
-    }
-    q.apply_op3(k, v, Attention { heads, spans: spans.clone(), log_sums: OnceLock::new() })
-}
-
-struct Attention {
-    heads: Heads,
-    spans: Arc<[Span]>,
-    /// Log-sum-exp of the scores of every (query row, head), kept by the forward for the backward.
-    log_sums: OnceLock<Vec<f32>>,
-}
-
 /// Queries whose scores are computed together.
-const BLOCK: usize = 32;
+const QUERIES: usize = 32;
+/// Strands of a sum over keys.
+const LANES: usize = 16;
 
 /// One block of queries of one span with the heads that share a key head.
 struct Block<'a> {
@@ -95,107 +73,138 @@ struct Block<'a> {
     key_head: usize,
 }
 
-impl Attention {
-    fn group(&self) -> usize {
-        self.heads.query / self.heads.key
+impl Block<'_> {
+    /// Keys that the last query of the block can see.
+    fn keys(&self) -> usize {
+        self.span.visible(self.first + self.len - 1, None).end
     }
 
-    fn blocks<'a>(&self, span: &'a Span, key_head: usize) -> impl Iterator<Item = Block<'a>> + use<'a> {
-        let queries = span.queries.len();
-        (0..queries).step_by(BLOCK).map(move |first| Block { span, first, len: BLOCK.min(queries - first), key_head })
+    /// Prefix and own rows among the first `keys`, with the logical position where each begins.
+    fn context(&self) -> [(Range<usize>, usize); 2] {
+        let Span { prefix, own, .. } = self.span;
+        [(prefix.clone(), 0), (own.start..own.start + (self.keys() - prefix.len()), prefix.len())]
     }
 
-    /// The block's rows of a [rows, query · dim] matrix as [len · group, dim].
-    fn gather(&self, block: &Block, rows: &[f32]) -> Vec<f32> {
-        let (width, chunk) = (self.heads.query * self.heads.dim, self.group() * self.heads.dim);
-        let first = block.span.queries.start + block.first;
-        (first..first + block.len)
-            .flat_map(|row| &rows[row * width + block.key_head * chunk..][..chunk])
-            .copied()
-            .collect()
+    /// The distance between two rows of scores: whole strands, and a block more because blocks are computed whole.
+    fn stride(&self) -> usize {
+        self.keys().next_multiple_of(LANES) + BLOCK
     }
+}
 
-    /// The key head's [rows, dim] part of the keys or values in a range of rows.
-    fn head<'a>(&self, rows: &'a [f32], range: &Range<usize>, key_head: usize) -> Matrix<'a> {
-        let width = self.heads.key * self.heads.dim;
-        let start = (range.start * width + key_head * self.heads.dim).min(rows.len());
-        Matrix::new(&rows[start..], range.len(), self.heads.dim, width)
-    }
+fn blocks(span: &Span, key_head: usize) -> impl Iterator<Item = Block<'_>> {
+    let queries = span.queries.len();
+    (0..queries).step_by(QUERIES).map(move |first| Block { span, first, len: QUERIES.min(queries - first), key_head })
+}
 
-    /// Prefix and own rows that the last query of the block can see, with the logical position where each begins.
-    fn context(&self, block: &Block) -> [(Range<usize>, usize); 2] {
-        let Span { prefix, own, .. } = block.span;
-        let end = block.span.visible(block.first + block.len - 1, None).end;
-        [(prefix.clone(), 0), (own.start..own.start + (end - prefix.len()), prefix.len())]
-    }
+/// What attention returns beside its values: the log-sum-exp of the scores of every (query row, head), [rows, query heads].
+pub type LogSums = Buffer;
 
-    /// Scores before the softmax, capped: [len · group, keys].
-    fn scores(&self, block: &Block, queries: &[f32], k: &[f32], keys: usize) -> Vec<f32> {
-        let mut scores = vec![0.0; block.len * self.group() * keys];
-        for (rows, start) in self.context(block) {
-            let (q, k) = (Matrix::dense(queries, self.heads.dim), self.head(k, &rows, block.key_head).t());
-            matmul(&mut scores[start..], keys, 0.0, self.heads.scale, q, k, Threads::One);
+/// Attends with `queries` [rows, query · dim] over stored keys: writes [rows, query · dim] for the rows in the spans.
+pub fn forward(heads: Heads, queries: &[f32], keys: &Keys, spans: &[Span], attended: &mut [f32], log_sums: &mut LogSums) {
+    let all: Vec<Block> =
+        spans.iter().flat_map(|span| (0..heads.key).flat_map(move |head| blocks(span, head))).collect();
+    let (group, width) = (heads.query / heads.key, heads.query * heads.dim);
+    let (attended, log_sums) = (SharedRows::new(attended, width), SharedRows::new(log_sums, heads.query));
+    all.par_iter().with_min_len(4).for_each(|block| {
+        let stride = block.stride();
+        let queries = heads.gather(block, queries, heads.scale);
+        let mut weights = heads.scores(block, &queries, keys);
+        let mut sums = Buffer::<f32>::new(block.len * group);
+        for (row, weights) in weights.chunks_exact_mut(stride).enumerate() {
+            sums[row] = softmax(weights, block.span.visible(block.first + row / group, heads.window), heads.soft_cap);
         }
-        if let Some(cap) = self.heads.soft_cap {
-            vectorized(
-                #[inline(always)]
-                || scores.iter_mut().for_each(|score| *score = cap * tanh(*score / cap)),
-            );
+        let values = heads.combine(block, &weights, keys);
+        for row in 0..block.len {
+            let (to, first) = (block.span.queries.start + block.first + row, block.key_head * group);
+            // SAFETY: each query row's heads belong to one block.
+            let (attended, log_sums) = unsafe {
+                let chunk = group * heads.dim;
+                (attended.part(to, block.key_head * chunk..block.key_head * chunk + chunk), log_sums.part(to, first..first + group))
+            };
+            attended.copy_from_slice(&values[row * group * heads.dim..][..group * heads.dim]);
+            log_sums.copy_from_slice(&sums[row * group..][..group]);
+        }
+    });
+}
+
+impl Heads {
+    fn group(&self) -> usize {
+        self.query / self.key
+    }
+
+    /// The block's part of a [rows, query · dim] matrix as [len · group, dim], multiplied with `scale`.
+    fn gather(&self, block: &Block, rows: &[f32], scale: f32) -> Buffer {
+        let (width, chunk) = (self.query * self.dim, self.group() * self.dim);
+        let mut gathered = Buffer::new(block.len * chunk);
+        let first = block.span.queries.start + block.first;
+        for (to, row) in gathered.chunks_exact_mut(chunk).zip(first..) {
+            let from = &rows[row * width + block.key_head * chunk..][..chunk];
+            to.iter_mut().zip(from).for_each(|(to, from)| *to = scale * from);
+        }
+        gathered
+    }
+
+    /// `rows` [len · group, dim] times the transposed keys of the block's context: [len · group, stride], columns at their
+    /// logical positions. What is not visible holds anything.
+    fn scores(&self, block: &Block, rows: &[f32], keys: &Keys) -> Buffer {
+        let stride = block.stride();
+        let mut scores = Buffer::new(rows.len() / self.dim * stride);
+        let rows = Matrix::dense(rows, self.dim);
+        // The prefix's last block may reach into the columns of the first own keys, which are written after it.
+        for (part, start) in block.context() {
+            for (number, key_block) in (part.start / BLOCK..part.end.div_ceil(BLOCK)).enumerate() {
+                let block_keys = Matrix::dense(keys.block(key_block, block.key_head), BLOCK);
+                matmul(&mut scores[start + number * BLOCK..], stride, false, rows, block_keys);
+            }
         }
         scores
     }
 
-    /// `weights` [len · group, keys] times the keys or values of the block's context: [len · group, dim].
-    fn combine(&self, block: &Block, weights: &[f32], rows: &[f32], keys: usize, scale: f32) -> Vec<f32> {
-        let (m, dim) = (block.len * self.group(), self.heads.dim);
-        let mut combined = vec![0.0; m * dim];
-        for (range, start) in self.context(block) {
-            let weights = Matrix::new(&weights[start..], m, range.len(), keys);
-            let rows = self.head(rows, &range, block.key_head);
-            matmul(&mut combined, dim, 1.0, scale, weights, rows, Threads::One);
+    /// `weights` [len · group, stride] times the values of the block's context: [len · group, dim].
+    fn combine(&self, block: &Block, weights: &[f32], keys: &Keys) -> Buffer {
+        let (m, stride) = (block.len * self.group(), block.stride());
+        let mut combined = Buffer::new(m * self.dim);
+        for (part, start) in block.context() {
+            let weights = Matrix::new(&weights[start..], m, part.len(), stride);
+            let values = Matrix::new(keys.values(part.start, block.key_head), part.len(), self.dim, keys.stride());
+            matmul(&mut combined, self.dim, start > 0, weights, values);
         }
         combined
     }
-
-    /// Attention of one block: ([len · group, dim] outputs, [len · group] log-sum-exps).
-    fn forward(&self, block: &Block, q: &[f32], k: &[f32], v: &[f32]) -> (Vec<f32>, Vec<f32>) {
-        let group = self.group();
-        let keys = block.span.visible(block.first + block.len - 1, None).end;
-        let mut weights = self.scores(block, &self.gather(block, q), k, keys);
-        let log_sums = weights.chunks_exact_mut(keys).enumerate().map(|(row, weights)| {
-            let visible = block.span.visible(block.first + row / group, self.heads.window);
-            weights[..visible.start].fill(0.0);
-            weights[visible.end..].fill(0.0);
-            vectorized(
-                #[inline(always)]
-                || softmax(&mut weights[visible]),
-            )
-        });
-        let log_sums = log_sums.collect();
-        (self.combine(block, &weights, v, keys, 1.0), log_sums)
-    }
 }
 
-/// Replaces scores by their softmax and returns their log-sum-exp.
-#[inline(always)]
-fn softmax(scores: &mut [f32]) -> f32 {
-    let max = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let mut lanes = [0.0f32; 16];
-    let mut chunks = scores.chunks_exact_mut(16);
-    for chunk in &mut chunks {
-        for (score, lane) in chunk.iter_mut().zip(&mut lanes) {
-            *score = exp(*score - max);
-            *lane += *score;
-        }
-    }
-    let mut sum: f32 = lanes.iter().sum();
-    for score in chunks.into_remainder() {
-        *score = exp(*score - max);
-        sum += *score;
-    }
-    let inverse = 1.0 / sum;
-    scores.iter_mut().for_each(|score| *score *= inverse);
-    max + sum.ln()
+/// Replaces scores by their softmax, zero where they are not visible, and returns their log-sum-exp.
+fn softmax(scores: &mut [f32], visible: Range<usize>, soft_cap: Option<f32>) -> f32 {
+    let (start, end) = (visible.start / LANES * LANES, visible.end.next_multiple_of(LANES));
+    scores[..start].fill(0.0);
+    scores[start..visible.start].fill(f32::NEG_INFINITY);
+    scores[visible.end..end].fill(f32::NEG_INFINITY);
+    scores[end..].fill(0.0);
+    vectorized(
+        #[inline(always)]
+        || {
+            if let Some(cap) = soft_cap {
+                scores[visible].iter_mut().for_each(|score| *score = cap * tanh(*score / cap));
+            }
+            let scores = &mut scores[start..end];
+            let mut most = [f32::NEG_INFINITY; LANES];
+            for chunk in scores.chunks_exact(LANES) {
+                most.iter_mut().zip(chunk).for_each(|(most, score)| *most = most.max(*score));
+            }
+            let max = most.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+            let mut lanes = [0.0f32; LANES];
+            for chunk in scores.chunks_exact_mut(LANES) {
+                for (score, lane) in chunk.iter_mut().zip(&mut lanes) {
+                    *score = exp(*score - max);
+                    *lane += *score;
+                }
+            }
+            let sum: f32 = lanes.iter().sum();
+            let inverse = 1.0 / sum;
+            scores.iter_mut().for_each(|score| *score *= inverse);
+            max + sum.ln()
+        },
+    )
 }
 
 #[inline(always)]
@@ -203,158 +212,138 @@ fn tanh(x: f32) -> f32 {
     1.0 - 2.0 / (1.0 + exp(2.0 * x))
 }
 
-impl CustomOp3 for Attention {
-    fn name(&self) -> &'static str {
-        "tree-attention"
-    }
+/// What the backward pass reads: rows of the call, and its keys and values in both layouts.
+pub struct Saved<'a> {
+    /// [rows, query · dim].
+    pub queries: &'a [f32],
+    /// Keys and values as the forward pass had them.
+    pub keys: &'a Keys,
+    /// The same with the roles changed: values in blocks, keys row by row.
+    pub swapped: &'a Keys,
+    /// What the forward pass returned, and its log-sums.
+    pub attended: &'a [f32],
+    /// [rows, query heads].
+    pub log_sums: &'a LogSums,
+    /// The gradient of what it returned.
+    pub grad: &'a [f32],
+}
 
-    fn cpu_fwd(
-        &self,
-        q: &CpuStorage,
-        q_layout: &Layout,
-        k: &CpuStorage,
-        k_layout: &Layout,
-        v: &CpuStorage,
-        v_layout: &Layout,
-    ) -> Result<(CpuStorage, Shape)> {
-        let (q, k, v) = (values(q, q_layout)?, values(k, k_layout)?, values(v, v_layout)?);
-        let (rows, width) = q_layout.shape().dims2()?;
-        let (group, chunk) = (self.group(), self.group() * self.heads.dim);
-        let pairs = self.spans.iter().flat_map(|span| (0..self.heads.key).map(move |head| (span, head)));
-        let blocks: Vec<Block> = pairs.flat_map(|(span, head)| self.blocks(span, head)).collect();
-        let results: Vec<_> = blocks.par_iter().map(|block| self.forward(block, q, k, v)).collect();
-        let (mut y, mut log_sums) = (vec![0.0; rows * width], vec![0.0; rows * self.heads.query]);
-        for (block, (outputs, sums)) in blocks.iter().zip(&results) {
-            let first = block.span.queries.start + block.first;
-            for i in 0..block.len {
-                y[(first + i) * width + block.key_head * chunk..][..chunk]
-                    .copy_from_slice(&outputs[i * chunk..][..chunk]);
-                let start = (first + i) * self.heads.query + block.key_head * group;
-                log_sums[start..][..group].copy_from_slice(&sums[i * group..][..group]);
+/// Where gradients go: of queries by rows of the call, of keys and values by key rows.
+pub struct Gradients<'a> {
+    /// [rows, query · dim].
+    pub queries: &'a mut [f32],
+    /// [key rows, key · dim].
+    pub keys: &'a mut [f32],
+    /// [key rows, key · dim].
+    pub values: &'a mut [f32],
+}
+
+/// The gradients of a forward pass over whole trees: each begins with the span of its prompt, which has no prefix, and its
+/// keys lie together.
+pub fn backward(heads: Heads, saved: &Saved, spans: &[Span], gradients: Gradients) {
+    let starts = (0..spans.len()).filter(|&index| spans[index].prefix.is_empty());
+    let mut starts: Vec<usize> = starts.collect();
+    starts.push(spans.len());
+    let trees = starts.windows(2).map(|pair| &spans[pair[0]..pair[1]]);
+    let tasks: Vec<(&[Span], usize)> = trees.flat_map(|tree| (0..heads.key).map(move |head| (tree, head))).collect();
+    let (dim, chunk) = (heads.dim, heads.group() * heads.dim);
+    let d_queries = SharedRows::new(gradients.queries, heads.query * dim);
+    let d_keys = SharedRows::new(gradients.keys, heads.key * dim);
+    let d_values = SharedRows::new(gradients.values, heads.key * dim);
+    tasks.par_iter().with_max_len(1).for_each(|(tree, head)| {
+        let rows = tree.iter().map(|span| span.own.start).min().unwrap_or(0)
+            ..tree.iter().map(|span| span.own.end).max().unwrap_or(0);
+        let mut own = TreeGradient { first: rows.start, keys: Buffer::zeros(rows.len() * dim), values: Buffer::zeros(rows.len() * dim) };
+        for block in tree.iter().flat_map(|span| blocks(span, *head)) {
+            let queries = own.add(heads, &block, saved);
+            for (row, from) in queries.chunks_exact(chunk).enumerate() {
+                let to = block.span.queries.start + block.first + row;
+                // SAFETY: each query row's heads belong to one block.
+                let to = unsafe { d_queries.part(to, head * chunk..head * chunk + chunk) };
+                to.iter_mut().zip(from).for_each(|(to, from)| *to = heads.scale * from);
             }
         }
-        // A second forward through the same operation would write the same numbers.
-        let _ = self.log_sums.set(log_sums);
-        output(y, (rows, width))
-    }
-
-    fn bwd(
-        &self,
-        q: &Tensor,
-        k: &Tensor,
-        v: &Tensor,
-        y: &Tensor,
-        grad: &Tensor,
-    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        let grad = grad.contiguous()?;
-        let Some(log_sums) = self.log_sums.get() else { bail!("attention: backward before forward") };
-        let pairs = self.spans.iter().flat_map(|span| (0..self.heads.key).map(move |head| (span, head)));
-        let pairs: Vec<_> = pairs.collect();
-        let (dq, dk, dv) = with_values([q, k, v, y, &grad], |[q, k, v, y, grad]| {
-            let saved = Saved { q, k, v, y, grad, log_sums };
-            let parts: Vec<_> = pairs.par_iter().map(|(span, head)| self.backward(span, *head, &saved)).collect();
-            let (mut dq, mut dk, mut dv) = (vec![0.0; q.len()], vec![0.0; k.len()], vec![0.0; v.len()]);
-            // Added up in one order, whatever the number of threads: keys of a prompt collect from all its branches.
-            for ((span, head), part) in pairs.iter().zip(&parts) {
-                let dim = self.heads.dim;
-                let keys = || span.prefix.clone().chain(span.own.clone());
-                add_rows(&mut dq, span.queries.clone(), self.heads.query * dim, head * self.group() * dim, &part.dq);
-                add_rows(&mut dk, keys(), self.heads.key * dim, head * dim, &part.dk);
-                add_rows(&mut dv, keys(), self.heads.key * dim, head * dim, &part.dv);
-            }
-            (dq, dk, dv)
-        })?;
-        let tensor = |values, like: &Tensor| Tensor::from_vec(values, like.shape(), like.device());
-        Ok((Some(tensor(dq, q)?), Some(tensor(dk, k)?), Some(tensor(dv, v)?)))
-    }
-}
-
-/// What the backward of every block reads.
-struct Saved<'a> {
-    q: &'a [f32],
-    k: &'a [f32],
-    v: &'a [f32],
-    y: &'a [f32],
-    grad: &'a [f32],
-    log_sums: &'a [f32],
-}
-
-/// Gradients of one span and key head: `dq` [queries, group · dim], `dk` and `dv` [context, dim].
-struct Gradients {
-    dq: Vec<f32>,
-    dk: Vec<f32>,
-    dv: Vec<f32>,
-}
-
-impl Attention {
-    /// With P the weights, D = rowsum(dO · O) and dS = P · (dO Vᵀ − D): dQ = dS K, dK = dSᵀ Q, dV = Pᵀ dO.
-    fn backward(&self, span: &Span, key_head: usize, saved: &Saved) -> Gradients {
-        let (dim, group, scale) = (self.heads.dim, self.group(), self.heads.scale);
-        let context = span.context() * dim;
-        let mut all = Gradients { dq: Vec::new(), dk: vec![0.0; context], dv: vec![0.0; context] };
-        for block in self.blocks(span, key_head) {
-            let keys = span.visible(block.first + block.len - 1, None).end;
-            let m = block.len * group;
-            let queries = self.gather(&block, saved.q);
-            let d_outputs = self.gather(&block, saved.grad);
-            let outputs = self.gather(&block, saved.y);
-            let mut weights = self.scores(&block, &queries, saved.k, keys);
-            let mut d_scores = vec![0.0; m * keys];
-            for (rows, start) in self.context(&block) {
-                let v = self.head(saved.v, &rows, key_head).t();
-                matmul(&mut d_scores[start..], keys, 0.0, 1.0, Matrix::dense(&d_outputs, dim), v, Threads::One);
-            }
-            for (row, (weights, d_scores)) in
-                weights.chunks_exact_mut(keys).zip(d_scores.chunks_exact_mut(keys)).enumerate()
-            {
-                let query = block.first + row / group;
-                let visible = span.visible(query, self.heads.window);
-                let log_sum =
-                    saved.log_sums[(span.queries.start + query) * self.heads.query + key_head * group + row % group];
-                let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f32>();
-                let pull = dot(&d_outputs[row * dim..][..dim], &outputs[row * dim..][..dim]);
-                for outside in [0..visible.start, visible.end..keys] {
-                    weights[outside.clone()].fill(0.0);
-                    d_scores[outside].fill(0.0);
-                }
-                let (weights, d_scores) = (&mut weights[visible.clone()], &mut d_scores[visible]);
-                vectorized(
-                    #[inline(always)]
-                    || score_gradient(weights, d_scores, log_sum, pull, self.heads.soft_cap),
-                );
-            }
-            all.dq.extend(self.combine(&block, &d_scores, saved.k, keys, scale));
-            let transposed = |values| Matrix::new(values, m, keys, keys).t();
-            let (queries, d_outputs) = (Matrix::dense(&queries, dim), Matrix::dense(&d_outputs, dim));
-            matmul(&mut all.dk, dim, 1.0, scale, transposed(&d_scores), queries, Threads::One);
-            matmul(&mut all.dv, dim, 1.0, 1.0, transposed(&weights), d_outputs, Threads::One);
+        for (row, (keys, values)) in rows.zip(own.keys.chunks_exact(dim).zip(own.values.chunks_exact(dim))) {
+            // SAFETY: each tree has its own key rows, and each task its own columns.
+            let (to_keys, to_values) =
+                unsafe { (d_keys.part(row, head * dim..head * dim + dim), d_values.part(row, head * dim..head * dim + dim)) };
+            to_keys.copy_from_slice(keys);
+            to_values.copy_from_slice(values);
         }
-        all
+    });
+}
+
+/// Gradients of the keys and values of one tree and key head, [key rows, dim].
+struct TreeGradient {
+    first: usize,
+    keys: Buffer,
+    values: Buffer,
+}
+
+impl TreeGradient {
+    /// With P the weights, D = rowsum(dO · O) and dS = P · (dO Vᵀ − D): adds dK = dSᵀ Q and dV = Pᵀ dO of a block of queries,
+    /// and returns dQ = dS K before the scale.
+    fn add(&mut self, heads: Heads, block: &Block, saved: &Saved) -> Buffer {
+        let (dim, group, stride) = (heads.dim, heads.group(), block.stride());
+        let queries = heads.gather(block, saved.queries, heads.scale);
+        let d_outputs = heads.gather(block, saved.grad, 1.0);
+        let outputs = heads.gather(block, saved.attended, 1.0);
+        let mut weights = heads.scores(block, &queries, saved.keys);
+        let mut d_scores = heads.scores(block, &d_outputs, saved.swapped);
+        for (row, (weights, d_scores)) in weights.chunks_exact_mut(stride).zip(d_scores.chunks_exact_mut(stride)).enumerate() {
+            let query = block.first + row / group;
+            let visible = block.span.visible(query, heads.window);
+            let log_sum =
+                saved.log_sums[(block.span.queries.start + query) * heads.query + block.key_head * group + row % group];
+            for outside in [0..visible.start, visible.end..stride] {
+                weights[outside.clone()].fill(0.0);
+                d_scores[outside].fill(0.0);
+            }
+            let (weights, d_scores) = (&mut weights[visible.clone()], &mut d_scores[visible]);
+            let (d_output, output) = (&d_outputs[row * dim..][..dim], &outputs[row * dim..][..dim]);
+            vectorized(
+                #[inline(always)]
+                || {
+                    let pull = dot(d_output, output);
+                    score_gradient(weights, d_scores, log_sum, pull, heads.soft_cap);
+                },
+            );
+        }
+        let m = block.len * group;
+        let (queries, d_outputs) = (Matrix::dense(&queries, dim), Matrix::dense(&d_outputs, dim));
+        for (part, start) in block.context() {
+            let at = (part.start.max(self.first) - self.first) * dim;
+            let d_scores = Matrix::new(&d_scores[start..], m, part.len(), stride).t();
+            let weights = Matrix::new(&weights[start..], m, part.len(), stride).t();
+            matmul(&mut self.keys[at..], dim, true, d_scores, queries);
+            matmul(&mut self.values[at..], dim, true, weights, d_outputs);
+        }
+        heads.combine(block, &d_scores, saved.swapped)
     }
 }
 
-/// Turns scores into weights, and the gradient of the weights into that of the scores before the cap.
+#[inline(always)]
+fn dot(a: &[f32], b: &[f32]) -> f32 {
+    let mut lanes = [0.0f32; LANES];
+    let (a, b) = (a.chunks(LANES), b.chunks(LANES));
+    a.zip(b).for_each(|(a, b)| lanes.iter_mut().zip(a.iter().zip(b)).for_each(|(lane, (a, b))| *lane += a * b));
+    lanes.iter().sum()
+}
+
+/// Turns scores before the cap into weights, and the gradient of the weights into that of these scores.
 #[inline(always)]
 fn score_gradient(scores: &mut [f32], d_scores: &mut [f32], log_sum: f32, pull: f32, soft_cap: Option<f32>) {
-    let inverse_cap = soft_cap.map_or(0.0, f32::recip);
     for (score, d_score) in scores.iter_mut().zip(d_scores) {
-        let weight = exp(*score - log_sum);
-        let capped = *score * inverse_cap;
-        *d_score = weight * (*d_score - pull) * (1.0 - capped * capped);
+        // Without a cap both are exact: the score itself, and a slope of 1.
+        let (capped, slope) = match soft_cap {
+            None => (*score, 1.0),
+            Some(cap) => {
+                let ratio = tanh(*score / cap);
+                (cap * ratio, 1.0 - ratio * ratio)
+            }
+        };
+        let weight = exp(capped - log_sum);
+        *d_score = weight * (*d_score - pull) * slope;
         *score = weight;
-    }
-}
-
-/// Adds consecutive chunks of `part` to the given rows of a matrix of `width` columns, starting at `column`.
-fn add_rows(matrix: &mut [f32], rows: impl Iterator<Item = usize> + Clone, width: usize, column: usize, part: &[f32]) {
-    let count = rows.clone().count();
-    if count == 0 {
-        return;
-    }
-    let chunk = part.len() / count;
-    for (row, part) in rows.zip(part.chunks_exact(chunk)) {
-        for (sum, value) in matrix[row * width + column..][..chunk].iter_mut().zip(part) {
-            *sum += value;
-        }
     }
 }

@@ -1,9 +1,6 @@
 //! The gated activation of a feed-forward block: `activation(gate) · up` (Shazeer 2020, SwiGLU and GEGLU).
 
-use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor, bail};
-use rayon::prelude::*;
-
-use super::{exp, output, values, vectorized, with_values};
+use super::{exp, vectorized};
 
 /// The activation of the gate.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -35,70 +32,30 @@ impl Activation {
     }
 }
 
-/// `activation(gate) · up`, element by element.
-///
-/// # Errors
-/// If the shapes differ or a tensor is not f32.
-pub fn gated(gate: &Tensor, up: &Tensor, activation: Activation) -> Result<Tensor> {
-    if gate.dims() != up.dims() {
-        bail!("gated activation: a gate of {:?} for {:?}", gate.dims(), up.dims());
-    }
-    gate.apply_op2(up, Gated(activation))
-}
-
-struct Gated(Activation);
-
-/// Values handled by one task of the thread pool.
-const CHUNK: usize = 16 * 1024;
-
-impl CustomOp2 for Gated {
-    fn name(&self) -> &'static str {
-        "gated-activation"
+impl Activation {
+    /// `activation(gate) · up`, element by element.
+    pub fn forward(self, gate: &[f32], up: &[f32], y: &mut [f32]) {
+        vectorized(
+            #[inline(always)]
+            || {
+                for ((y, gate), up) in y.iter_mut().zip(gate).zip(up) {
+                    *y = self.value_and_slope(*gate).0 * up;
+                }
+            },
+        );
     }
 
-    fn cpu_fwd(
-        &self,
-        gate: &CpuStorage,
-        gate_layout: &Layout,
-        up: &CpuStorage,
-        up_layout: &Layout,
-    ) -> Result<(CpuStorage, Shape)> {
-        let (gate, up) = (values(gate, gate_layout)?, values(up, up_layout)?);
-        let mut y = vec![0.0; gate.len()];
-        let inputs = gate.par_chunks(CHUNK).zip(up.par_chunks(CHUNK));
-        y.par_chunks_mut(CHUNK).zip(inputs).for_each(|(y, (gate, up))| {
-            vectorized(
-                #[inline(always)]
-                || {
-                    for ((y, gate), up) in y.iter_mut().zip(gate).zip(up) {
-                        *y = self.0.value_and_slope(*gate).0 * up;
-                    }
-                },
-            );
-        });
-        output(y, gate_layout.shape())
-    }
-
-    fn bwd(&self, gate: &Tensor, up: &Tensor, _y: &Tensor, grad: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        let grad = grad.contiguous()?;
-        let (mut d_gate, mut d_up) = (vec![0.0; gate.elem_count()], vec![0.0; gate.elem_count()]);
-        with_values([gate, up, &grad], |[gate, up, grad]| {
-            let inputs = gate.par_chunks(CHUNK).zip(up.par_chunks(CHUNK)).zip(grad.par_chunks(CHUNK));
-            let outputs = d_gate.par_chunks_mut(CHUNK).zip(d_up.par_chunks_mut(CHUNK));
-            outputs.zip(inputs).for_each(|((d_gate, d_up), ((gate, up), grad))| {
-                vectorized(
-                    #[inline(always)]
-                    || {
-                        for i in 0..gate.len() {
-                            let (value, slope) = self.0.value_and_slope(gate[i]);
-                            d_gate[i] = grad[i] * up[i] * slope;
-                            d_up[i] = grad[i] * value;
-                        }
-                    },
-                );
-            });
-        })?;
-        let tensor = |values| Tensor::from_vec(values, gate.shape(), gate.device());
-        Ok((Some(tensor(d_gate)?), Some(tensor(d_up)?)))
+    /// Replaces `gate` and `up` by their gradients, given that of the product.
+    pub fn backward(self, grad: &[f32], gate: &mut [f32], up: &mut [f32]) {
+        vectorized(
+            #[inline(always)]
+            || {
+                for ((gate, up), grad) in gate.iter_mut().zip(up).zip(grad) {
+                    let (value, slope) = self.value_and_slope(*gate);
+                    *gate = grad * *up * slope;
+                    *up = grad * value;
+                }
+            },
+        );
     }
 }

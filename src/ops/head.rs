@@ -4,13 +4,13 @@
 //! (which also looks at the scores themselves), so both see the same numbers in the same order.
 
 use std::ops::Range;
-use std::sync::{Arc, OnceLock};
 
-use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, bail};
+use anyhow::{Context, Result, ensure};
 use rayon::prelude::*;
 
-use super::matmul::{Matrix, Threads, matmul};
-use super::{exp, output, values, vectorized, with_values};
+use super::buffer::Buffer;
+use super::panels::{Left, Panels, Threads};
+use super::{exp, vectorized};
 
 /// How logits are made from `weight · hidden`.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -31,33 +31,38 @@ pub const BLOCK: usize = ROWS * CHUNK;
 /// fixed order: for each block of rows, the vocabulary from first to last token. `logits` is [rows, tokens].
 fn walk(
     hidden: &[f32],
-    weight: &[f32],
-    width: usize,
+    weight: &Panels,
     logits: Logits,
     mut visit: impl FnMut(Range<usize>, Range<usize>, &mut [f32]),
 ) {
-    let (all_rows, vocabulary) = (hidden.len() / width, weight.len() / width);
-    let mut buffer = vec![0.0; ROWS.min(all_rows) * CHUNK.min(vocabulary)];
+    let (vocabulary, width) = weight.dims();
+    let all_rows = hidden.len() / width;
+    let mut buffer = Buffer::new(ROWS.min(all_rows) * CHUNK.min(vocabulary));
     for first_row in (0..all_rows).step_by(ROWS) {
         let rows = first_row..(first_row + ROWS).min(all_rows);
+        let left = Left::new(&hidden[rows.start * width..rows.end * width], width, weight.kernel());
         for first in (0..vocabulary).step_by(CHUNK) {
             let tokens = first..(first + CHUNK).min(vocabulary);
             let block = &mut buffer[..rows.len() * tokens.len()];
-            let hidden = Matrix::dense(&hidden[rows.start * width..rows.end * width], width);
-            let weight = Matrix::dense(&weight[tokens.start * width..tokens.end * width], width);
-            let inverse = 1.0 / logits.temperature;
-            let scale = if logits.soft_cap.is_some() { 1.0 } else { inverse };
-            matmul(block, tokens.len(), 0.0, scale, hidden, weight.t(), Threads::All);
-            if let Some(cap) = logits.soft_cap {
-                block.par_chunks_mut(tokens.len()).for_each(|row| {
-                    vectorized(
-                        #[inline(always)]
-                        || row.iter_mut().for_each(|z| *z = inverse * (cap - 2.0 * cap / (1.0 + exp(2.0 / cap * *z)))),
-                    );
-                });
-            }
+            weight.multiply(&left, tokens.clone(), block, tokens.len(), false, Threads::All);
+            block.par_chunks_mut(tokens.len()).for_each(|row| logits.scale(row));
             visit(rows.clone(), tokens, block);
         }
+    }
+}
+
+impl Logits {
+    /// Caps and tempers a row of products.
+    fn scale(&self, row: &mut [f32]) {
+        let inverse = 1.0 / self.temperature;
+        vectorized(
+            #[inline(always)]
+            || match self.soft_cap {
+                Some(cap) => row.iter_mut().for_each(|z| *z = inverse * (cap - 2.0 * cap / (1.0 + exp(2.0 / cap * *z)))),
+                None if inverse == 1.0 => {}
+                None => row.iter_mut().for_each(|z| *z *= inverse),
+            },
+        );
     }
 }
 
@@ -105,120 +110,83 @@ impl Tally {
     }
 }
 
-/// Rows, width and vocabulary of a head's input and weight.
-fn dimensions(hidden: &Tensor, weight: &Tensor) -> Result<(usize, usize, usize)> {
-    let ((rows, width), (vocabulary, expected)) = (hidden.dims2()?, weight.dims2()?);
-    if width != expected {
-        bail!("head: rows of {width} values for a weight of {expected}");
-    }
-    Ok((rows, width, vocabulary))
-}
-
 /// Log-probabilities of given tokens, and what the backward and the metrics need beside them.
 pub struct LogProbabilities {
-    /// log p(target) of every row, [rows]; differentiable with respect to the hidden state.
-    pub logprobs: Tensor,
-    /// Entropy of every row's distribution in nats; not differentiable.
-    pub entropies: Vec<f32>,
+    /// log p(target) of every row, [rows].
+    pub logprobs: Vec<f32>,
+    tallies: Vec<Tally>,
+}
+
+impl LogProbabilities {
+    /// Entropy of every row's distribution in nats, [rows].
+    pub fn entropies(&self) -> impl Iterator<Item = f32> + '_ {
+        self.tallies.iter().map(Tally::entropy)
+    }
 }
 
 /// log p(target) for every row of `hidden` [rows, width], the vocabulary's `weight` being [vocabulary, width].
 ///
 /// # Errors
-/// If there is not one target per row, a target is outside the vocabulary, or a tensor is not f32.
-pub fn log_probabilities(
-    hidden: &Tensor,
-    weight: &Tensor,
+/// If there is not one target per row, or a target is outside the vocabulary.
+pub fn log_probabilities(hidden: &[f32], weight: &Panels, targets: &[u32], logits: Logits) -> Result<LogProbabilities> {
+    let (vocabulary, width) = weight.dims();
+    let rows = hidden.len() / width;
+    ensure!(targets.len() == rows, "head: {} targets for {rows} rows", targets.len());
+    if let Some(target) = targets.iter().find(|&&target| target as usize >= vocabulary) {
+        anyhow::bail!("head: token {target} is outside the vocabulary of {vocabulary}");
+    }
+    let (mut tallies, mut chosen) = (vec![Tally::EMPTY; rows], vec![0.0; rows]);
+    walk(hidden, weight, logits, |rows, tokens, logits| {
+        let own = tallies[rows.clone()].par_iter_mut().zip(chosen[rows.clone()].par_iter_mut());
+        own.zip(&targets[rows]).zip(logits.par_chunks(tokens.len())).for_each(
+            |(((tally, chosen), &target), logits)| {
+                vectorized(
+                    #[inline(always)]
+                    || tally.add(logits),
+                );
+                if tokens.contains(&(target as usize)) {
+                    *chosen = logits[target as usize - tokens.start];
+                }
+            },
+        );
+    });
+    let logprobs = chosen.iter().zip(&tallies).map(|(chosen, tally)| chosen - tally.log_sum()).collect();
+    Ok(LogProbabilities { logprobs, tallies })
+}
+
+/// The gradient of `hidden`, given that of every log-probability, [rows]: with z = logits / temperature, dz = grad ·
+/// (onehot − softmax(z)), then through the cap and the weight.
+pub fn log_probabilities_backward(
+    hidden: &[f32],
+    weight: &Panels,
     targets: &[u32],
     logits: Logits,
-) -> Result<LogProbabilities> {
-    let (rows, _, vocabulary) = dimensions(hidden, weight)?;
-    if targets.len() != rows {
-        bail!("head: {} targets for {rows} rows", targets.len());
-    }
-    if let Some(target) = targets.iter().find(|&&target| target as usize >= vocabulary) {
-        bail!("head: token {target} is outside the vocabulary of {vocabulary}");
-    }
-    let tallies = Arc::new(OnceLock::new());
-    let head = Head { weight: weight.clone(), targets: targets.into(), logits, tallies: tallies.clone() };
-    let logprobs = hidden.apply_op1(head)?;
-    let Some(tallies) = tallies.get() else { bail!("head: the forward pass left no sums") };
-    Ok(LogProbabilities { logprobs, entropies: tallies.iter().map(Tally::entropy).collect() })
+    known: &LogProbabilities,
+    grad: &[f32],
+) -> Buffer {
+    let (_, width) = weight.dims();
+    let Logits { soft_cap, temperature } = logits;
+    let mut d_hidden = Buffer::zeros(hidden.len());
+    walk(hidden, weight, logits, |rows, tokens, logits| {
+        let tallies = &known.tallies[rows.clone()];
+        let own = grad[rows.clone()].par_iter().zip(&targets[rows.clone()]).zip(tallies);
+        logits.par_chunks_mut(tokens.len()).zip(own).for_each(|(logits, ((&grad, &target), tally))| {
+            let target = (target as usize).wrapping_sub(tokens.start);
+            vectorized(
+                #[inline(always)]
+                || logit_gradient(logits, target, grad / temperature, tally.log_sum(), soft_cap, temperature),
+            );
+        });
+        let transposed = weight.transposed(tokens.clone(), Threads::All);
+        let left = Left::new(logits, tokens.len(), weight.kernel());
+        let d_hidden = &mut d_hidden[rows.start * width..rows.end * width];
+        transposed.multiply(&left, 0..width, d_hidden, width, true, Threads::All);
+    });
+    d_hidden
 }
 
-struct Head {
-    weight: Tensor,
-    targets: Arc<[u32]>,
-    logits: Logits,
-    tallies: Arc<OnceLock<Vec<Tally>>>,
-}
-
-impl CustomOp1 for Head {
-    fn name(&self) -> &'static str {
-        "log-probability-head"
-    }
-
-    fn cpu_fwd(&self, hidden: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        let (rows, width) = layout.shape().dims2()?;
-        let hidden = values(hidden, layout)?;
-        let (mut tallies, mut chosen) = (vec![Tally::EMPTY; rows], vec![0.0; rows]);
-        with_values([&self.weight], |[weight]| {
-            walk(hidden, weight, width, self.logits, |rows, tokens, logits| {
-                let own = tallies[rows.clone()].par_iter_mut().zip(chosen[rows.clone()].par_iter_mut());
-                own.zip(&self.targets[rows]).zip(logits.par_chunks(tokens.len())).for_each(
-                    |(((tally, chosen), &target), logits)| {
-                        vectorized(
-                            #[inline(always)]
-                            || tally.add(logits),
-                        );
-                        if tokens.contains(&(target as usize)) {
-                            *chosen = logits[target as usize - tokens.start];
-                        }
-                    },
-                );
-            });
-        })?;
-        let logprobs = chosen.iter().zip(&tallies).map(|(chosen, tally)| chosen - tally.log_sum()).collect();
-        // A second forward through the same operation would write the same numbers.
-        let _ = self.tallies.set(tallies);
-        output(logprobs, rows)
-    }
-
-    /// With z = logits / temperature and grad g: dz = g · (onehot − softmax(z)), then through the cap and the weight.
-    fn bwd(&self, hidden: &Tensor, _y: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
-        let (_, width) = hidden.dims2()?;
-        let grad = grad.contiguous()?;
-        let Some(tallies) = self.tallies.get() else { bail!("head: backward before forward") };
-        let Logits { soft_cap, temperature } = self.logits;
-        let mut d_hidden = vec![0.0; hidden.elem_count()];
-        with_values([hidden, &self.weight, &grad], |[hidden, weight, grad]| {
-            walk(hidden, weight, width, self.logits, |rows, tokens, logits| {
-                let known = grad[rows.clone()].par_iter().zip(&self.targets[rows.clone()]).zip(&tallies[rows.clone()]);
-                logits.par_chunks_mut(tokens.len()).zip(known).for_each(|(logits, ((&grad, &target), tally))| {
-                    let target = (target as usize).wrapping_sub(tokens.start);
-                    vectorized(
-                        #[inline(always)]
-                        || logit_gradient(logits, target, grad, tally.log_sum(), soft_cap, temperature),
-                    );
-                });
-                let d_hidden = &mut d_hidden[rows.start * width..rows.end * width];
-                let weight = Matrix::dense(&weight[tokens.start * width..tokens.end * width], width);
-                matmul(
-                    d_hidden,
-                    width,
-                    1.0,
-                    1.0 / temperature,
-                    Matrix::dense(logits, tokens.len()),
-                    weight,
-                    Threads::All,
-                );
-            });
-        })?;
-        Ok(Some(Tensor::from_vec(d_hidden, hidden.shape(), hidden.device())?))
-    }
-}
-
-/// Replaces tempered logits by the gradient of the raw logits times the temperature; `target` may lie outside the chunk.
+/// Replaces tempered logits by the gradient of the raw logits, `grad` being that of the log-probability over the temperature;
+/// `target` may lie outside the chunk.
 #[inline(always)]
 fn logit_gradient(logits: &mut [f32], target: usize, grad: f32, log_sum: f32, soft_cap: Option<f32>, temperature: f32) {
     let inverse_cap = soft_cap.map_or(0.0, |cap| temperature / cap);
@@ -252,28 +220,22 @@ pub struct Chosen {
 /// Chooses one token per row of `hidden` [rows, width]. Rows are limited by the sampler's slots, so their logits are kept.
 ///
 /// # Errors
-/// If there is not one choice per row, a tensor is not f32, or a distribution has no finite sum.
-pub fn choose(hidden: &Tensor, weight: &Tensor, choices: &[Choice], logits: Logits) -> Result<Vec<Chosen>> {
-    let (rows, width, vocabulary) = dimensions(hidden, weight)?;
-    if choices.len() != rows {
-        bail!("head: {} choices for {rows} rows", choices.len());
-    }
+/// If there is not one choice per row, or a distribution has no finite sum.
+pub fn choose(hidden: &[f32], weight: &Panels, choices: &[Choice], logits: Logits) -> Result<Vec<Chosen>> {
+    let (vocabulary, width) = weight.dims();
+    let rows = hidden.len() / width;
+    ensure!(choices.len() == rows, "head: {} choices for {rows} rows", choices.len());
     let untempered = Logits { temperature: 1.0, ..logits };
-    let mut all = vec![0.0; rows * vocabulary];
-    with_values([hidden, weight], |[hidden, weight]| {
-        walk(hidden, weight, width, untempered, |rows, tokens, logits| {
-            for (row, logits) in rows.zip(logits.chunks_exact(tokens.len())) {
-                all[row * vocabulary + tokens.start..][..tokens.len()].copy_from_slice(logits);
-            }
-        });
-    })?;
-    let chosen = all.par_chunks_mut(vocabulary).zip(choices).enumerate().map(|(row, (logits_v, choice))| {
-        match choose_one(logits_v, *choice, logits.temperature) {
-            Some(chosen) => Ok(chosen),
-            None => {
-                bail!("head: row {row} has no finite probabilities; the adapter or the weights hold NaN or infinity")
-            }
+    let mut all = Buffer::new(rows * vocabulary);
+    walk(hidden, weight, untempered, |rows, tokens, logits| {
+        for (row, logits) in rows.zip(logits.chunks_exact(tokens.len())) {
+            all[row * vocabulary + tokens.start..][..tokens.len()].copy_from_slice(logits);
         }
+    });
+    let chosen = all.par_chunks_mut(vocabulary).zip(choices).enumerate().map(|(row, (logits_v, choice))| {
+        choose_one(logits_v, *choice, logits.temperature).with_context(|| {
+            format!("head: row {row} has no finite probabilities; the adapter or the weights hold NaN or infinity")
+        })
     });
     chosen.collect()
 }

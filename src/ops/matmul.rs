@@ -1,7 +1,9 @@
-//! The one matrix product that every operation calls, over plain f32 slices.
+//! Products of plain f32 matrices: attention, adapters, gradients of adapters. The frozen weights have [`super::panels`].
 //!
-//! Today it is the `gemm` crate (AVX-512 where the processor has it). Kernels of our own (AMX, AVX-512 bf16) belong in
-//! this file, behind [`matmul`]. One of the kernel files: the unsafe code is the call into the kernel.
+//! One of the kernel files: the unsafe code is the call into the kernel, in vectors of 16 where the processor has them, else
+//! the `gemm` crate.
+
+use super::kernel::has_avx512;
 
 /// A matrix of `rows` × `columns` seen in a slice: element (i, j) is `data[i * row_stride + j * column_stride]`.
 #[derive(Clone, Copy)]
@@ -41,20 +43,12 @@ impl<'a> Matrix<'a> {
     }
 }
 
-/// Whether a product may use all threads; work that is already spread over them says no.
-#[derive(Clone, Copy, PartialEq)]
-pub enum Threads {
-    /// One thread: the caller runs many products in parallel.
-    One,
-    /// Every thread of the pool.
-    All,
-}
-
-/// `c = keep · c + scale · a · b`, where `c` is row-major with rows `c_stride` values apart. `keep` 0 ignores what `c` holds.
+/// `c = a · b`, or `c += a · b` if `keep` is set, where `c` is row-major with rows `c_stride` values apart. On one thread:
+/// callers run many products in parallel. Each number is summed up in the order of k, starting from what `c` holds.
 ///
 /// # Panics
 /// If the shapes disagree: a mistake of the calling operation, never of its input.
-pub fn matmul(c: &mut [f32], c_stride: usize, keep: f32, scale: f32, a: Matrix, b: Matrix, threads: Threads) {
+pub fn matmul(c: &mut [f32], c_stride: usize, keep: bool, a: Matrix, b: Matrix) {
     let (m, n, k) = (a.rows, b.columns, a.columns);
     assert_eq!(k, b.rows, "inner dimensions differ");
     if m == 0 || n == 0 {
@@ -62,10 +56,30 @@ pub fn matmul(c: &mut [f32], c_stride: usize, keep: f32, scale: f32, a: Matrix, 
     }
     assert!(n <= c_stride || m == 1, "rows of the product overlap");
     assert!((m - 1) * c_stride + n <= c.len(), "product out of bounds");
-    let parallelism = match threads {
-        Threads::One => gemm::Parallelism::None,
-        Threads::All => gemm::Parallelism::Rayon(0),
-    };
+    if k == 0 {
+        if !keep {
+            c.chunks_mut(c_stride).take(m).for_each(|c| c[..n].fill(0.0));
+        }
+        return;
+    }
+    #[cfg(target_arch = "x86_64")]
+    if b.column_stride == 1 && has_avx512() {
+        let operands = super::avx512::Operands {
+            a: a.data.as_ptr(),
+            a_row: a.row_stride,
+            a_k: a.column_stride,
+            b: b.data.as_ptr(),
+            b_k: b.row_stride,
+            c: c.as_mut_ptr(),
+            c_row: c_stride,
+            k,
+            keep,
+        };
+        // SAFETY: AVX-512 is there; `Matrix` and the asserts above keep every element (rows × columns at the given strides)
+        // inside the three slices; `c` is borrowed mutably, so it overlaps neither `a` nor `b`.
+        unsafe { super::avx512::product(operands, m, n) };
+        return;
+    }
     // SAFETY: `Matrix` and the asserts above keep every element that the kernel touches (rows × columns at the given
     // strides) inside the three slices; `c` is borrowed mutably, so it overlaps neither `a` nor `b`.
     unsafe {
@@ -76,26 +90,19 @@ pub fn matmul(c: &mut [f32], c_stride: usize, keep: f32, scale: f32, a: Matrix, 
             c.as_mut_ptr(),
             1,
             c_stride as isize,
-            keep != 0.0,
+            keep,
             a.data.as_ptr(),
             a.column_stride as isize,
             a.row_stride as isize,
             b.data.as_ptr(),
             b.column_stride as isize,
             b.row_stride as isize,
-            keep,
-            scale,
+            1.0,
+            1.0,
             false,
             false,
             false,
-            parallelism,
+            gemm::Parallelism::None,
         );
     }
-}
-
-/// `a · b` as a new row-major matrix.
-pub fn product(a: Matrix, b: Matrix) -> Vec<f32> {
-    let mut c = vec![0.0; a.rows * b.columns];
-    matmul(&mut c, b.columns, 0.0, 1.0, a, b, Threads::All);
-    c
 }

@@ -1,51 +1,37 @@
-//! Fused differentiable operations: each computes its value without building a graph and brings its own exact backward.
+//! The arithmetic of the decoder, forward and backward, on plain rows of f32: one row per token, no batch dimension and no
+//! padding.
 //!
-//! candle differentiates frozen weights too, keeps every intermediate alive, and several of its fast operations silently
-//! have no backward; so the heavy steps of the decoder are `CustomOp`s of our own. In reading order:
+//! Nothing records a graph. The gradient of frozen weights is never computed, and memory is used again. In reading order:
 //!
-//! * [`matmul`]: the one matrix product everything else calls; kernels for particular processors go there
-//! * [`quantized`], [`nf4`]: frozen weights that stay packed, unpacked for one product at a time
+//! * [`kernel`]: which instructions multiply matrices
+//! * [`buffer`], [`shared`]: memory that is used again, and rows that several threads write
+//! * [`matmul`], [`avx512`]: small products in f32
+//! * [`panels`], [`amx`]: products with frozen weights, which are packed once
+//! * [`quantized`], [`nf4`]: frozen weights that stay smaller still, unpacked for one layer at a time
+//! * [`rows`]: work on rows, spread over threads
 //! * [`linear`]: a frozen weight plus an optional low-rank adapter
 //! * [`norm`], [`rope`], [`gate`]: the point-wise parts of a layer
-//! * [`attention`]: queries over a tree of keys, never the full score matrix
+//! * [`keys`], [`attention`]: queries over a tree of keys, never the full score matrix
 //! * [`head`]: hidden state to the log-probability of a given token, never the full logits
-//!
-//! Values are `[rows, width]` in f32: one row per token, no batch dimension and no padding.
 
+mod amx;
 pub mod attention;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+pub mod buffer;
 pub mod gate;
 pub mod head;
+pub mod kernel;
+pub mod keys;
 pub mod linear;
 pub mod matmul;
 pub mod nf4;
 pub mod norm;
+pub mod panels;
 pub mod quantized;
+pub mod rows;
 pub mod rope;
-
-use candle_core::{CpuStorage, Layout, Result, Shape, Storage, Tensor, bail};
-
-/// The values of a contiguous f32 tensor in CPU memory.
-pub(crate) fn values<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [f32]> {
-    let CpuStorage::F32(all) = storage else { bail!("expected f32 values, found {:?}", storage_type(storage)) };
-    let Some((start, end)) = layout.contiguous_offsets() else { bail!("expected contiguous rows, found {layout:?}") };
-    Ok(&all[start..end])
-}
-
-/// Calls `f` with the values of contiguous f32 tensors in CPU memory.
-pub(crate) fn with_values<const N: usize, R>(tensors: [&Tensor; N], f: impl FnOnce([&[f32]; N]) -> R) -> Result<R> {
-    let guards = tensors.map(|tensor| tensor.storage_and_layout());
-    let mut slices: [&[f32]; N] = [&[]; N];
-    for (slice, (storage, layout)) in slices.iter_mut().zip(&guards) {
-        let Storage::Cpu(storage) = &**storage else { bail!("this operation has no kernel for the device yet") };
-        *slice = values(storage, layout)?;
-    }
-    Ok(f(slices))
-}
-
-/// What a forward pass on the CPU returns: the values and their shape.
-pub(crate) fn output(values: Vec<f32>, shape: impl Into<Shape>) -> Result<(CpuStorage, Shape)> {
-    Ok((CpuStorage::F32(values), shape.into()))
-}
+mod shared;
 
 /// Runs `f` compiled for the widest vectors this processor has. Only what is inlined into it is compiled that way, so the
 /// closure needs `#[inline(always)]`: left to itself the compiler shares one plain copy between the vector widths.
@@ -74,9 +60,4 @@ pub(crate) fn exp(x: f32) -> f32 {
     let value = if x < -87.3 { 0.0 } else { value };
     let value = if x > 88.7 { f32::INFINITY } else { value };
     if x.is_nan() { x } else { value }
-}
-
-fn storage_type(storage: &CpuStorage) -> candle_core::DType {
-    use candle_core::backend::BackendStorage;
-    storage.dtype()
 }

@@ -1,21 +1,23 @@
-//! Frozen weights that stay packed: GGUF's block types and 4-bit normal floats, unpacked to f32 for one product at a time.
+//! Frozen weights that stay packed: GGUF's block types and 4-bit normal floats, unpacked for the products of one layer at a
+//! time.
 
-use std::sync::Arc;
+use std::ops::Deref;
 
 use candle_core::quantized::QTensor;
-use candle_core::{Device, Result, Tensor};
+use candle_core::{Device, Result, Storage, bail};
 use rayon::prelude::*;
 
+use super::buffer::Buffer;
+use super::kernel::Kernel;
 use super::nf4::Nf4;
-use super::with_values;
+use super::panels::Panels;
 
 /// A frozen weight, [out, in].
-#[derive(Clone)]
 pub enum Weight {
-    /// In f32.
-    Dense(Tensor),
+    /// As products want it.
+    Panels(Panels),
     /// Packed.
-    Packed(Arc<Packed>),
+    Packed(Packed),
 }
 
 /// A packed weight.
@@ -34,26 +36,36 @@ pub enum Values {
     Nf4(Nf4),
 }
 
-impl Weight {
-    /// Rows and columns, [out, in].
-    ///
-    /// # Errors
-    /// If it is not a matrix.
-    pub fn dims(&self) -> Result<(usize, usize)> {
+/// A weight as products want it: there already, or unpacked until it is dropped.
+pub enum Unpacked<'a> {
+    /// There already.
+    Resident(&'a Panels),
+    /// Unpacked.
+    Temporary(Panels),
+}
+
+impl Deref for Unpacked<'_> {
+    type Target = Panels;
+
+    fn deref(&self) -> &Panels {
         match self {
-            Self::Dense(tensor) => tensor.dims2(),
-            Self::Packed(packed) => Ok(packed.dims),
+            Self::Resident(panels) => panels,
+            Self::Temporary(panels) => panels,
         }
     }
+}
 
-    /// Calls `f` with the values in f32. Those of a packed weight are gone afterwards.
+impl Weight {
+    /// The weight as products want it.
     ///
     /// # Errors
-    /// If the values are not in CPU memory.
-    pub fn with_values<R>(&self, f: impl FnOnce(&[f32]) -> R) -> Result<R> {
+    /// If candle cannot unpack it.
+    pub fn unpacked(&self, kernel: Kernel) -> Result<Unpacked<'_>> {
         match self {
-            Self::Dense(tensor) => with_values([tensor], |[values]| f(values)),
-            Self::Packed(packed) => Ok(f(&packed.unpack()?)),
+            Self::Panels(panels) => Ok(Unpacked::Resident(panels)),
+            Self::Packed(packed) => {
+                Ok(Unpacked::Temporary(Panels::pack(&packed.unpack()?, packed.dims.1, kernel)))
+            }
         }
     }
 }
@@ -62,10 +74,10 @@ impl Packed {
     /// The values in f32.
     ///
     /// # Errors
-    /// If the values are not in CPU memory.
-    pub fn unpack(&self) -> Result<Vec<f32>> {
+    /// If candle cannot unpack them.
+    pub fn unpack(&self) -> Result<Buffer> {
         let (wide, narrow) = self.dims;
-        let mut values = vec![0.0; wide * narrow];
+        let mut values = Buffer::new(wide * narrow);
         match &self.values {
             Values::Nf4(packed) => packed.unpack(&mut values),
             Values::Blocks(blocks) => {
@@ -79,5 +91,10 @@ impl Packed {
 
 /// Writes a tensor's numbers as f32.
 pub(crate) fn unpack(stored: &QTensor, values: &mut [f32]) -> Result<()> {
-    with_values([&stored.dequantize(&Device::Cpu)?.flatten_all()?], |[stored]| values.copy_from_slice(stored))
+    let numbers = stored.dequantize(&Device::Cpu)?.flatten_all()?;
+    let (storage, layout) = numbers.storage_and_layout();
+    let Storage::Cpu(storage) = &*storage else { bail!("expected numbers in CPU memory") };
+    let Some((start, end)) = layout.contiguous_offsets() else { bail!("expected contiguous numbers") };
+    values.copy_from_slice(&storage.as_slice::<f32>()?[start..end]);
+    Ok(())
 }

@@ -12,6 +12,7 @@ use super::rows::Rows;
 use super::{Generation, Request, Sampler, Settings};
 use crate::model::{KeyValueStore, Model};
 use crate::ops::head::Choice;
+use crate::ops::keys::padded;
 use crate::policy::Adapter;
 use crate::tokenizer::Tokenizer;
 
@@ -65,15 +66,15 @@ impl LocalSampler {
     }
 
     /// Makes sure that the store holds what the requests need, within the limit.
-    fn prepare_store(&mut self, requests: &[Request], settings: &Settings) -> Result<KeyValueStore> {
+    fn prepare_store(&mut self, requests: &[Request], settings: &Settings) -> KeyValueStore {
         let sizes = requests.iter().map(|request| group_rows(request.prompt_ids.len(), request.rollouts, settings));
         let rows = stored_rows(sizes);
         match self.store.take().filter(|store| store.rows() >= rows) {
             Some(mut store) => {
                 store.restrict(rows);
-                Ok(store)
+                store
             }
-            None => Ok(KeyValueStore::new(&self.model.architecture, rows, &self.model.device)?),
+            None => KeyValueStore::new(&self.model.architecture, rows),
         }
     }
 
@@ -93,9 +94,9 @@ impl LocalSampler {
     }
 }
 
-/// Rows of the store that a whole group needs.
+/// Rows of the store that a whole group needs: prompt and completions start with a block each.
 pub fn group_rows(prompt_tokens: usize, rollouts: usize, settings: &Settings) -> usize {
-    prompt_tokens + rollouts * settings.max_tokens
+    padded(prompt_tokens) + rollouts * padded(settings.max_tokens)
 }
 
 /// Rows of the store for groups of these sizes: all at once, within the limit.
@@ -105,7 +106,7 @@ pub fn stored_rows(groups: impl Iterator<Item = usize> + Clone) -> usize {
 
 /// How many completions of one prompt the store holds together; one more than it holds is always possible.
 pub fn most_rollouts(prompt_tokens: usize, settings: &Settings) -> usize {
-    (STORED_TOKENS.saturating_sub(prompt_tokens) / settings.max_tokens).max(1)
+    (STORED_TOKENS.saturating_sub(padded(prompt_tokens)) / padded(settings.max_tokens)).max(1)
 }
 
 /// The most rows of one forward call over groups with these prompts: prompts being read beside a token of every other rollout.
@@ -133,7 +134,7 @@ fn admit(
         let prompt = taken.start..taken.start + request.prompt_ids.len();
         rows.push(&request.prompt_ids, 0..0, prompt.clone());
         branches.extend((0..request.rollouts).map(|rollout| {
-            let start = prompt.end + rollout * settings.max_tokens;
+            let start = padded(prompt.end) + rollout * padded(settings.max_tokens);
             let own = start..start + settings.max_tokens;
             let (ids, behavior_t, untempered_t) = (Vec::new(), Vec::new(), Vec::new());
             Branch { group, rollout, prompt: prompt.clone(), own, ids, behavior_t, untempered_t }
@@ -150,7 +151,7 @@ impl Sampler for LocalSampler {
         finished: &mut dyn FnMut(Generation) -> Result<()>,
     ) -> Result<()> {
         self.check(requests, settings)?;
-        let mut store = self.prepare_store(requests, settings)?;
+        let mut store = self.prepare_store(requests, settings);
         let mut waiting: VecDeque<usize> = (0..requests.len()).collect();
         let mut unfinished: Vec<usize> = requests.iter().map(|request| request.rollouts).collect();
         let mut branches: Vec<Branch> = Vec::new();
@@ -161,7 +162,7 @@ impl Sampler for LocalSampler {
             rows.predict(&branches, running)?;
             let choice = |branch: &Branch| settings.choice(branch.group, branch.rollout, branch.ids.len());
             let choices: Vec<Choice> = branches.iter().map(choice).collect();
-            let chosen = rows.next_tokens(&self.model, &store, adapter, &choices, settings)?;
+            let chosen = rows.next_tokens(&self.model, &mut store, adapter, &choices, settings)?;
             let mut still = Vec::with_capacity(branches.len());
             for (mut branch, chosen) in branches.into_iter().zip(chosen) {
                 branch.ids.push(chosen.token);

@@ -5,9 +5,10 @@ use std::ops::Range;
 use anyhow::Result;
 
 use super::Settings;
-use crate::model::{Call, KeyValueStore, Model, Store};
+use crate::model::{Call, KeyValueStore, Model};
 use crate::ops::attention::Span;
 use crate::ops::head::{Choice, Chosen, choose};
+use crate::ops::keys::Store;
 use crate::policy::Adapter;
 
 /// The rows of the next forward call, and the row that predicts the next token of every sequence.
@@ -35,7 +36,7 @@ impl Rows {
     pub fn next_tokens(
         &self,
         model: &Model,
-        store: &KeyValueStore,
+        store: &mut KeyValueStore,
         adapter: Option<&Adapter>,
         choices: &[Choice],
         settings: &Settings,
@@ -43,12 +44,12 @@ impl Rows {
         let call = Call {
             ids: &self.ids,
             positions: &self.positions,
-            spans: self.spans.as_slice().into(),
+            spans: &self.spans,
+            stores: &self.stores,
             adapters: &[(0..self.ids.len(), adapter)],
-            store: Some((store, &self.stores)),
         };
-        let hidden = model.select(&model.forward(&call)?, &self.predicting)?;
+        let hidden = model.forward(&call, store, &self.predicting)?;
         let temperature = if settings.temperature == 0.0 { 1.0 } else { settings.temperature };
-        Ok(choose(&hidden, model.head(), choices, model.logits(temperature))?)
+        choose(&hidden, model.head(), choices, model.logits(temperature))
     }
 }

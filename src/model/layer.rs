@@ -1,0 +1,391 @@
+//! One layer of the decoder, forward and backward.
+//!
+//! The backward pass computes the layer again from its input, so that nothing but the inputs of layers is kept. What is
+//! computed from a block of rows stays in the cache from the norm to the residual sum.
+
+use std::ops::Range;
+
+use anyhow::Result;
+
+use super::{Architecture, LayerCall, Projection};
+use crate::ops::attention::{self, Heads, LogSums};
+use crate::ops::buffer::Buffer;
+use crate::ops::kernel::Kernel;
+use crate::ops::keys::Keys;
+use crate::ops::linear::{Linear, LowRankGradient};
+use crate::ops::norm::RmsNorm;
+use crate::ops::panels::{Left, Panels, Threads};
+use crate::ops::quantized::{Unpacked, Weight};
+use crate::ops::rope::Direction;
+use crate::ops::rows::in_blocks;
+
+/// A projection that is never trained.
+pub(super) struct Frozen {
+    /// [out, in].
+    pub weight: Weight,
+    /// [out].
+    pub bias: Option<Vec<f32>>,
+}
+
+/// The frozen tensors of a layer.
+pub(super) struct Layer {
+    pub attention_norm: RmsNorm,
+    /// Of what attention returns.
+    pub attention_output_norm: Option<RmsNorm>,
+    pub feed_forward_norm: RmsNorm,
+    /// Of what the feed-forward block returns.
+    pub feed_forward_output_norm: Option<RmsNorm>,
+    /// Of every head, [head_dim].
+    pub query_norm: Option<RmsNorm>,
+    pub key_norm: Option<RmsNorm>,
+    /// By [`Projection`].
+    pub projections: [Frozen; 7],
+}
+
+/// A layer at work on the rows of a call.
+pub(super) struct Work<'a> {
+    layer: &'a Layer,
+    /// Its number.
+    index: usize,
+    architecture: &'a Architecture,
+    call: &'a LayerCall<'a>,
+    /// Weights as products want them, by [`Projection`].
+    weights: [Unpacked<'a>; 7],
+    kernel: Kernel,
+}
+
+/// Gradients of a layer's adapter, by [`Projection`].
+pub type AdapterGradient = [Option<LowRankGradient>; 7];
+
+/// What attention was given and returned; rows of the call.
+struct Attended {
+    queries: Buffer,
+    keys: Buffer,
+    values: Buffer,
+    attended: Buffer,
+    log_sums: LogSums,
+}
+
+impl<'a> Work<'a> {
+    pub fn new(layer: &'a Layer, index: usize, architecture: &'a Architecture, call: &'a LayerCall, kernel: Kernel) -> Result<Self> {
+        let weights = layer.projections.iter().map(|frozen| Ok(frozen.weight.unpacked(kernel)?));
+        let weights = weights.collect::<Result<Vec<_>>>()?;
+        let weights = weights.try_into().ok().expect("one per projection");
+        Ok(Self { layer, index, architecture, call, weights, kernel })
+    }
+
+    fn rows(&self) -> usize {
+        self.call.call.ids.len()
+    }
+
+    fn heads(&self) -> Heads {
+        self.architecture.heads_of(self.architecture.layers[self.index])
+    }
+
+    /// `outputs[i] = projections[i](x)` for a block of rows, each with the adapter of its own.
+    fn project<const N: usize>(
+        &self,
+        projections: [Projection; N],
+        x: &[f32],
+        rows: &Range<usize>,
+        outputs: [&mut [f32]; N],
+        threads: Threads,
+    ) {
+        let narrow = x.len() / rows.len();
+        let mut outputs = outputs;
+        for (part, adapter) in self.call.adapters(rows) {
+            let left = Left::new(&x[part.start * narrow..part.end * narrow], narrow, self.kernel);
+            for (projection, output) in projections.iter().zip(&mut outputs) {
+                let (frozen, wide) = (&self.layer.projections[*projection as usize], output.len() / rows.len());
+                let linear = Linear {
+                    weight: &self.weights[*projection as usize],
+                    bias: frozen.bias.as_deref(),
+                    adapter: adapter.and_then(|adapter| adapter.low_rank(self.index, *projection)),
+                };
+                linear.forward(&left, &mut output[part.start * wide..part.end * wide], threads);
+            }
+        }
+    }
+
+    /// The rows' queries and keys before they are normalized and rotated, and their values.
+    fn heads_before(&self, x: &[f32], rows: &Range<usize>, outputs: [&mut [f32]; 3], threads: Threads) -> Buffer {
+        let mut normed = Buffer::new(x.len());
+        self.layer.attention_norm.forward(x, &mut normed);
+        self.project([Projection::QProj, Projection::KProj, Projection::VProj], &normed, rows, outputs, threads);
+        normed
+    }
+
+    fn attend(&self, x: &[f32], keys: &mut Keys) -> Attended {
+        let (rows, hidden, heads) = (self.rows(), self.architecture.hidden, self.heads());
+        let (wide, narrow) = (heads.query * heads.dim, heads.key * heads.dim);
+        let buffers = [wide, narrow, narrow].map(|width| Buffer::new(rows * width));
+        let [mut queries, mut new_keys, mut values] = buffers;
+        let outputs = [(&mut *queries, wide), (&mut *new_keys, narrow), (&mut *values, narrow)];
+        in_blocks(
+            rows,
+            outputs,
+            || (),
+            |(), rows, [q, k, v], threads| {
+                let x = &x[rows.start * hidden..rows.end * hidden];
+                self.heads_before(x, &rows, [&mut *q, &mut *k, v], threads);
+                for (heads, norm) in [(q, &self.layer.query_norm), (k, &self.layer.key_norm)] {
+                    if let Some(norm) = norm {
+                        let before = copy(heads);
+                        norm.forward(&before, heads);
+                    }
+                    self.call.rotation(self.index).apply(heads, rows.clone(), Direction::Forward);
+                }
+            },
+        );
+        keys.write(&new_keys, &values, self.call.call.stores);
+        let (mut attended, mut log_sums) = (Buffer::new(rows * wide), Buffer::new(rows * heads.query));
+        attention::forward(heads, &queries, keys, self.call.call.spans, &mut attended, &mut log_sums);
+        Attended { queries, keys: new_keys, values, attended, log_sums }
+    }
+
+    /// `y = layer(x)`, both [rows, hidden]; new keys and values are added to `keys`.
+    pub fn forward(&self, x: &[f32], keys: &mut Keys, y: &mut [f32]) {
+        let (hidden, width) = (self.architecture.hidden, self.heads().query * self.heads().dim);
+        let Attended { attended, .. } = self.attend(x, keys);
+        in_blocks(
+            self.rows(),
+            [(y, hidden)],
+            || (),
+            |(), rows, [y], threads| {
+                let x = &x[rows.start * hidden..rows.end * hidden];
+                let attended = &attended[rows.start * width..rows.end * width];
+                let middle = self.middle(x, attended, &rows, threads);
+                let returned = self.feed_forward(&middle.product(self.architecture), &rows, threads);
+                add_normed(&middle.x, &returned, self.layer.feed_forward_output_norm.as_ref(), y);
+            },
+        );
+    }
+
+    /// From what attention returned to the gated values.
+    fn middle(&self, x: &[f32], attended: &[f32], rows: &Range<usize>, threads: Threads) -> Middle {
+        let mut returned = Buffer::new(x.len());
+        self.project([Projection::OProj], attended, rows, [&mut *returned], threads);
+        let (mut sum, mut normed) = (Buffer::new(x.len()), Buffer::new(x.len()));
+        add_normed(x, &returned, self.layer.attention_output_norm.as_ref(), &mut sum);
+        self.layer.feed_forward_norm.forward(&sum, &mut normed);
+        let intermediate = rows.len() * self.architecture.intermediate;
+        let (mut gate, mut up) = (Buffer::new(intermediate), Buffer::new(intermediate));
+        self.project([Projection::GateProj, Projection::UpProj], &normed, rows, [&mut *gate, &mut *up], threads);
+        Middle { returned, x: sum, normed, gate, up }
+    }
+
+    fn feed_forward(&self, product: &[f32], rows: &Range<usize>, threads: Threads) -> Buffer {
+        let mut returned = Buffer::new(rows.len() * self.architecture.hidden);
+        self.project([Projection::DownProj], product, rows, [&mut *returned], threads);
+        returned
+    }
+}
+
+/// A block of rows between attention and the feed-forward block's end.
+struct Middle {
+    /// What attention's output projection returned.
+    returned: Buffer,
+    /// The residual stream after it.
+    x: Buffer,
+    /// The same, normalized.
+    normed: Buffer,
+    gate: Buffer,
+    up: Buffer,
+}
+
+impl Middle {
+    fn product(&self, architecture: &Architecture) -> Buffer {
+        let mut product = Buffer::new(self.gate.len());
+        architecture.activation.forward(&self.gate, &self.up, &mut product);
+        product
+    }
+}
+
+/// `y = x + returned`, normalized first where the family does so.
+fn add_normed(x: &[f32], returned: &[f32], norm: Option<&RmsNorm>, y: &mut [f32]) {
+    match norm {
+        Some(norm) => {
+            norm.forward(returned, y);
+            y.iter_mut().zip(x).for_each(|(y, x)| *y += x);
+        }
+        None => y.iter_mut().zip(x.iter().zip(returned)).for_each(|(y, (x, returned))| *y = x + returned),
+    }
+}
+
+/// The gradient of what a block returned, from that of the residual sum.
+fn before_norm(returned: &[f32], norm: Option<&RmsNorm>, grad: &[f32]) -> Buffer {
+    match norm {
+        Some(norm) => {
+            let mut before = Buffer::zeros(grad.len());
+            norm.backward(returned, grad, &mut before);
+            before
+        }
+        None => copy(grad),
+    }
+}
+
+fn copy(values: &[f32]) -> Buffer {
+    let mut copy = Buffer::new(values.len());
+    copy.copy_from_slice(values);
+    copy
+}
+
+/// The backward pass.
+impl Work<'_> {
+    /// Replaces `grad`, the gradient of the layer's output, by that of its input `x`, both [rows, hidden]. All rows have the
+    /// same adapter, whose gradients are returned. `keys` is room for the call's keys, and so is `swapped`.
+    pub fn backward(&self, x: &[f32], grad: &mut [f32], keys: &mut Keys, swapped: &mut Keys) -> AdapterGradient {
+        let outputs = |weight: &Panels| weight.transposed(0..weight.dims().0, Threads::All);
+        let transposed = self.weights.each_ref().map(|weight| outputs(weight));
+        let kept = self.attend(x, keys);
+        let (wide, rows) = (self.heads().query * self.heads().dim, self.rows());
+        let mut d_attended = Buffer::new(rows * wide);
+        let mut gradient = self.middle_backward(x, &kept.attended, grad, &mut d_attended, &transposed);
+        let [queries, keys, values] = self.attention_backward(&kept, keys, swapped, &d_attended);
+        let first = self.heads_backward(x, grad, [queries, keys, values], &transposed);
+        for (total, part) in gradient.iter_mut().zip(first) {
+            add_gradient(total, part);
+        }
+        gradient
+    }
+
+    /// From the layer's output to what attention returned. `grad` becomes the gradient of the residual stream before it.
+    fn middle_backward(
+        &self,
+        x: &[f32],
+        attended: &[f32],
+        grad: &mut [f32],
+        d_attended: &mut [f32],
+        transposed: &[Panels; 7],
+    ) -> AdapterGradient {
+        let (hidden, width) = (self.architecture.hidden, self.heads().query * self.heads().dim);
+        let outputs = [(grad, hidden), (d_attended, width)];
+        let parts = in_blocks(self.rows(), outputs, Default::default, |gradient, rows, [grad, d_attended], threads| {
+            let x = &x[rows.start * hidden..rows.end * hidden];
+            let attended = &attended[rows.start * width..rows.end * width];
+            let middle = self.middle(x, attended, &rows, threads);
+            let product = middle.product(self.architecture);
+            let norm = self.layer.feed_forward_output_norm.as_ref();
+            let returned = norm.map(|_| self.feed_forward(&product, &rows, threads));
+            let d_returned = before_norm(returned.as_deref().unwrap_or(&[]), norm, grad);
+            let mut d_product = Buffer::new(product.len());
+            let mut back = Back { work: self, transposed, gradient, threads };
+            back.through(Projection::DownProj, &d_returned, &product, &mut d_product, false);
+            let Middle { returned, x, normed, mut gate, mut up } = middle;
+            self.architecture.activation.backward(&d_product, &mut gate, &mut up);
+            let mut d_normed = Buffer::new(x.len());
+            back.through(Projection::GateProj, &gate, &normed, &mut d_normed, false);
+            back.through(Projection::UpProj, &up, &normed, &mut d_normed, true);
+            self.layer.feed_forward_norm.backward(&x, &d_normed, grad);
+            let d_returned = before_norm(&returned, self.layer.attention_output_norm.as_ref(), grad);
+            back.through(Projection::OProj, &d_returned, attended, d_attended, false);
+        });
+        in_order(parts)
+    }
+
+    /// Gradients of queries, keys and values, by rows of the call.
+    fn attention_backward(&self, kept: &Attended, keys: &Keys, swapped: &mut Keys, d_attended: &[f32]) -> [Buffer; 3] {
+        let (heads, call) = (self.heads(), self.call.call);
+        let width = heads.key * heads.dim;
+        swapped.write(&kept.values, &kept.keys, call.stores);
+        let mut d_queries = Buffer::new(kept.queries.len());
+        let key_rows = call.spans.iter().map(|span| span.own.end).max().unwrap_or(0);
+        let (mut stored_keys, mut stored_values) = (Buffer::new(key_rows * width), Buffer::new(key_rows * width));
+        let Attended { queries, attended, log_sums, .. } = kept;
+        let saved = attention::Saved { queries, keys, swapped, attended, log_sums, grad: d_attended };
+        let gradients = attention::Gradients {
+            queries: &mut d_queries,
+            keys: &mut stored_keys,
+            values: &mut stored_values,
+        };
+        attention::backward(heads, &saved, call.spans, gradients);
+        let by_rows = |stored: &[f32]| {
+            let mut rows = Buffer::new(kept.keys.len());
+            for store in call.stores {
+                rows[store.from.start * width..store.from.end * width]
+                    .copy_from_slice(&stored[store.to * width..(store.to + store.from.len()) * width]);
+            }
+            rows
+        };
+        [d_queries, by_rows(&stored_keys), by_rows(&stored_values)]
+    }
+
+    /// From queries, keys and values to the layer's input: `grad` gets what comes through them.
+    fn heads_backward(
+        &self,
+        x: &[f32],
+        grad: &mut [f32],
+        d_heads: [Buffer; 3],
+        transposed: &[Panels; 7],
+    ) -> AdapterGradient {
+        let (hidden, heads) = (self.architecture.hidden, self.heads());
+        let (wide, narrow) = (heads.query * heads.dim, heads.key * heads.dim);
+        let [mut queries, mut keys, mut values] = d_heads;
+        let outputs = [(grad, hidden), (&mut *queries, wide), (&mut *keys, narrow), (&mut *values, narrow)];
+        let parts = in_blocks(self.rows(), outputs, Default::default, |gradient, rows, [grad, q, k, v], threads| {
+            let x = &x[rows.start * hidden..rows.end * hidden];
+            for heads in [&mut *q, &mut *k] {
+                self.call.rotation(self.index).apply(heads, rows.clone(), Direction::Backward);
+            }
+            let mut normed = Buffer::new(x.len());
+            if let (Some(query_norm), Some(key_norm)) = (&self.layer.query_norm, &self.layer.key_norm) {
+                let mut before = [q.len(), k.len(), v.len()].map(Buffer::new);
+                normed = self.heads_before(x, &rows, before.each_mut().map(|before| &mut **before), threads);
+                for (norm, before, grad) in [(query_norm, &before[0], &mut *q), (key_norm, &before[1], &mut *k)] {
+                    let after = copy(grad);
+                    grad.fill(0.0);
+                    norm.backward(before, &after, grad);
+                }
+            } else {
+                self.layer.attention_norm.forward(x, &mut normed);
+            }
+            let mut d_normed = Buffer::new(x.len());
+            let mut back = Back { work: self, transposed, gradient, threads };
+            back.through(Projection::QProj, q, &normed, &mut d_normed, false);
+            back.through(Projection::KProj, k, &normed, &mut d_normed, true);
+            back.through(Projection::VProj, v, &normed, &mut d_normed, true);
+            self.layer.attention_norm.backward(x, &d_normed, grad);
+        });
+        in_order(parts)
+    }
+}
+
+/// A block of rows on its way back through projections.
+struct Back<'a> {
+    work: &'a Work<'a>,
+    transposed: &'a [Panels; 7],
+    gradient: &'a mut AdapterGradient,
+    threads: Threads,
+}
+
+impl Back<'_> {
+    /// Writes the gradient of a projection's input `x` to `dx`, or adds it, and adds the adapter's to its own.
+    fn through(&mut self, projection: Projection, grad: &[f32], x: &[f32], dx: &mut [f32], add: bool) {
+        let (work, weight) = (self.work, &self.transposed[projection as usize]);
+        let adapter = work.call.only_adapter().and_then(|adapter| adapter.low_rank(work.index, projection));
+        let own = adapter.map(|adapter| self.gradient[projection as usize].get_or_insert_with(|| adapter.zeros()));
+        let linear = Linear { weight, bias: None, adapter };
+        linear.backward(&Left::new(grad, weight.dims().1, work.kernel), dx, add, x, own, self.threads);
+    }
+}
+
+/// The sum of the parts' gradients, in their order.
+fn in_order(parts: Vec<AdapterGradient>) -> AdapterGradient {
+    let mut total = AdapterGradient::default();
+    for part in parts {
+        total.iter_mut().zip(part).for_each(|(total, part)| add_gradient(total, part));
+    }
+    total
+}
+
+fn add_gradient(total: &mut Option<LowRankGradient>, part: Option<LowRankGradient>) {
+    match (total, part) {
+        (_, None) => {}
+        (total @ None, part) => *total = part,
+        (Some(total), Some(part)) => {
+            let add = |total: &mut [f32], part: &[f32]| total.iter_mut().zip(part).for_each(|(total, part)| *total += part);
+            add(&mut total.a, &part.a);
+            add(&mut total.b, &part.b);
+        }
+    }
+}

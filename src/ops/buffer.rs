@@ -1,0 +1,79 @@
+//! Memory for activations that is used again: fresh pages cost more than the arithmetic on them.
+
+use std::ops::{Deref, DerefMut};
+use std::sync::Mutex;
+
+/// What a buffer may hold.
+pub trait Pooled: Copy + Default + Send + Sync + 'static {
+    /// The buffers of this type that nobody uses.
+    fn unused() -> &'static Mutex<Vec<Vec<Self>>>;
+}
+
+macro_rules! pooled {
+    ($($kind:ty)*) => {$(
+        impl Pooled for $kind {
+            fn unused() -> &'static Mutex<Vec<Vec<Self>>> {
+                static UNUSED: Mutex<Vec<Vec<$kind>>> = Mutex::new(Vec::new());
+                &UNUSED
+            }
+        }
+    )*};
+}
+
+pooled!(f32 u16);
+
+/// Numbers whose memory goes back to the pool when they are dropped.
+pub struct Buffer<T: Pooled = f32>(Vec<T>);
+
+impl<T: Pooled> Buffer<T> {
+    /// Room for `len` numbers. What they are is left over from earlier uses: whoever takes a buffer writes all of it.
+    pub fn new(len: usize) -> Self {
+        let mut unused = T::unused().lock().expect("nothing panics while it holds the pool");
+        let fits = |buffer: &&Vec<T>| buffer.capacity() >= len && buffer.capacity() / 2 <= len.max(1024);
+        let best = unused.iter().filter(fits).map(Vec::capacity).min();
+        let found = best.and_then(|best| unused.iter().position(|buffer| buffer.capacity() == best));
+        let mut values = found.map(|index| unused.swap_remove(index)).unwrap_or_default();
+        drop(unused);
+        if values.capacity() == 0 {
+            return Self(vec![T::default(); len]);
+        }
+        values.resize(len, T::default());
+        Self(values)
+    }
+
+    /// `len` zeros.
+    pub fn zeros(len: usize) -> Self {
+        let mut buffer = Self::new(len);
+        buffer.fill(T::default());
+        buffer
+    }
+}
+
+impl<T: Pooled> Deref for Buffer<T> {
+    type Target = [T];
+
+    fn deref(&self) -> &[T] {
+        &self.0
+    }
+}
+
+impl<T: Pooled> DerefMut for Buffer<T> {
+    fn deref_mut(&mut self) -> &mut [T] {
+        &mut self.0
+    }
+}
+
+impl<T: Pooled> Drop for Buffer<T> {
+    fn drop(&mut self) {
+        let values = std::mem::take(&mut self.0);
+        if values.capacity() > 0 {
+            T::unused().lock().expect("nothing panics while it holds the pool").push(values);
+        }
+    }
+}
+
+/// Gives the memory of all unused buffers back.
+pub fn release() {
+    f32::unused().lock().expect("nothing panics while it holds the pool").clear();
+    u16::unused().lock().expect("nothing panics while it holds the pool").clear();
+}

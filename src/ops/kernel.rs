@@ -1,0 +1,83 @@
+//! Which instructions multiply matrices: chosen once per run, never by the shape of a product, because a row must come out
+//! the same whatever shares its batch.
+
+use std::sync::OnceLock;
+
+use anyhow::{Result, bail, ensure};
+use serde::{Deserialize, Serialize};
+
+use super::amx;
+use crate::config::Dtype;
+
+/// A set of instructions, and with it the type that frozen weights are held in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Kernel {
+    /// Tiles of bf16, sums in f32 (Intel, Sapphire Rapids and later).
+    Amx,
+    /// Pairs of bf16, sums in f32 (AMD Zen 4 and later, Intel Cooper Lake and later).
+    Avx512Bf16,
+    /// f32 in vectors of 16.
+    Avx512,
+    /// f32 through the `gemm` crate, on any processor; rows depend on the shape of their batch in the last bits.
+    Gemm,
+}
+
+impl Kernel {
+    /// From the fastest on.
+    pub const ALL: [Kernel; 4] = [Kernel::Amx, Kernel::Avx512Bf16, Kernel::Avx512, Kernel::Gemm];
+
+    /// What weights and the inputs of products are held in.
+    pub fn dtype(self) -> Dtype {
+        match self {
+            Kernel::Amx | Kernel::Avx512Bf16 => Dtype::Bf16,
+            Kernel::Avx512 | Kernel::Gemm => Dtype::F32,
+        }
+    }
+
+    /// Whether a row's numbers are the same bits in every batch.
+    pub fn row_invariant(self) -> bool {
+        self != Kernel::Gemm
+    }
+
+    /// Whether this processor, and its operating system, can run it.
+    pub fn available(self) -> bool {
+        match self {
+            Kernel::Amx => has_avx512() && amx::permitted(),
+            #[cfg(target_arch = "x86_64")]
+            Kernel::Avx512Bf16 => has_avx512() && is_x86_feature_detected!("avx512bf16"),
+            #[cfg(not(target_arch = "x86_64"))]
+            Kernel::Avx512Bf16 => false,
+            Kernel::Avx512 => has_avx512(),
+            Kernel::Gemm => true,
+        }
+    }
+
+    /// The fastest that computes in this type, or the one that is asked for.
+    ///
+    /// # Errors
+    /// If it is not available here, or computes in another type.
+    pub fn choose(dtype: Dtype, asked: Option<Kernel>) -> Result<Self> {
+        let fits = |kernel: &Kernel| dtype == Dtype::Auto || kernel.dtype() == dtype;
+        if let Some(kernel) = asked {
+            ensure!(fits(&kernel), "the kernel {kernel:?} computes in {:?}, not in {dtype:?}", kernel.dtype());
+            ensure!(kernel.available(), "this processor cannot run the kernel {kernel:?}; leave model.kernel out");
+            return Ok(kernel);
+        }
+        match Self::ALL.into_iter().find(|kernel| fits(kernel) && kernel.available()) {
+            Some(kernel) => Ok(kernel),
+            None => bail!("this processor has no instructions for {dtype:?}; use \"f32\" or \"auto\""),
+        }
+    }
+}
+
+/// Whether f32 products use vectors of 16.
+pub(super) fn has_avx512() -> bool {
+    #[cfg(target_arch = "x86_64")]
+    {
+        static FOUND: OnceLock<bool> = OnceLock::new();
+        *FOUND.get_or_init(|| is_x86_feature_detected!("avx512f"))
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    false
+}

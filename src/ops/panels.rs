@@ -1,0 +1,411 @@
+//! Frozen weights packed once for the kernel that multiplies with them, and those products. One of the kernel files.
+//!
+//! A weight [wide, narrow] is cut into panels of 32 outputs. In bf16 a panel is [narrow / 2, 32, 2]: pairs of inputs side by
+//! side, as the instructions want them; in f32 it is [narrow, 32]. For the `gemm` crate rows stay as they are.
+
+use std::ops::Range;
+
+use rayon::prelude::*;
+
+use super::buffer::Buffer;
+use super::kernel::Kernel;
+use super::matmul::{Matrix, matmul};
+use super::shared::SharedRows;
+use super::{amx, vectorized};
+
+/// Outputs of a panel, and what inputs are padded to.
+pub const PANEL: usize = amx::SIDE;
+/// Rows whose products with a panel are computed before the next panel: their inputs stay in the second-level cache.
+const ROWS: usize = 256;
+/// Inputs after which sums are set aside: so much of a panel stays in the first-level cache.
+const DEPTH: usize = 512;
+
+/// How many threads share a product.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Threads {
+    /// One: the caller runs several products in parallel.
+    One,
+    /// All of the pool, each with its own outputs.
+    All,
+}
+
+/// A frozen weight [wide, narrow], packed.
+pub struct Panels {
+    kernel: Kernel,
+    wide: usize,
+    narrow: usize,
+    values: Values,
+}
+
+enum Values {
+    Bf16(Buffer<u16>),
+    F32(Buffer<f32>),
+}
+
+/// The rows that a weight is multiplied with, in the type of its kernel.
+pub struct Left<'a> {
+    /// The rows in f32, dense.
+    pub rows: &'a [f32],
+    width: usize,
+    /// In bf16, padded; with the distance between two rows.
+    narrowed: Option<(Buffer<u16>, usize)>,
+}
+
+/// The nearest bf16, ties to even; NaN stays NaN.
+#[inline(always)]
+pub fn to_bf16(x: f32) -> u16 {
+    let bits = x.to_bits();
+    let rounded = bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) >> 16;
+    if x.is_nan() { 0x7fc0 } else { rounded as u16 }
+}
+
+#[inline(always)]
+fn to_f32(x: u16) -> f32 {
+    f32::from_bits(u32::from(x) << 16)
+}
+
+fn padded(n: usize) -> usize {
+    n.next_multiple_of(PANEL)
+}
+
+impl<'a> Left<'a> {
+    /// Prepares dense rows of `width` values.
+    pub fn new(rows: &'a [f32], width: usize, kernel: Kernel) -> Self {
+        let bf16 = kernel.dtype() == crate::config::Dtype::Bf16;
+        Self { rows, width, narrowed: bf16.then(|| narrow(rows, width)) }
+    }
+
+    /// How many rows there are.
+    pub fn len(&self) -> usize {
+        self.rows.len() / self.width
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.rows.is_empty()
+    }
+}
+
+/// Rows in bf16, with zeros after the last column and whatever was there after the last row, up to the size of tiles.
+fn narrow(rows: &[f32], width: usize) -> (Buffer<u16>, usize) {
+    // Rows a power of two apart would all fall into the same lines of the cache.
+    let stride = if padded(width).is_multiple_of(512) { padded(width) + PANEL } else { padded(width) };
+    let mut narrowed = Buffer::new((rows.len() / width).next_multiple_of(16) * stride);
+    for (to, from) in narrowed.chunks_exact_mut(stride).zip(rows.chunks_exact(width)) {
+        vectorized(
+            #[inline(always)]
+            || to.iter_mut().zip(from).for_each(|(to, from)| *to = to_bf16(*from)),
+        );
+        to[width..].fill(0);
+    }
+    (narrowed, stride)
+}
+
+impl Panels {
+    /// A weight of zeros, to be written piece by piece.
+    pub fn zeros(wide: usize, narrow: usize, kernel: Kernel) -> Self {
+        let values = match kernel {
+            Kernel::Amx | Kernel::Avx512Bf16 => Values::Bf16(Buffer::zeros(padded(wide) * padded(narrow))),
+            Kernel::Avx512 => Values::F32(Buffer::zeros(padded(wide) * padded(narrow))),
+            Kernel::Gemm => Values::F32(Buffer::zeros(wide * narrow)),
+        };
+        Self { kernel, wide, narrow, values }
+    }
+
+    /// Packs dense rows [wide, narrow].
+    pub fn pack(rows: &[f32], narrow: usize, kernel: Kernel) -> Self {
+        let mut panels = Self::zeros(rows.len() / narrow, narrow, kernel);
+        panels.write(PANEL, |first, piece| piece.copy_from_slice(&rows[first * narrow..][..piece.len()]));
+        panels
+    }
+
+    /// Fills the weight in parallel: `read(first, rows)` writes `rows`, dense, whose first is number `first`. A piece has
+    /// `piece` rows, a multiple of the panel, or is the last.
+    pub fn write(&mut self, piece: usize, read: impl Fn(usize, &mut [f32]) + Sync) {
+        let result = self.try_write(piece, |first, rows| {
+            read(first, rows);
+            Ok::<(), std::convert::Infallible>(())
+        });
+        match result {
+            Ok(()) => {}
+            Err(impossible) => match impossible {},
+        }
+    }
+
+    /// As [`Panels::write`], where reading may fail.
+    ///
+    /// # Errors
+    /// The first error of `read`.
+    ///
+    /// # Panics
+    /// If a piece is no multiple of the panel: a mistake of the caller.
+    pub fn try_write<E: Send>(
+        &mut self,
+        piece: usize,
+        read: impl Fn(usize, &mut [f32]) -> Result<(), E> + Sync,
+    ) -> Result<(), E> {
+        assert!(piece.is_multiple_of(PANEL), "pieces are whole panels");
+        let (wide, narrow, depth) = (self.wide, self.narrow, padded(self.narrow));
+        let rows = |index: usize| {
+            let first = index * piece;
+            let mut rows = Buffer::new(piece.min(wide - first) * narrow);
+            read(first, &mut rows).map(|()| rows)
+        };
+        match &mut self.values {
+            Values::F32(values) if self.kernel == Kernel::Gemm => values
+                .par_chunks_mut(piece * narrow)
+                .enumerate()
+                .try_for_each(|(index, values)| read(index * piece, values)),
+            Values::F32(values) => values.par_chunks_mut(piece * depth).enumerate().try_for_each(|(index, panels)| {
+                let rows = rows(index)?;
+                for (number, row) in rows.chunks_exact(narrow).enumerate() {
+                    let panel = &mut panels[number / PANEL * PANEL * depth..][..PANEL * depth];
+                    panel.iter_mut().skip(number % PANEL).step_by(PANEL).zip(row).for_each(|(to, from)| *to = *from);
+                }
+                Ok(())
+            }),
+            Values::Bf16(values) => values.par_chunks_mut(piece * depth).enumerate().try_for_each(|(index, panels)| {
+                let rows = rows(index)?;
+                for (number, row) in rows.chunks_exact(narrow).enumerate() {
+                    let panel = &mut panels[number / PANEL * PANEL * depth..][..PANEL * depth];
+                    let pairs = panel.chunks_exact_mut(2 * PANEL).map(|pair| &mut pair[2 * (number % PANEL)..][..2]);
+                    for (to, from) in pairs.zip(row.chunks(2)) {
+                        to.iter_mut().zip(from).for_each(|(to, from)| *to = to_bf16(*from));
+                    }
+                }
+                Ok(())
+            }),
+        }
+    }
+
+    /// Outputs and inputs.
+    pub fn dims(&self) -> (usize, usize) {
+        (self.wide, self.narrow)
+    }
+
+    /// The kernel that it was packed for.
+    pub fn kernel(&self) -> Kernel {
+        self.kernel
+    }
+
+    /// What a weight takes, in bytes.
+    pub fn bytes(wide: usize, narrow: usize, kernel: Kernel) -> usize {
+        match kernel {
+            Kernel::Amx | Kernel::Avx512Bf16 => 2 * padded(wide) * padded(narrow),
+            Kernel::Avx512 => 4 * padded(wide) * padded(narrow),
+            Kernel::Gemm => 4 * wide * narrow,
+        }
+    }
+
+    /// Writes row number `index` [narrow].
+    pub fn row(&self, index: usize, row: &mut [f32]) {
+        let (panel, lane) = (index / PANEL * PANEL * padded(self.narrow), index % PANEL);
+        match &self.values {
+            Values::F32(values) if self.kernel == Kernel::Gemm => {
+                row.copy_from_slice(&values[index * self.narrow..][..self.narrow]);
+            }
+            Values::F32(values) => {
+                let from = values[panel..].iter().skip(lane).step_by(PANEL);
+                row.iter_mut().zip(from).for_each(|(to, from)| *to = *from);
+            }
+            Values::Bf16(values) => {
+                for (to, pair) in row.chunks_mut(2).zip(values[panel..].chunks_exact(2 * PANEL)) {
+                    to.iter_mut().zip(&pair[2 * lane..]).for_each(|(to, from)| *to = to_f32(*from));
+                }
+            }
+        }
+    }
+
+    /// The transposed weight [narrow, wide] of some of the outputs, which start and end with whole panels (or the last): what
+    /// gradients are multiplied with. It is made when it is needed, because keeping it would double the model.
+    pub fn transposed(&self, outputs: Range<usize>, threads: Threads) -> Panels {
+        let (wide, depth) = (outputs.len(), padded(self.narrow));
+        let panels = outputs.start / PANEL..outputs.end.div_ceil(PANEL);
+        let (wide_padded, block) = (panels.len() * PANEL, PANEL * PANEL);
+        let values = match &self.values {
+            Values::F32(values) if self.kernel == Kernel::Gemm => {
+                let mut transposed = Buffer::new(wide * self.narrow);
+                for (number, row) in values[outputs.start * self.narrow..].chunks_exact(self.narrow).take(wide).enumerate() {
+                    transposed.iter_mut().skip(number).step_by(wide).zip(row).for_each(|(to, from)| *to = *from);
+                }
+                Values::F32(transposed)
+            }
+            Values::F32(values) => {
+                let mut transposed = Buffer::new(wide_padded * depth);
+                each(&mut transposed, PANEL * wide_padded, threads, |inputs, panel| {
+                    for (to, number) in panel.chunks_exact_mut(block).zip(panels.clone()) {
+                        let from = &values[number * PANEL * depth + inputs * block..][..block];
+                        for output in 0..PANEL {
+                            for input in 0..PANEL {
+                                to[output * PANEL + input] = from[input * PANEL + output];
+                            }
+                        }
+                    }
+                });
+                Values::F32(transposed)
+            }
+            Values::Bf16(values) => {
+                let mut transposed = Buffer::new(wide_padded * depth);
+                each(&mut transposed, PANEL * wide_padded, threads, |inputs, panel| {
+                    for (to, number) in panel.chunks_exact_mut(block).zip(panels.clone()) {
+                        let from = &values[number * PANEL * depth + inputs * block..][..block];
+                        transpose_pairs(from, to);
+                    }
+                });
+                Values::Bf16(transposed)
+            }
+        };
+        Panels { kernel: self.kernel, wide: self.narrow, narrow: wide, values }
+    }
+
+    /// `c = x · Wᵀ`, or `c += x · Wᵀ` if `add` is set, for some of the outputs, which start with a whole panel: [rows,
+    /// outputs], the rows of `c` being `stride` values apart.
+    ///
+    /// # Panics
+    /// If shapes disagree: a mistake of the calling operation.
+    pub fn multiply(&self, x: &Left, outputs: Range<usize>, c: &mut [f32], stride: usize, add: bool, threads: Threads) {
+        let rows = x.len();
+        assert!(x.width == self.narrow && outputs.end <= self.wide, "inner dimensions or outputs differ");
+        assert!(outputs.start.is_multiple_of(PANEL), "outputs start with a panel");
+        if rows == 0 || outputs.is_empty() {
+            return;
+        }
+        assert!(outputs.len() <= stride && (rows - 1) * stride + outputs.len() <= c.len(), "product out of bounds");
+        if let (Kernel::Gemm, Values::F32(values)) = (self.kernel, &self.values) {
+            return multiply_rows(&values[outputs.start * self.narrow..outputs.end * self.narrow], x, c, stride, add, threads);
+        }
+        let panels = outputs.start / PANEL..outputs.end.div_ceil(PANEL);
+        let parts = if threads == Threads::All { rayon::current_num_threads().min(panels.len()) } else { 1 };
+        let c = SharedRows::new(c, stride);
+        let part = |part: usize| {
+            let cut = |part: usize| panels.start + panels.len() * part / parts;
+            self.some(x, cut(part)..cut(part + 1), &outputs, &c, add);
+        };
+        match parts {
+            1 => part(0),
+            parts => (0..parts).into_par_iter().for_each(part),
+        }
+    }
+
+    /// The products with some panels, one after the other.
+    fn some(&self, x: &Left, panels: Range<usize>, outputs: &Range<usize>, c: &SharedRows, add: bool) {
+        let depth = padded(self.narrow);
+        let tiles = (self.kernel == Kernel::Amx).then(amx::Tiles::configure);
+        let mut sums = Buffer::<f32>::new(ROWS.min(x.len().next_multiple_of(16)) * PANEL);
+        for first in (0..x.len()).step_by(ROWS) {
+            let rows = first..(first + ROWS).min(x.len());
+            for panel in panels.clone() {
+                match (&self.values, &x.narrowed) {
+                    (Values::Bf16(values), Some((narrowed, stride))) => {
+                        let panel = &values[panel * PANEL * depth..][..PANEL * depth];
+                        bf16_panel(tiles.as_ref(), &narrowed[first * stride..], *stride, panel, rows.len(), &mut sums);
+                    }
+                    (Values::F32(values), _) => {
+                        let panel = Matrix::dense(&values[panel * PANEL * depth..][..PANEL * self.narrow], PANEL);
+                        let x = Matrix::dense(&x.rows[rows.start * self.narrow..rows.end * self.narrow], self.narrow);
+                        matmul(&mut sums, PANEL, false, x, panel);
+                    }
+                    (Values::Bf16(_), None) => unreachable!("rows were prepared for another kernel"),
+                }
+                let columns = panel * PANEL - outputs.start..(panel * PANEL + PANEL).min(outputs.end) - outputs.start;
+                for (row, sums) in rows.clone().zip(sums.chunks_exact(PANEL)) {
+                    // SAFETY: each panel's columns are written by the one thread that has the panel.
+                    let to = unsafe { c.part(row, columns.clone()) };
+                    if add {
+                        to.iter_mut().zip(sums).for_each(|(to, sum)| *to += sum);
+                    } else {
+                        to.iter_mut().zip(sums).for_each(|(to, sum)| *to = *sum);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Runs `f(number, chunk)` for all chunks.
+fn each<T: Send>(values: &mut [T], chunk: usize, threads: Threads, f: impl Fn(usize, &mut [T]) + Sync) {
+    match threads {
+        Threads::One => values.chunks_exact_mut(chunk).enumerate().for_each(|(number, chunk)| f(number, chunk)),
+        Threads::All => values.par_chunks_exact_mut(chunk).enumerate().for_each(|(number, chunk)| f(number, chunk)),
+    }
+}
+
+/// From [input pairs, outputs, 2] to [output pairs, inputs, 2], 32 of each.
+fn transpose_pairs(from: &[u16], to: &mut [u16]) {
+    let (from, to) = (&from[..PANEL * PANEL], &mut to[..PANEL * PANEL]);
+    for outputs in 0..PANEL / 2 {
+        for inputs in 0..PANEL / 2 {
+            let at = 2 * (inputs * PANEL + 2 * outputs);
+            let [a, b, c, d] = [from[at], from[at + 1], from[at + 2], from[at + 3]];
+            let at = 2 * (outputs * PANEL + 2 * inputs);
+            (to[at], to[at + 1], to[at + 2], to[at + 3]) = (a, c, b, d);
+        }
+    }
+}
+
+/// All rows times one panel of bf16, into `sums` [rows, 32]. `a` has whole tiles of rows.
+fn bf16_panel(tiles: Option<&amx::Tiles>, a: &[u16], stride: usize, panel: &[u16], rows: usize, sums: &mut [f32]) {
+    let depth = panel.len() / PANEL;
+    assert!(a.len() >= rows.next_multiple_of(16) * stride && stride >= depth, "rows are padded to tiles");
+    assert!(sums.len() >= rows.next_multiple_of(16) * PANEL, "sums have whole tiles");
+    for start in (0..depth).step_by(DEPTH) {
+        let (steps, keep) = ((depth - start).min(DEPTH) / PANEL, start > 0);
+        let mut row = 0;
+        while row < rows {
+            let (a, b) = (a[row * stride + start..].as_ptr(), panel[start * PANEL..].as_ptr());
+            let c = sums[row * PANEL..].as_mut_ptr();
+            match tiles {
+                Some(tiles) => {
+                    let two = rows - row > 16;
+                    // SAFETY: by the asserts above, 16 rows (32 if more than 16 are left) of `a` and of the sums are
+                    // there, and so are `steps` times 32 inputs from `start`.
+                    unsafe { tiles.multiply(a, stride, b, steps, c, keep, two) };
+                    row += if two { 32 } else { 16 };
+                }
+                #[cfg(target_arch = "x86_64")]
+                None => {
+                    let count = (rows - row).min(12);
+                    // SAFETY: the kernel was chosen because AVX-512-BF16 is there; `count` rows of `a` and of the sums are
+                    // inside their slices, and so are `steps` times 32 inputs from `start`.
+                    unsafe { super::avx512::bf16_block(a, stride, b, steps * PANEL / 2, c, count, keep) };
+                    row += count;
+                }
+                #[cfg(not(target_arch = "x86_64"))]
+                None => unreachable!("kernels in bf16 are for x86-64"),
+            }
+        }
+    }
+}
+
+/// Through the `gemm` crate.
+fn multiply_rows(weight: &[f32], x: &Left, c: &mut [f32], stride: usize, add: bool, threads: Threads) {
+    let wide = weight.len() / x.width;
+    let parallelism = match threads {
+        Threads::One => gemm::Parallelism::None,
+        Threads::All => gemm::Parallelism::Rayon(0),
+    };
+    // SAFETY: `multiply` checked that `c` holds [rows, wide] at this stride; `x` and `weight` are dense.
+    unsafe {
+        gemm::gemm(
+            x.len(),
+            wide,
+            x.width,
+            c.as_mut_ptr(),
+            1,
+            stride as isize,
+            add,
+            x.rows.as_ptr(),
+            1,
+            x.width as isize,
+            weight.as_ptr(),
+            x.width as isize,
+            1,
+            1.0,
+            1.0,
+            false,
+            false,
+            false,
+            parallelism,
+        );
+    }
+}
