@@ -215,7 +215,8 @@ impl Learner {
                 let (Some(gradient), Some([a, b])) = (gradient, self.adapter.indices(index, projection)) else {
                     continue;
                 };
-                for (total, part) in [(a, gradient.a), (b, gradient.b)] {
+                let of_b = gradient.b();
+                for (total, part) in [(a, gradient.a), (b, of_b)] {
                     gradients[total].iter_mut().zip(part).for_each(|(total, part)| *total += part);
                 }
             }

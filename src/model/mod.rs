@@ -43,6 +43,7 @@ use crate::ops::keys::{Keys, Store};
 use crate::ops::norm::RmsNorm;
 use crate::ops::panels::Panels;
 use crate::ops::rope::Rotation;
+use crate::ops::rows::on_the_pool;
 use crate::policy::Adapter;
 use layer::{Frozen, Layer, Work};
 use parts::{Parts, Reading};
@@ -191,9 +192,11 @@ impl Model {
     /// # Errors
     /// If packed weights cannot be unpacked.
     pub fn layer(&self, index: usize, x: &[f32], context: &LayerCall, keys: &mut Keys) -> Result<Buffer> {
-        let mut y = Buffer::new(x.len());
-        self.work(index, context)?.forward(x, keys, &mut y);
-        Ok(y)
+        on_the_pool(|| {
+            let mut y = Buffer::new(x.len());
+            self.work(index, context)?.forward(x, keys, &mut y);
+            Ok(y)
+        })
     }
 
     /// The same layer backward: replaces `grad`, the gradient of its output, by that of its input `x`, and returns the adapter's
@@ -210,7 +213,7 @@ impl Model {
         keys: &mut Keys,
         swapped: &mut Keys,
     ) -> Result<AdapterGradient> {
-        Ok(self.work(index, context)?.backward(x, grad, keys, swapped))
+        on_the_pool(|| Ok(self.work(index, context)?.backward(x, grad, keys, swapped)))
     }
 
     fn work<'a>(&'a self, index: usize, context: &'a LayerCall) -> Result<Work<'a>> {
