@@ -60,7 +60,7 @@ pub(super) struct Work<'a> {
 pub type AdapterGradient = [Option<LowRankGradient>; 7];
 
 /// What attention was given and returned; rows of the call.
-struct Attended {
+pub struct Attended {
     queries: Buffer,
     keys: Buffer,
     values: Buffer,
@@ -157,10 +157,11 @@ impl<'a> Work<'a> {
         Attended { queries, keys: new_keys, values, attended, log_sums }
     }
 
-    /// `y = layer(x)`, both [rows, hidden]; new keys and values are added to `keys`.
-    pub fn forward(&self, x: &[f32], keys: &mut Keys, y: &mut [f32]) {
+    /// `y = layer(x)`, both [rows, hidden]; new keys and values are added to `keys`. Returns what attention did.
+    pub fn forward(&self, x: &[f32], keys: &mut Keys, y: &mut [f32]) -> Attended {
         let (hidden, width) = (self.architecture.hidden, self.heads().query * self.heads().dim);
-        let Attended { attended, .. } = self.attend(x, keys);
+        let kept = self.attend(x, keys);
+        let attended = &kept.attended;
         in_blocks(
             self.rows(),
             [(y, hidden)],
@@ -173,6 +174,7 @@ impl<'a> Work<'a> {
                 add_normed(&middle.x, &returned, self.layer.feed_forward_output_norm.as_ref(), y);
             },
         );
+        kept
     }
 
     /// From what attention returned to the feed-forward block.
@@ -249,11 +251,24 @@ fn copy(values: &[f32]) -> Buffer {
 /// The backward pass.
 impl Work<'_> {
     /// Replaces `grad`, the gradient of the layer's output, by that of its input `x`, both [rows, hidden]. All rows have the
-    /// same adapter, whose gradients are returned. `keys` is room for the call's keys, and so is `swapped`.
-    pub fn backward(&self, x: &[f32], grad: &mut [f32], keys: &mut Keys, swapped: &mut Keys) -> AdapterGradient {
+    /// same adapter, whose gradients are returned. What attention did is computed again unless it was kept. `keys` is room for
+    /// the call's keys, and so is `swapped`.
+    pub fn backward(
+        &self,
+        x: &[f32],
+        kept: Option<Attended>,
+        grad: &mut [f32],
+        [keys, swapped]: [&mut Keys; 2],
+    ) -> AdapterGradient {
         let outputs = |weight: &Panels| weight.transposed(0..weight.dims().0, Threads::All);
         let transposed = self.weights.each_ref().map(|weight| outputs(weight));
-        let kept = self.attend(x, keys);
+        let kept = match kept {
+            Some(kept) => {
+                keys.write(&kept.keys, &kept.values, self.call.call.stores);
+                kept
+            }
+            None => self.attend(x, keys),
+        };
         let (wide, rows) = (self.heads().query * self.heads().dim, self.rows());
         let mut d_attended = Buffer::new(rows * wide);
         let mut gradient = self.middle_backward(x, &kept.attended, grad, &mut d_attended, &transposed);

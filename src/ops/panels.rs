@@ -18,9 +18,6 @@ use crate::config::Dtype;
 pub const PANEL: usize = amx::SIDE;
 /// Rows whose products with a panel are computed before the next panel: their inputs stay in the second-level cache.
 const ROWS: usize = 256;
-/// Inputs after which sums are set aside, at most: so much of a panel stays in the first-level cache.
-const DEPTH: usize = 640;
-
 /// How many threads share a product.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Threads {
@@ -358,8 +355,10 @@ impl Panels {
                 let mut c = unsafe { c.columns(rows.clone(), columns) };
                 match (&self.values, &x.form) {
                     (Values::Bf16(values), Form::Bf16(narrowed, stride)) => {
-                        let panel = &values[panel * PANEL * depth..][..PANEL * depth];
-                        bf16_panel(tiles.as_ref(), &narrowed[first * stride..], *stride, panel, &mut c, add);
+                        let (start, len) = (panel * PANEL * depth, PANEL * depth);
+                        let next = values.get(start + len..start + 2 * len).unwrap_or(&[]);
+                        let rows = (&narrowed[first * stride..], *stride);
+                        bf16_panel(tiles.as_ref(), rows, (&values[start..start + len], next), &mut c, add);
                     }
                     (Values::F32(values), _) => {
                         let panel = &values[panel * PANEL * depth..][..PANEL * self.narrow];
@@ -401,40 +400,43 @@ fn f32_panel(x: &[f32], panel: &[f32], c: &mut Columns, add: bool) {
     unsafe { matmul_at(c.place(), add, Matrix::dense(x, narrow), panel) };
 }
 
-/// All rows times one panel of bf16. `a` has whole tiles of rows.
-fn bf16_panel(tiles: Option<&amx::Tiles>, a: &[u16], stride: usize, panel: &[u16], c: &mut Columns, add: bool) {
+/// All rows times one panel of bf16. `a` has whole tiles of rows. Meanwhile `next`, the panel after it, is fetched.
+fn bf16_panel(
+    tiles: Option<&amx::Tiles>,
+    (a, stride): (&[u16], usize),
+    (panel, next): (&[u16], &[u16]),
+    c: &mut Columns,
+    add: bool,
+) {
     let (depth, rows) = (panel.len() / PANEL, c.rows());
     assert!(a.len() >= rows.next_multiple_of(16) * stride && stride >= depth, "rows are padded to tiles");
-    // In parts of one length, so that none is a leftover.
-    let part = depth.div_ceil(depth.div_ceil(DEPTH)).next_multiple_of(PANEL);
-    for start in (0..depth).step_by(part) {
-        let (steps, keep) = ((depth - start).min(part) / PANEL, add || start > 0);
-        let b = panel[start * PANEL..].as_ptr();
-        let mut row = 0;
-        while row < rows {
-            let a = (a[row * stride + start..].as_ptr(), stride);
-            match tiles {
-                Some(tiles) => {
-                    let two = rows - row > 16;
-                    let height = if two { 32 } else { 16 };
-                    // SAFETY: by the asserts above, `height` rows of `a` are there, and `steps` times 32 inputs from `start`;
-                    // `whole` gives room for as many rows of 32.
-                    c.whole(row..row + height, keep, |c| unsafe { tiles.multiply(a, b, steps, c, keep, two) });
-                    row += height;
-                }
-                #[cfg(target_arch = "x86_64")]
-                None => {
-                    let count = (rows - row).min(12);
-                    // SAFETY: the kernel was chosen because AVX-512-BF16 is there; `count` rows of `a` are there, and `steps`
-                    // times 32 inputs from `start`; `whole` gives room for as many rows of 32.
-                    c.whole(row..row + count, keep, |c| unsafe {
-                        super::avx512::bf16_block(a, b, steps * PANEL / 2, c, count, keep);
-                    });
-                    row += count;
-                }
-                #[cfg(not(target_arch = "x86_64"))]
-                None => unreachable!("kernels in bf16 are for x86-64"),
+    let (steps, b) = (depth / PANEL, panel.as_ptr());
+    let mut ahead = next.chunks(next.len().div_ceil(rows.div_ceil(32)).max(1));
+    let mut row = 0;
+    while row < rows {
+        let a = (a[row * stride..].as_ptr(), stride);
+        match tiles {
+            Some(tiles) => {
+                amx::fetch(ahead.next().unwrap_or(&[]));
+                let two = rows - row > 16;
+                let height = if two { 32 } else { 16 };
+                // SAFETY: by the assert above, `height` rows of `a` are there, and all inputs of the panel; `whole` gives room
+                // for as many rows of 32.
+                c.whole(row..row + height, add, |c| unsafe { tiles.multiply(a, b, steps, c, add, two) });
+                row += height;
             }
+            #[cfg(target_arch = "x86_64")]
+            None => {
+                let count = (rows - row).min(12);
+                // SAFETY: the kernel was chosen because AVX-512-BF16 is there; `count` rows of `a` are there, and all inputs of
+                // the panel; `whole` gives room for as many rows of 32.
+                c.whole(row..row + count, add, |c| unsafe {
+                    super::avx512::bf16_block(a, b, steps * PANEL / 2, c, count, add);
+                });
+                row += count;
+            }
+            #[cfg(not(target_arch = "x86_64"))]
+            None => unreachable!("kernels in bf16 are for x86-64"),
         }
     }
 }

@@ -46,6 +46,11 @@ pub fn in_blocks<const N: usize, S: Send>(
     parts.into_par_iter().with_max_len(1).map(run).collect()
 }
 
+/// Numbers in blocks of so many per row that are alive at once, for so many rows in all.
+pub fn scratch(width: usize, rows: usize) -> usize {
+    width * rows.min(BLOCK * rayon::current_num_threads())
+}
+
 /// Runs `f` on a thread of the pool, so that parallel parts within it wake no one but the others.
 pub fn on_the_pool<R: Send>(f: impl FnOnce() -> R + Send) -> R {
     rayon::scope(|_| f())
