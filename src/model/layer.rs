@@ -13,7 +13,7 @@ use crate::ops::buffer::Buffer;
 use crate::ops::feed_forward::{Gated, Inner};
 use crate::ops::kernel::Kernel;
 use crate::ops::keys::Keys;
-use crate::ops::linear::{Down, Linear, LowRankGradient};
+use crate::ops::linear::{Down, Linear, LowRankGradient, apply_together};
 use crate::ops::norm::RmsNorm;
 use crate::ops::panels::{Left, Panels, Threads};
 use crate::ops::quantized::{Unpacked, Weight};
@@ -109,15 +109,15 @@ impl<'a> Work<'a> {
         outputs: [&mut [f32]; N],
         threads: Threads,
     ) {
-        let narrow = x.len() / rows.len();
-        let mut outputs = outputs;
+        let (narrow, mut outputs) = (x.len() / rows.len(), outputs);
         for (part, adapter) in self.call.adapters(rows) {
             let left = Left::new(&x[part.start * narrow..part.end * narrow], narrow, self.kernel);
-            for (projection, output) in projections.iter().zip(&mut outputs) {
-                let (linear, wide) = (self.linear(*projection, adapter), output.len() / rows.len());
-                let output = &mut output[part.start * wide..part.end * wide];
-                linear.apply_all(&left, linear.down(&left).as_ref(), output, false, threads);
-            }
+            let linears = projections.map(|projection| self.linear(projection, adapter));
+            let outputs = outputs.each_mut().map(|output| {
+                let wide = output.len() / rows.len();
+                &mut output[part.start * wide..part.end * wide]
+            });
+            apply_together(&linears, &left, outputs, threads);
         }
     }
 
@@ -202,8 +202,7 @@ impl<'a> Work<'a> {
         for (part, adapter) in self.call.adapters(rows) {
             let part = part.start * hidden..part.end * hidden;
             let product = self.gated(adapter).forward(&Left::new(&normed[part.clone()], hidden, self.kernel), threads);
-            let out = self.linear(Projection::DownProj, adapter);
-            out.apply_all(&product, out.down(&product).as_ref(), &mut returned[part], false, threads);
+            apply_together(&[self.linear(Projection::DownProj, adapter)], &product, [&mut returned[part]], threads);
         }
         returned
     }

@@ -25,11 +25,17 @@ pooled!(f32 u16);
 /// Numbers whose memory goes back to the pool when they are dropped.
 pub struct Buffer<T: Pooled = f32>(Vec<T>);
 
+/// Buffers of fewer numbers are left to the allocator, which is quick at that.
+const SMALL: usize = 8 * 1024;
+
 impl<T: Pooled> Buffer<T> {
     /// Room for `len` numbers. What they are is left over from earlier uses: whoever takes a buffer writes all of it.
     pub fn new(len: usize) -> Self {
+        if len < SMALL {
+            return Self(vec![T::default(); len]);
+        }
         let mut unused = T::unused().lock().expect("nothing panics while it holds the pool");
-        let fits = |buffer: &&Vec<T>| buffer.capacity() >= len && buffer.capacity() / 2 <= len.max(1024);
+        let fits = |buffer: &&Vec<T>| buffer.capacity() >= len && buffer.capacity() / 2 <= len;
         let best = unused.iter().filter(fits).map(Vec::capacity).min();
         let found = best.and_then(|best| unused.iter().position(|buffer| buffer.capacity() == best));
         let mut values = found.map(|index| unused.swap_remove(index)).unwrap_or_default();
@@ -66,7 +72,7 @@ impl<T: Pooled> DerefMut for Buffer<T> {
 impl<T: Pooled> Drop for Buffer<T> {
     fn drop(&mut self) {
         let values = std::mem::take(&mut self.0);
-        if values.capacity() > 0 {
+        if values.capacity() >= SMALL {
             T::unused().lock().expect("nothing panics while it holds the pool").push(values);
         }
     }

@@ -3,16 +3,12 @@
 
 use std::ops::Range;
 
-use rayon::prelude::*;
-
 use super::buffer::Buffer;
 use super::gate::Activation;
 use super::kernel::Kernel;
 use super::linear::{Down, Linear};
-use super::panels::{Left, PANEL, Threads};
-
-/// Inner values that are computed together.
-const WIDTH: usize = 2 * PANEL;
+use super::panels::{Left, Threads};
+use super::rows::{WIDTH, in_columns, write_columns};
 
 /// The two projections into the block, and what comes between them and the one out of it.
 pub struct Gated<'a> {
@@ -59,7 +55,8 @@ impl Gated<'_> {
             self.activation.forward(&gate, &up, &mut values);
             values
         };
-        in_parts(wide, threads, compute, |inner, values| product.write(inner, &values, WIDTH));
+        let compute = |_, inner| compute(inner);
+        in_columns(&[wide], threads, compute, |_, inner, values| product.write(inner, &values, WIDTH));
         product
     }
 
@@ -90,43 +87,22 @@ impl Gated<'_> {
             self.activation.backward(&d_product, &mut gate, &mut up);
             ([gate, up], product)
         };
-        in_parts(wide, threads, compute, |part, (values, product)| {
-            for (to, values) in grads.iter_mut().zip(&values) {
-                to.write(part.clone(), values, WIDTH);
-            }
-            for (to, values) in inner.grads.iter_mut().zip(&values) {
-                to.iter_mut().for_each(|to| copy(to, wide, part.clone(), values));
-            }
-            if let (Some(to), Some(values)) = (&mut inner.product, product) {
-                copy(to, wide, part, &values);
-            }
-        });
+        in_columns(
+            &[wide],
+            threads,
+            |_, part| compute(part),
+            |_, part, (values, product)| {
+                for (to, values) in grads.iter_mut().zip(&values) {
+                    to.write(part.clone(), values, WIDTH);
+                }
+                for (to, values) in inner.grads.iter_mut().zip(&values) {
+                    to.iter_mut().for_each(|to| write_columns(to, wide, part.clone(), values));
+                }
+                if let (Some(to), Some(values)) = (&mut inner.product, product) {
+                    write_columns(to, wide, part, &values);
+                }
+            },
+        );
         grads
-    }
-}
-
-/// Writes some columns of a matrix `wide` values wide.
-fn copy(to: &mut [f32], wide: usize, columns: Range<usize>, values: &[f32]) {
-    for (to, from) in to.chunks_exact_mut(wide).zip(values.chunks_exact(WIDTH)) {
-        to[columns.clone()].copy_from_slice(&from[..columns.len()]);
-    }
-}
-
-/// Computes all parts of the inner width, on all threads if so, and takes them in order.
-fn in_parts<R: Send>(
-    wide: usize,
-    threads: Threads,
-    compute: impl Fn(Range<usize>) -> R + Sync,
-    mut take: impl FnMut(Range<usize>, R),
-) {
-    let part = |start: usize| start..(start + WIDTH).min(wide);
-    let starts = (0..wide).step_by(WIDTH);
-    match threads {
-        Threads::One => starts.for_each(|start| take(part(start), compute(part(start)))),
-        Threads::All => {
-            let starts: Vec<usize> = starts.collect();
-            let computed: Vec<R> = starts.par_iter().map(|&start| compute(part(start))).collect();
-            starts.into_iter().zip(computed).for_each(|(start, values)| take(part(start), values));
-        }
     }
 }

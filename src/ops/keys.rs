@@ -55,7 +55,7 @@ impl Keys {
     pub fn write(&mut self, keys: &[f32], values: &[f32], stores: &[Store]) {
         let (width, block) = (self.width(), BLOCK * self.width());
         let (blocks, to_values) = (SharedRows::new(&mut self.blocks, block), SharedRows::new(&mut self.values, width));
-        stores.par_iter().with_min_len(8).for_each(|Store { from, to }| {
+        stores.par_iter().with_min_len(64).for_each(|Store { from, to }| {
             for (row, to) in from.clone().zip(*to..) {
                 // SAFETY: stores write to different rows, and no two to the same block.
                 let (blocks, to_values) = unsafe { (blocks.part(to / BLOCK, 0..block), to_values.part(to, 0..width)) };

@@ -10,6 +10,7 @@ use super::buffer::Buffer;
 use super::kernel::Kernel;
 use super::matmul::{Matrix, matmul};
 use super::panels::{Left, Panels, Threads, parts};
+use super::rows::{WIDTH, in_columns, write_columns};
 
 /// The adapter of one projection, as its products want it.
 pub struct LowRank {
@@ -182,4 +183,25 @@ impl Linear<'_> {
         let wide = self.weight.dims().0;
         self.apply(x, down, 0..wide, (y, wide), add, threads);
     }
+}
+
+/// Several projections of the same inputs, dense. Threads share them in parts, so that they meet once and not once for each.
+pub fn apply_together<const N: usize>(linears: &[Linear; N], x: &Left, outputs: [&mut [f32]; N], threads: Threads) {
+    let downs = linears.each_ref().map(|linear| linear.down(x));
+    if threads == Threads::One {
+        for ((linear, down), output) in linears.iter().zip(&downs).zip(outputs) {
+            linear.apply_all(x, down.as_ref(), output, false, Threads::One);
+        }
+        return;
+    }
+    let wides = linears.each_ref().map(|linear| linear.weight.dims().0);
+    let compute = |index: usize, part: Range<usize>| {
+        let mut values = Buffer::new(x.rows() * WIDTH);
+        linears[index].apply(x, downs[index].as_ref(), part, (&mut values, WIDTH), false, Threads::One);
+        values
+    };
+    let mut outputs = outputs;
+    in_columns(&wides, threads, compute, |index, part, values| {
+        write_columns(outputs[index], wides[index], part, &values);
+    });
 }

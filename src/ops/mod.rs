@@ -6,7 +6,7 @@
 //! * [`kernel`]: which instructions multiply matrices
 //! * [`buffer`], [`shared`]: memory that is used again, and rows that several threads write
 //! * [`matmul`], [`avx512`]: small products in f32
-//! * [`panels`], [`amx`]: products with frozen weights, which are packed once
+//! * [`panels`], [`pages`], [`amx`]: products with frozen weights, which are packed once
 //! * [`quantized`], [`nf4`]: frozen weights that stay smaller still, unpacked for one layer at a time
 //! * [`rows`]: work on rows, spread over threads
 //! * [`linear`]: a frozen weight plus an optional low-rank adapter
@@ -29,6 +29,7 @@ pub mod linear;
 pub mod matmul;
 pub mod nf4;
 pub mod norm;
+mod pages;
 pub mod panels;
 pub mod quantized;
 pub mod rope;

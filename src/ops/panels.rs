@@ -3,13 +3,14 @@
 //! A weight [wide, narrow] is cut into panels of 32 outputs. In bf16 a panel is [narrow / 2, 32, 2]: pairs of inputs side by
 //! side, as the instructions want them; in f32 it is [narrow, 32]. For the `gemm` crate rows stay as they are.
 
-use std::ops::Range;
+use std::ops::{Deref, DerefMut, Range};
 
 use rayon::prelude::*;
 
-use super::buffer::Buffer;
+use super::buffer::{Buffer, Pooled};
 use super::kernel::Kernel;
 use super::matmul::{Matrix, matmul_at};
+use super::pages::{Pages, Plain};
 use super::shared::{Columns, SharedRows};
 use super::{amx, vectorized};
 use crate::config::Dtype;
@@ -36,8 +37,40 @@ pub struct Panels {
 }
 
 enum Values {
-    Bf16(Buffer<u16>),
-    F32(Buffer<f32>),
+    Bf16(Held<u16>),
+    F32(Held<f32>),
+}
+
+/// Weights of the model stay; what is made for one product goes back to the pool.
+enum Held<T: Pooled + Plain> {
+    Model(Pages<T>),
+    Product(Buffer<T>),
+}
+
+impl<T: Pooled + Plain> Held<T> {
+    fn zeros(len: usize, stays: bool) -> Self {
+        if stays { Self::Model(Pages::zeros(len)) } else { Self::Product(Buffer::zeros(len)) }
+    }
+}
+
+impl<T: Pooled + Plain> Deref for Held<T> {
+    type Target = [T];
+
+    fn deref(&self) -> &[T] {
+        match self {
+            Self::Model(values) => values,
+            Self::Product(values) => values,
+        }
+    }
+}
+
+impl<T: Pooled + Plain> DerefMut for Held<T> {
+    fn deref_mut(&mut self) -> &mut [T] {
+        match self {
+            Self::Model(values) => values,
+            Self::Product(values) => values,
+        }
+    }
 }
 
 /// The rows that a weight is multiplied with, in the type of its kernel.
@@ -149,19 +182,23 @@ impl<'a> Left<'a> {
 }
 
 impl Panels {
-    /// A weight of zeros, to be written piece by piece.
+    /// A weight of the model, zero until it is written piece by piece.
     pub fn zeros(wide: usize, narrow: usize, kernel: Kernel) -> Self {
+        Self::held(wide, narrow, kernel, true)
+    }
+
+    fn held(wide: usize, narrow: usize, kernel: Kernel, stays: bool) -> Self {
         let values = match kernel {
-            Kernel::Amx | Kernel::Avx512Bf16 => Values::Bf16(Buffer::zeros(padded(wide) * padded(narrow))),
-            Kernel::Avx512 => Values::F32(Buffer::zeros(padded(wide) * padded(narrow))),
-            Kernel::Gemm => Values::F32(Buffer::zeros(wide * narrow)),
+            Kernel::Amx | Kernel::Avx512Bf16 => Values::Bf16(Held::zeros(padded(wide) * padded(narrow), stays)),
+            Kernel::Avx512 => Values::F32(Held::zeros(padded(wide) * padded(narrow), stays)),
+            Kernel::Gemm => Values::F32(Held::zeros(wide * narrow, stays)),
         };
         Self { kernel, wide, narrow, values }
     }
 
-    /// Packs dense rows [wide, narrow].
+    /// Packs dense rows [wide, narrow] for as long as they are needed.
     pub fn pack(rows: &[f32], narrow: usize, kernel: Kernel) -> Self {
-        let mut panels = Self::zeros(rows.len() / narrow, narrow, kernel);
+        let mut panels = Self::held(rows.len() / narrow, narrow, kernel, false);
         panels.write(PANEL, |first, piece| piece.copy_from_slice(&rows[first * narrow..][..piece.len()]));
         panels
     }
@@ -277,7 +314,7 @@ impl Panels {
                 {
                     transposed.iter_mut().skip(number).step_by(wide).zip(row).for_each(|(to, from)| *to = *from);
                 }
-                Values::F32(transposed)
+                Values::F32(Held::Product(transposed))
             }
             Values::F32(values) => {
                 let mut transposed = Buffer::new(wide_padded * depth);
@@ -291,7 +328,7 @@ impl Panels {
                         }
                     }
                 });
-                Values::F32(transposed)
+                Values::F32(Held::Product(transposed))
             }
             Values::Bf16(values) => {
                 let mut transposed = Buffer::new(wide_padded * depth);
@@ -301,7 +338,7 @@ impl Panels {
                         transpose_pairs(from, to);
                     }
                 });
-                Values::Bf16(transposed)
+                Values::Bf16(Held::Product(transposed))
             }
         };
         Panels { kernel: self.kernel, wide: self.narrow, narrow: wide, values }

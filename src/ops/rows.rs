@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-use super::panels::Threads;
+use super::panels::{PANEL, Threads};
 
 /// Rows of a block: what is computed from them stays in the second-level cache.
 const BLOCK: usize = 256;
@@ -44,6 +44,37 @@ pub fn in_blocks<const N: usize, S: Send>(
         state
     };
     parts.into_par_iter().with_max_len(1).map(run).collect()
+}
+
+/// Outputs that are computed together where threads share them: whole panels.
+pub const WIDTH: usize = 2 * PANEL;
+
+/// Computes the columns of several matrices, `wides` wide, part by part, on all threads if so; `take` gets each part, WIDTH wide or
+/// less, in order, with the number of its matrix.
+pub fn in_columns<R: Send>(
+    wides: &[usize],
+    threads: Threads,
+    compute: impl Fn(usize, Range<usize>) -> R + Sync,
+    mut take: impl FnMut(usize, Range<usize>, R),
+) {
+    let parts = wides.iter().enumerate().flat_map(|(index, &wide)| {
+        (0..wide).step_by(WIDTH).map(move |start| (index, start..(start + WIDTH).min(wide)))
+    });
+    match threads {
+        Threads::One => parts.for_each(|(index, part)| take(index, part.clone(), compute(index, part))),
+        Threads::All => {
+            let parts: Vec<(usize, Range<usize>)> = parts.collect();
+            let computed: Vec<R> = parts.par_iter().map(|(index, part)| compute(*index, part.clone())).collect();
+            parts.into_iter().zip(computed).for_each(|((index, part), values)| take(index, part, values));
+        }
+    }
+}
+
+/// Writes some columns of a matrix `wide` values wide, from rows of WIDTH.
+pub fn write_columns(to: &mut [f32], wide: usize, columns: Range<usize>, values: &[f32]) {
+    for (to, from) in to.chunks_exact_mut(wide).zip(values.chunks_exact(WIDTH)) {
+        to[columns.clone()].copy_from_slice(&from[..columns.len()]);
+    }
 }
 
 /// Numbers in blocks of so many per row that are alive at once, for so many rows in all.

@@ -1,0 +1,114 @@
+//! Memory for frozen weights in large pages: they are read from end to end for every token, and with small pages the processor
+//! spends as long looking up addresses as fetching what is there. One of the kernel files.
+
+use std::alloc::{Layout, handle_alloc_error};
+use std::marker::PhantomData;
+use std::ops::{Deref, DerefMut};
+use std::ptr::NonNull;
+use std::sync::{Arc, Mutex};
+
+/// The size of a large page, in bytes.
+const PAGE: usize = 2 << 20;
+/// Pages that are asked for at once; what is not written yet takes no memory.
+const CHUNK: usize = 32 * PAGE;
+/// What weights start with: a line of the cache.
+const LINE: usize = 64;
+
+/// Pages of zeros from the operating system.
+struct Chunk {
+    /// What was mapped.
+    mapped: NonNull<u8>,
+    mapped_bytes: usize,
+    /// Where its first large page starts, and how much there is from there on.
+    start: NonNull<u8>,
+    bytes: usize,
+}
+
+// SAFETY: it is memory; who may touch which part of it is decided by `Pages`.
+unsafe impl Send for Chunk {}
+// SAFETY: as above.
+unsafe impl Sync for Chunk {}
+
+impl Chunk {
+    fn new(bytes: usize) -> Self {
+        let bytes = bytes.next_multiple_of(PAGE);
+        let mapped_bytes = bytes + PAGE;
+        let (protection, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+        // SAFETY: new memory of ours; nothing is replaced.
+        let mapped = unsafe { libc::mmap(std::ptr::null_mut(), mapped_bytes, protection, flags, -1, 0) };
+        let layout =
+            || Layout::from_size_align(mapped_bytes, PAGE).expect("weights are smaller than the address space");
+        let mapped = if mapped == libc::MAP_FAILED { None } else { NonNull::new(mapped.cast::<u8>()) };
+        let mapped = mapped.unwrap_or_else(|| handle_alloc_error(layout()));
+        // SAFETY: a page more was mapped than is needed, so the next large page starts inside.
+        let start = unsafe { mapped.add(mapped.align_offset(PAGE)) };
+        #[cfg(target_os = "linux")]
+        // SAFETY: advice about pages that were just mapped; whether it is taken changes nothing but speed.
+        unsafe {
+            libc::madvise(start.as_ptr().cast(), bytes, libc::MADV_HUGEPAGE);
+        }
+        Self { mapped, mapped_bytes, start, bytes }
+    }
+}
+
+impl Drop for Chunk {
+    fn drop(&mut self) {
+        // SAFETY: mapped with this size, and nothing refers to it any more.
+        unsafe { libc::munmap(self.mapped.as_ptr().cast(), self.mapped_bytes) };
+    }
+}
+
+/// The chunk that is being handed out, and how much of it has been.
+static OPEN: Mutex<Option<(Arc<Chunk>, usize)>> = Mutex::new(None);
+
+/// Numbers that stay where they are, zero at first.
+pub struct Pages<T> {
+    start: NonNull<T>,
+    len: usize,
+    /// Keeps the memory.
+    _chunk: Arc<Chunk>,
+    owned: PhantomData<T>,
+}
+
+/// Numbers for which zero bytes are zero.
+pub trait Plain: Copy {}
+impl Plain for u16 {}
+impl Plain for f32 {}
+
+// SAFETY: it owns its part of the chunk.
+unsafe impl<T: Plain + Send> Send for Pages<T> {}
+// SAFETY: as above.
+unsafe impl<T: Plain + Sync> Sync for Pages<T> {}
+
+impl<T: Plain> Pages<T> {
+    /// `len` zeros.
+    pub fn zeros(len: usize) -> Self {
+        let bytes = (len * size_of::<T>()).next_multiple_of(LINE);
+        let mut open = OPEN.lock().expect("nothing panics while it holds the chunk");
+        let full = |(chunk, used): &(Arc<Chunk>, usize)| used + bytes > chunk.bytes;
+        if open.as_ref().is_none_or(full) {
+            *open = Some((Arc::new(Chunk::new(bytes.max(CHUNK))), 0));
+        }
+        let (chunk, used) = open.as_mut().expect("one was opened");
+        // SAFETY: there are `bytes` more in the chunk, and `used` is a multiple of a line, which every number is aligned to.
+        let start = unsafe { chunk.start.add(*used) }.cast();
+        *used += bytes;
+        Self { start, len, _chunk: chunk.clone(), owned: PhantomData }
+    }
+}
+
+impl<T: Plain> Deref for Pages<T> {
+    type Target = [T];
+
+    fn deref(&self) -> &[T] {
+        // SAFETY: these are inside the chunk, were zero at first, and belong to this value alone.
+        unsafe { std::slice::from_raw_parts(self.start.as_ptr(), self.len) }
+    }
+}
+
+impl<T: Plain> DerefMut for Pages<T> {
+    fn deref_mut(&mut self) -> &mut [T] {
+        // SAFETY: as above, and `self` is borrowed mutably.
+        unsafe { std::slice::from_raw_parts_mut(self.start.as_ptr(), self.len) }
+    }
+}
