@@ -17,7 +17,7 @@ impl KeyValueStore {
     /// Room for `rows` tokens.
     pub fn new(architecture: &Architecture, rows: usize) -> Self {
         let rows = padded(rows);
-        let layers = architecture.layers.iter().map(|&kind| Keys::new(rows, architecture.heads_of(kind)));
+        let layers = architecture.layers.iter().map(|&kind| Keys::new(rows, architecture.heads_of(kind), true));
         Self { layers: layers.collect(), free: std::iter::once(0..rows).collect(), rows }
     }
 

@@ -4,7 +4,7 @@
 use std::ops::Range;
 
 use super::attention::Heads;
-use super::buffer::Buffer;
+use super::pages::Held;
 use super::shared::SharedRows;
 use rayon::prelude::*;
 
@@ -23,9 +23,9 @@ pub struct Store {
 /// Keys and values of one layer.
 pub struct Keys {
     /// [rows / 32, key heads, dim, 32].
-    blocks: Buffer,
+    blocks: Held<f32>,
     /// [rows, key heads · dim].
-    values: Buffer,
+    values: Held<f32>,
     /// Key heads.
     heads: usize,
     dim: usize,
@@ -37,10 +37,11 @@ pub fn padded(rows: usize) -> usize {
 }
 
 impl Keys {
-    /// Room for `rows` rows, whole blocks, of zeros.
-    pub fn new(rows: usize, heads: Heads) -> Self {
+    /// Room for `rows` rows, whole blocks, of zeros; for longer than a call if it stays.
+    pub fn new(rows: usize, heads: Heads, stays: bool) -> Self {
         let len = padded(rows) * heads.key * heads.dim;
-        Self { blocks: Buffer::zeros(len), values: Buffer::zeros(len), heads: heads.key, dim: heads.dim }
+        let zeros = || Held::zeros(len, stays);
+        Self { blocks: zeros(), values: zeros(), heads: heads.key, dim: heads.dim }
     }
 
     /// Width of a row.

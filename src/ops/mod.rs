@@ -29,7 +29,7 @@ pub mod linear;
 pub mod matmul;
 pub mod nf4;
 pub mod norm;
-mod pages;
+pub mod pages;
 pub mod panels;
 pub mod quantized;
 pub mod rope;

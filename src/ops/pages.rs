@@ -7,6 +7,8 @@ use std::ops::{Deref, DerefMut};
 use std::ptr::NonNull;
 use std::sync::{Arc, Mutex};
 
+use super::buffer::{Buffer, Pooled};
+
 /// The size of a large page, in bytes.
 const PAGE: usize = 2 << 20;
 /// Pages that are asked for at once; what is not written yet takes no memory.
@@ -110,5 +112,40 @@ impl<T: Plain> DerefMut for Pages<T> {
     fn deref_mut(&mut self) -> &mut [T] {
         // SAFETY: as above, and `self` is borrowed mutably.
         unsafe { std::slice::from_raw_parts_mut(self.start.as_ptr(), self.len) }
+    }
+}
+
+/// What stays is in large pages; what is made for one call goes back to the pool.
+pub enum Held<T: Pooled + Plain> {
+    /// As long as a model, or longer than a call.
+    Model(Pages<T>),
+    /// For one call.
+    Product(Buffer<T>),
+}
+
+impl<T: Pooled + Plain> Held<T> {
+    /// Zeros that stay, or not.
+    pub fn zeros(len: usize, stays: bool) -> Self {
+        if stays { Self::Model(Pages::zeros(len)) } else { Self::Product(Buffer::zeros(len)) }
+    }
+}
+
+impl<T: Pooled + Plain> Deref for Held<T> {
+    type Target = [T];
+
+    fn deref(&self) -> &[T] {
+        match self {
+            Self::Model(values) => values,
+            Self::Product(values) => values,
+        }
+    }
+}
+
+impl<T: Pooled + Plain> DerefMut for Held<T> {
+    fn deref_mut(&mut self) -> &mut [T] {
+        match self {
+            Self::Model(values) => values,
+            Self::Product(values) => values,
+        }
     }
 }

@@ -3,14 +3,14 @@
 //! A weight [wide, narrow] is cut into panels of 32 outputs. In bf16 a panel is [narrow / 2, 32, 2]: pairs of inputs side by
 //! side, as the instructions want them; in f32 it is [narrow, 32]. For the `gemm` crate rows stay as they are.
 
-use std::ops::{Deref, DerefMut, Range};
+use std::ops::Range;
 
 use rayon::prelude::*;
 
-use super::buffer::{Buffer, Pooled};
+use super::buffer::Buffer;
 use super::kernel::Kernel;
 use super::matmul::{Matrix, matmul_at};
-use super::pages::{Pages, Plain};
+use super::pages::Held;
 use super::shared::{Columns, SharedRows};
 use super::{amx, vectorized};
 use crate::config::Dtype;
@@ -39,38 +39,6 @@ pub struct Panels {
 enum Values {
     Bf16(Held<u16>),
     F32(Held<f32>),
-}
-
-/// Weights of the model stay; what is made for one product goes back to the pool.
-enum Held<T: Pooled + Plain> {
-    Model(Pages<T>),
-    Product(Buffer<T>),
-}
-
-impl<T: Pooled + Plain> Held<T> {
-    fn zeros(len: usize, stays: bool) -> Self {
-        if stays { Self::Model(Pages::zeros(len)) } else { Self::Product(Buffer::zeros(len)) }
-    }
-}
-
-impl<T: Pooled + Plain> Deref for Held<T> {
-    type Target = [T];
-
-    fn deref(&self) -> &[T] {
-        match self {
-            Self::Model(values) => values,
-            Self::Product(values) => values,
-        }
-    }
-}
-
-impl<T: Pooled + Plain> DerefMut for Held<T> {
-    fn deref_mut(&mut self) -> &mut [T] {
-        match self {
-            Self::Model(values) => values,
-            Self::Product(values) => values,
-        }
-    }
 }
 
 /// The rows that a weight is multiplied with, in the type of its kernel.
@@ -448,7 +416,9 @@ fn bf16_panel(
     let (depth, rows) = (panel.len() / PANEL, c.rows());
     assert!(a.len() >= rows.next_multiple_of(16) * stride && stride >= depth, "rows are padded to tiles");
     let (steps, b) = (depth / PANEL, panel.as_ptr());
-    let mut ahead = next.chunks(next.len().div_ceil(rows.div_ceil(32)).max(1));
+    // With one pair of tiles a panel is fetched as fast as it is used, and the processor sees that coming by itself.
+    let ahead = if rows > PANEL { next } else { &[] };
+    let mut ahead = ahead.chunks(ahead.len().div_ceil(rows.div_ceil(PANEL)).max(1));
     let mut row = 0;
     while row < rows {
         let a = (a[row * stride..].as_ptr(), stride);
