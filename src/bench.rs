@@ -238,7 +238,7 @@ impl Bench {
         let adapter: usize = self.adapter.tensors().iter().map(|(_, tensor)| tensor.elem_count()).sum();
         let sampling = self.sampling(shape.new);
         let groups = (0..shape.prompts).map(|_| group_rows(shape.prompt, shape.group, &sampling));
-        let keys = KeyValueStore::bytes(&self.model.architecture, stored_rows(groups));
+        let keys = KeyValueStore::bytes(&self.model.architecture, stored_rows(groups), self.model.kernel);
         let (base, head, adapter) =
             (self.footprint.resident, head::bytes(self.model.architecture.hidden), 4 * 4 * adapter);
         let known = self.program as usize + base + adapter + keys + head;

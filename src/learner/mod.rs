@@ -241,7 +241,7 @@ fn tensors(adapter: &Adapter) -> Vec<Tensor> {
 /// Room for the keys and values of one layer.
 fn keys(model: &Model, micro: &MicroBatch) -> Keys {
     // All layers have keys of one shape.
-    Keys::new(micro.key_rows(), model.architecture.heads_of(0), false)
+    Keys::new(micro.key_rows(), model.architecture.heads_of(0), model.kernel, false)
 }
 
 /// The log-probability of every completion token of every branch, in the order of the trees.

@@ -3,6 +3,7 @@
 use std::ops::Range;
 
 use super::architecture::Architecture;
+use crate::ops::kernel::Kernel;
 use crate::ops::keys::{Keys, padded};
 
 /// Keys and values of past tokens, for every layer.
@@ -15,16 +16,19 @@ pub struct KeyValueStore {
 
 impl KeyValueStore {
     /// Room for `rows` tokens.
-    pub fn new(architecture: &Architecture, rows: usize) -> Self {
+    pub fn new(architecture: &Architecture, rows: usize, kernel: Kernel) -> Self {
         let rows = padded(rows);
-        let layers = architecture.layers.iter().map(|&kind| Keys::new(rows, architecture.heads_of(kind), true));
+        let layers = architecture.layers.iter().map(|&kind| Keys::new(rows, architecture.heads_of(kind), kernel, true));
         Self { layers: layers.collect(), free: std::iter::once(0..rows).collect(), rows }
     }
 
     /// What `rows` rows take, in bytes.
-    pub fn bytes(architecture: &Architecture, rows: usize) -> usize {
-        let width = architecture.key_value_heads * architecture.head_dim;
-        2 * architecture.layers.len() * padded(rows) * width * size_of::<f32>()
+    pub fn bytes(architecture: &Architecture, rows: usize, kernel: Kernel) -> usize {
+        architecture
+            .layers
+            .iter()
+            .map(|&kind| padded(rows) * Keys::row_bytes(architecture.heads_of(kind), kernel))
+            .sum()
     }
 
     /// Rows in all.

@@ -12,7 +12,7 @@ use rayon::prelude::*;
 
 use super::buffer::Buffer;
 use super::keys::{BLOCK, Keys};
-use super::matmul::{Matrix, matmul};
+use super::matmul::{Matrix, matmul, matmul_right};
 use super::shared::SharedRows;
 use super::{exp, vectorized};
 
@@ -163,8 +163,8 @@ impl Heads {
         // The prefix's last block may reach into the columns of the first own keys, which are written after it.
         for (part, start) in block.context() {
             for (number, key_block) in (part.start / BLOCK..part.end.div_ceil(BLOCK)).enumerate() {
-                let block_keys = Matrix::dense(keys.block(key_block, block.key_head), BLOCK);
-                matmul(&mut scores[start + number * BLOCK..], stride, false, rows, block_keys);
+                let block_keys = keys.block(key_block, block.key_head);
+                matmul_right(&mut scores[start + number * BLOCK..], stride, false, rows, block_keys);
             }
         }
         scores
@@ -176,8 +176,8 @@ impl Heads {
         let mut combined = Buffer::new(m * self.dim);
         for (part, start) in block.context() {
             let weights = Matrix::new(&weights[start..], m, part.len(), stride);
-            let values = Matrix::new(keys.values(part.start, block.key_head), part.len(), self.dim, keys.stride());
-            matmul(&mut combined, self.dim, start > 0, weights, values);
+            let values = keys.values(&part, block.key_head);
+            matmul_right(&mut combined, self.dim, start > 0, weights, values);
         }
         combined
     }

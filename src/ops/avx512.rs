@@ -6,21 +6,52 @@
 #![cfg(target_arch = "x86_64")]
 
 use std::arch::x86_64::{
-    __m512, __m512bh, __mmask16, _mm512_dpbf16_ps, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_mask_storeu_ps,
-    _mm512_maskz_loadu_ps, _mm512_set1_epi32, _mm512_set1_ps, _mm512_setzero_ps, _mm512_storeu_ps,
+    __m512, __m512bh, __mmask16, _mm256_loadu_epi16, _mm256_maskz_loadu_epi16, _mm512_castsi512_ps,
+    _mm512_cvtepu16_epi32, _mm512_dpbf16_ps, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_mask_storeu_ps,
+    _mm512_maskz_loadu_ps, _mm512_set1_epi32, _mm512_set1_ps, _mm512_setzero_ps, _mm512_slli_epi32, _mm512_storeu_ps,
 };
 use std::mem::transmute;
 
 /// Numbers in a vector.
 const LANES: usize = 16;
 
+/// What the second operand of a product may hold.
+pub(super) trait Number: Copy {
+    /// Sixteen numbers, those outside the mask zero.
+    ///
+    /// # Safety
+    /// AVX-512 must be there, and the numbers inside the mask.
+    unsafe fn load(at: *const Self, mask: __mmask16) -> __m512;
+}
+
+impl Number for f32 {
+    #[inline(always)]
+    unsafe fn load(at: *const f32, mask: __mmask16) -> __m512 {
+        // SAFETY: the caller's; what is masked is not read.
+        unsafe { if mask == !0 { _mm512_loadu_ps(at) } else { _mm512_maskz_loadu_ps(mask, at) } }
+    }
+}
+
+/// As bf16.
+impl Number for u16 {
+    #[inline(always)]
+    unsafe fn load(at: *const u16, mask: __mmask16) -> __m512 {
+        // SAFETY: the caller's; what is masked is not read.
+        unsafe {
+            let at = at.cast();
+            let halves = if mask == !0 { _mm256_loadu_epi16(at) } else { _mm256_maskz_loadu_epi16(mask, at) };
+            _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(halves)))
+        }
+    }
+}
+
 /// Where the operands of a product lie; strides in numbers.
 #[derive(Clone, Copy)]
-pub(super) struct Operands {
+pub(super) struct Operands<B> {
     pub a: *const f32,
     pub a_row: usize,
     pub a_k: usize,
-    pub b: *const f32,
+    pub b: *const B,
     /// Columns of b are neighbors.
     pub b_k: usize,
     pub c: *mut f32,
@@ -30,7 +61,7 @@ pub(super) struct Operands {
     pub keep: bool,
 }
 
-impl Operands {
+impl<B: Number> Operands<B> {
     fn at(self, row: usize, column: usize) -> Self {
         // SAFETY: only rows and columns of the product are asked for, which lie inside the operands.
         unsafe {
@@ -47,9 +78,9 @@ impl Operands {
 /// `c = a · b` (or `+=`), [m, n].
 ///
 /// # Safety
-/// AVX-512F must be there, and every element of the operands, at the given strides, must be inside its slice.
-#[target_feature(enable = "avx512f")]
-pub(super) unsafe fn product(operands: Operands, m: usize, n: usize) {
+/// AVX-512 (F, BW and VL) must be there, and every element of the operands, at the given strides, must be inside its slice.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+pub(super) unsafe fn product<B: Number>(operands: Operands<B>, m: usize, n: usize) {
     let mut column = 0;
     while column < n {
         let left = n - column;
@@ -66,13 +97,13 @@ pub(super) unsafe fn product(operands: Operands, m: usize, n: usize) {
     }
 }
 
-#[target_feature(enable = "avx512f")]
-unsafe fn block(operands: Operands, rows: usize, vectors: usize, columns: usize) {
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+unsafe fn block<B: Number>(operands: Operands<B>, rows: usize, vectors: usize, columns: usize) {
     macro_rules! rows {
         ($vectors:literal: $($rows:literal)*) => {
             match rows {
                 // SAFETY: the caller's.
-                $($rows => unsafe { tile::<$rows, $vectors>(operands, columns) },)*
+                $($rows => unsafe { tile::<B, $rows, $vectors>(operands, columns) },)*
                 _ => unreachable!("blocks have these numbers of rows"),
             }
         };
@@ -91,34 +122,31 @@ fn lanes(columns: usize, vector: usize) -> __mmask16 {
     (((1u32 << count) - 1) & 0xffff) as __mmask16
 }
 
-#[target_feature(enable = "avx512f")]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
 #[inline]
-unsafe fn tile<const ROWS: usize, const VECTORS: usize>(operands: Operands, columns: usize) {
+unsafe fn tile<B: Number, const ROWS: usize, const VECTORS: usize>(operands: Operands<B>, columns: usize) {
     let Operands { a, a_row, a_k, b, b_k, c, c_row, k, keep } = operands;
     let full = columns == VECTORS * LANES;
     // SAFETY: the caller's; lanes outside the columns are masked.
     unsafe {
-        let load = |at: *const f32, vector: usize| -> __m512 {
-            let at = at.add(vector * LANES);
-            if full { _mm512_loadu_ps(at) } else { _mm512_maskz_loadu_ps(lanes(columns, vector), at) }
-        };
+        let mask = |vector: usize| if full { !0 } else { lanes(columns, vector) };
         let mut sums = [[_mm512_setzero_ps(); VECTORS]; ROWS];
         if keep {
             for row in 0..ROWS {
                 for vector in 0..VECTORS {
-                    sums[row][vector] = load(c.add(row * c_row), vector);
+                    sums[row][vector] = f32::load(c.add(row * c_row + vector * LANES), mask(vector));
                 }
             }
         }
         for step in 0..k {
-            let mut columns = [_mm512_setzero_ps(); VECTORS];
+            let mut line = [_mm512_setzero_ps(); VECTORS];
             for vector in 0..VECTORS {
-                columns[vector] = load(b.add(step * b_k), vector);
+                line[vector] = B::load(b.add(step * b_k + vector * LANES), mask(vector));
             }
             for row in 0..ROWS {
                 let x = _mm512_set1_ps(*a.add(row * a_row + step * a_k));
                 for vector in 0..VECTORS {
-                    sums[row][vector] = _mm512_fmadd_ps(x, columns[vector], sums[row][vector]);
+                    sums[row][vector] = _mm512_fmadd_ps(x, line[vector], sums[row][vector]);
                 }
             }
         }

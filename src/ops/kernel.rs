@@ -76,7 +76,12 @@ pub(super) fn has_avx512() -> bool {
     #[cfg(target_arch = "x86_64")]
     {
         static FOUND: OnceLock<bool> = OnceLock::new();
-        *FOUND.get_or_init(|| is_x86_feature_detected!("avx512f"))
+        let all = || {
+            is_x86_feature_detected!("avx512f")
+                && is_x86_feature_detected!("avx512bw")
+                && is_x86_feature_detected!("avx512vl")
+        };
+        *FOUND.get_or_init(all)
     }
     #[cfg(not(target_arch = "x86_64"))]
     false

@@ -4,8 +4,12 @@
 use std::ops::Range;
 
 use super::attention::Heads;
+use super::kernel::Kernel;
+use super::matmul::{Matrix, Right};
 use super::pages::Held;
+use super::panels::to_bf16;
 use super::shared::SharedRows;
+use crate::config::Dtype;
 use rayon::prelude::*;
 
 /// Rows of a block of keys. Stretches of rows that belong to one sequence start with a block.
@@ -20,12 +24,18 @@ pub struct Store {
     pub to: usize,
 }
 
+/// In the type of the kernel.
+enum Numbers {
+    F32(Held<f32>),
+    Bf16(Held<u16>),
+}
+
 /// Keys and values of one layer.
 pub struct Keys {
     /// [rows / 32, key heads, dim, 32].
-    blocks: Held<f32>,
+    blocks: Numbers,
     /// [rows, key heads · dim].
-    values: Held<f32>,
+    values: Numbers,
     /// Key heads.
     heads: usize,
     dim: usize,
@@ -38,10 +48,19 @@ pub fn padded(rows: usize) -> usize {
 
 impl Keys {
     /// Room for `rows` rows, whole blocks, of zeros; for longer than a call if it stays.
-    pub fn new(rows: usize, heads: Heads, stays: bool) -> Self {
+    pub fn new(rows: usize, heads: Heads, kernel: Kernel, stays: bool) -> Self {
         let len = padded(rows) * heads.key * heads.dim;
-        let zeros = || Held::zeros(len, stays);
+        let zeros = || match kernel.dtype() {
+            Dtype::F32 => Numbers::F32(Held::zeros(len, stays)),
+            _ => Numbers::Bf16(Held::zeros(len, stays)),
+        };
         Self { blocks: zeros(), values: zeros(), heads: heads.key, dim: heads.dim }
+    }
+
+    /// What a row takes, in bytes.
+    pub fn row_bytes(heads: Heads, kernel: Kernel) -> usize {
+        let number = if kernel.dtype() == Dtype::F32 { size_of::<f32>() } else { size_of::<u16>() };
+        2 * heads.key * heads.dim * number
     }
 
     /// Width of a row.
@@ -54,32 +73,59 @@ impl Keys {
     /// # Panics
     /// If a store lies outside: a mistake of the caller.
     pub fn write(&mut self, keys: &[f32], values: &[f32], stores: &[Store]) {
-        let (width, block) = (self.width(), BLOCK * self.width());
-        let (blocks, to_values) = (SharedRows::new(&mut self.blocks, block), SharedRows::new(&mut self.values, width));
-        stores.par_iter().with_min_len(64).for_each(|Store { from, to }| {
-            for (row, to) in from.clone().zip(*to..) {
-                // SAFETY: stores write to different rows, and no two to the same block.
-                let (blocks, to_values) = unsafe { (blocks.part(to / BLOCK, 0..block), to_values.part(to, 0..width)) };
-                to_values.copy_from_slice(&values[row * width..][..width]);
-                let lanes = blocks[to % BLOCK..].iter_mut().step_by(BLOCK);
-                lanes.zip(&keys[row * width..][..width]).for_each(|(to, key)| *to = *key);
-            }
-        });
+        let width = self.width();
+        match (&mut self.blocks, &mut self.values) {
+            (Numbers::F32(blocks), Numbers::F32(rows)) => write(blocks, rows, width, keys, values, stores, |x| x),
+            (Numbers::Bf16(blocks), Numbers::Bf16(rows)) => write(blocks, rows, width, keys, values, stores, to_bf16),
+            _ => unreachable!("both are of one type"),
+        }
     }
 
     /// The keys of one head in one block, [dim, 32].
-    pub(super) fn block(&self, block: usize, head: usize) -> &[f32] {
-        let len = self.dim * BLOCK;
-        &self.blocks[(block * self.heads + head) * len..][..len]
+    pub(super) fn block(&self, block: usize, head: usize) -> Right<'_> {
+        let (len, rows) = (self.dim * BLOCK, self.dim);
+        let start = (block * self.heads + head) * len;
+        match &self.blocks {
+            Numbers::F32(numbers) => Right::F32(Matrix::dense(&numbers[start..start + len], BLOCK)),
+            Numbers::Bf16(numbers) => {
+                Right::Bf16 { data: &numbers[start..start + len], rows, columns: BLOCK, stride: BLOCK }
+            }
+        }
     }
 
-    /// The values of one head from a row on; rows are [`Keys::stride`] apart.
-    pub(super) fn values(&self, row: usize, head: usize) -> &[f32] {
-        &self.values[(row * self.width() + head * self.dim).min(self.values.len())..]
+    /// The values of one head in some rows, [rows, dim].
+    pub(super) fn values(&self, rows: &Range<usize>, head: usize) -> Right<'_> {
+        let (columns, stride) = (self.dim, self.width());
+        let start = rows.start * stride + head * columns;
+        match &self.values {
+            Numbers::F32(numbers) => {
+                Right::F32(Matrix::new(&numbers[start.min(numbers.len())..], rows.len(), columns, stride))
+            }
+            Numbers::Bf16(numbers) => {
+                Right::Bf16 { data: &numbers[start.min(numbers.len())..], rows: rows.len(), columns, stride }
+            }
+        }
     }
+}
 
-    /// The distance between two rows of values.
-    pub(super) fn stride(&self) -> usize {
-        self.width()
-    }
+fn write<T: Copy + Send + Sync>(
+    blocks: &mut [T],
+    rows: &mut [T],
+    width: usize,
+    keys: &[f32],
+    values: &[f32],
+    stores: &[Store],
+    number: impl Fn(f32) -> T + Sync,
+) {
+    let block = BLOCK * width;
+    let (blocks, rows) = (SharedRows::new(blocks, block), SharedRows::new(rows, width));
+    stores.par_iter().with_min_len(64).for_each(|Store { from, to }| {
+        for (row, to) in from.clone().zip(*to..) {
+            // SAFETY: stores write to different rows, and no two to the same block.
+            let (blocks, rows) = unsafe { (blocks.part(to / BLOCK, 0..block), rows.part(to, 0..width)) };
+            rows.iter_mut().zip(&values[row * width..][..width]).for_each(|(to, value)| *to = number(*value));
+            let lanes = blocks[to % BLOCK..].iter_mut().step_by(BLOCK);
+            lanes.zip(&keys[row * width..][..width]).for_each(|(to, key)| *to = number(*key));
+        }
+    });
 }

@@ -4,21 +4,21 @@ use std::marker::PhantomData;
 use std::ops::Range;
 
 /// A row-major matrix whose parts are written by different threads.
-pub struct SharedRows<'a> {
-    start: *mut f32,
+pub struct SharedRows<'a, T = f32> {
+    start: *mut T,
     len: usize,
     stride: usize,
-    borrowed: PhantomData<&'a mut [f32]>,
+    borrowed: PhantomData<&'a mut [T]>,
 }
 
 // SAFETY: it is a mutable borrow of numbers; whoever takes parts of it promises that no two overlap.
-unsafe impl Sync for SharedRows<'_> {}
+unsafe impl<T: Send> Sync for SharedRows<'_, T> {}
 // SAFETY: as above.
-unsafe impl Send for SharedRows<'_> {}
+unsafe impl<T: Send> Send for SharedRows<'_, T> {}
 
-impl<'a> SharedRows<'a> {
+impl<'a, T> SharedRows<'a, T> {
     /// Shares a matrix whose rows are `stride` values apart.
-    pub fn new(values: &'a mut [f32], stride: usize) -> Self {
+    pub fn new(values: &'a mut [T], stride: usize) -> Self {
         Self { start: values.as_mut_ptr(), len: values.len(), stride, borrowed: PhantomData }
     }
 
@@ -30,13 +30,15 @@ impl<'a> SharedRows<'a> {
     /// # Panics
     /// If it is outside the matrix.
     #[allow(clippy::mut_from_ref)]
-    pub unsafe fn part(&self, row: usize, columns: Range<usize>) -> &mut [f32] {
+    pub unsafe fn part(&self, row: usize, columns: Range<usize>) -> &mut [T] {
         let start = row * self.stride + columns.start;
         assert!(columns.start <= columns.end && start + columns.len() <= self.len, "part out of bounds");
         // SAFETY: inside the borrowed slice by the assert; disjoint from every other part by the caller's promise.
         unsafe { std::slice::from_raw_parts_mut(self.start.add(start), columns.len()) }
     }
+}
 
+impl SharedRows<'_> {
     /// Some columns of some rows.
     ///
     /// # Safety

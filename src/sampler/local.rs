@@ -75,7 +75,7 @@ impl LocalSampler {
                 store.restrict(rows);
                 store
             }
-            None => KeyValueStore::new(&self.model.architecture, rows),
+            None => KeyValueStore::new(&self.model.architecture, rows, self.model.kernel),
         }
     }
 
