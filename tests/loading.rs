@@ -144,7 +144,7 @@ fn logits_of_a_gguf_file_are_golden_within_the_error_of_its_type() {
     for (kind, error) in [(GgmlDType::F16, 0.02), (GgmlDType::BF16, 0.2), (GgmlDType::Q8_0, 0.6)] {
         let file = tempfile::Builder::new().suffix(".gguf").tempfile().unwrap();
         write_gguf(&model(), kind, file.path());
-        let model = Model::open(file.path(), &Device::Cpu).unwrap();
+        let model = Model::open(file.path(), check::f32_kernel()).unwrap();
         let got = logits(&model, &[ids(&golden["ids_a"])], None);
         let off = got.iter().zip(&want).map(|(got, want)| (got - want).abs()).fold(0.0, f64::max);
         assert!(
