@@ -170,7 +170,7 @@ fn nothing_is_read_that_an_earlier_call_left() {
     for folder in tiny_models() {
         for kernel in check::kernels() {
             let model = Arc::new(Model::open(&folder, kernel).unwrap());
-            let (small, large): (Vec<u32>, Vec<u32>) = ((5..22).collect(), (0..300).map(|i| i % 320).collect());
+            let (small, large): (Vec<u32>, Vec<u32>) = ((5..22).collect(), (10..250).collect());
             let (good, _) = adapter(&model, &folder.join("adapter_lora"));
             let mut broken = good.clone();
             broken.replace(good.tensors().into_iter().map(|(_, tensor)| (tensor * f64::NAN).unwrap()).collect());
