@@ -24,9 +24,11 @@
 //! * [`tokenizer`]: text, tokens and the chat template
 //! * [`config`], [`source`], [`run`], [`checkpoint`], [`peft`], [`tensors`]: what is read, fetched and written
 //! * [`evaluation`], [`report`], [`summary`]: what came of it
+//! * [`bench`]: how fast a machine samples and learns
 //! * [`random`], [`event`]: random numbers by counter, and what a run tells whoever watches
 
 pub mod advantage;
+pub mod bench;
 pub mod chat;
 pub mod check;
 pub mod checkpoint;

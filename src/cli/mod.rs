@@ -2,8 +2,10 @@
 //!
 //! * [`console`]: lines and progress bars
 //! * [`log`]: the log in the run folder
-//! * [`models`]: the commands on a model rather than on a config; [`chat`] is the one that talks
+//! * [`models`]: the commands on a model rather than on a config; [`chat`] is the one that talks, [`bench`] the one that
+//!   measures
 
+mod bench;
 mod chat;
 mod console;
 mod log;
@@ -77,6 +79,8 @@ enum Command {
     Chat(chat::Chat),
     /// Merge an adapter into its model and write both as one
     Export(models::Export),
+    /// Measure how fast this machine samples and learns, as JSON lines
+    Bench(bench::Arguments),
 }
 
 impl Command {
@@ -88,6 +92,7 @@ impl Command {
             | Self::Sample(models::Sample { base, .. })
             | Self::Chat(chat::Chat { base, .. })
             | Self::Export(models::Export { base, .. }) => base.quiet,
+            Self::Bench(bench::Arguments { quiet, .. }) => *quiet,
         }
     }
 }
@@ -152,6 +157,7 @@ fn execute(command: &Command, environments: &[(&str, Load)], console: &Arc<Conso
         Command::Sample(command) => command.run(&observer, console),
         Command::Chat(command) => command.run(&observer, console),
         Command::Export(command) => command.run(&observer),
+        Command::Bench(command) => command.run(&observer, console),
     }
 }
 

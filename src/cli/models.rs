@@ -173,7 +173,7 @@ impl Export {
 }
 
 /// Prints a row as one line, whole even if the program is ended.
-fn print(row: &impl Serialize, console: &Console) -> Result<()> {
+pub(super) fn print(row: &impl Serialize, console: &Console) -> Result<()> {
     console.write(&format!("{}\n", serde_json::to_string(row)?))
 }
 
@@ -184,7 +184,7 @@ pub fn temperature(text: &str) -> Result<f64, String> {
 }
 
 /// A word that a config's key could have as its value.
-fn word<T: DeserializeOwned>(text: &str) -> Result<T, ValueError> {
+pub(super) fn word<T: DeserializeOwned>(text: &str) -> Result<T, ValueError> {
     let word: StrDeserializer<ValueError> = text.into_deserializer();
     T::deserialize(word)
 }

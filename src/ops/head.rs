@@ -227,12 +227,9 @@ pub fn choose(hidden: &[f32], weight: &Panels, choices: &[Choice], logits: Logit
     ensure!(choices.len() == rows, "head: {} choices for {rows} rows", choices.len());
     let untempered = Logits { temperature: 1.0, ..logits };
     let mut all = Buffer::new(rows * vocabulary);
-    walk(hidden, weight, untempered, |rows, tokens, logits| {
-        for (row, logits) in rows.zip(logits.chunks_exact(tokens.len())) {
-            all[row * vocabulary + tokens.start..][..tokens.len()].copy_from_slice(logits);
-        }
-    });
-    let chosen = all.par_chunks(vocabulary).zip(choices).enumerate().map(|(row, (logits_v, choice))| {
+    weight.multiply(&Left::new(hidden, width, weight.kernel()), 0..vocabulary, &mut all, vocabulary, false, Threads::All);
+    let chosen = all.par_chunks_mut(vocabulary).zip(choices).enumerate().map(|(row, (logits_v, choice))| {
+        untempered.scale(logits_v);
         choose_one(logits_v, *choice, logits.temperature).with_context(|| {
             format!("head: row {row} has no finite probabilities; the adapter or the weights hold NaN or infinity")
         })
@@ -280,20 +277,43 @@ fn choose_one(logits_v: &[f32], choice: Choice, temperature: f32) -> Option<Chos
     (chosen.logprob.is_finite() && chosen.untempered.is_finite()).then_some(chosen)
 }
 
-/// The first token at which the cumulative probability exceeds `place`.
+/// The first token at which the cumulative probability exceeds `place`. Stretches are summed up side by side; only the one
+/// that holds the place is walked token by token.
 fn inverse_cumulative(logits_v: &[f32], log_sum: f32, place: f64) -> usize {
-    let mut cumulative = 0.0;
-    let mut last = 0;
-    for (token, &z) in logits_v.iter().enumerate() {
-        let probability = f64::from(exp(z - log_sum));
-        cumulative += probability;
-        if probability > 0.0 {
-            last = token;
+    const STRETCH: usize = 256;
+    let (mut before, mut last, mut found) = (0.0, 0, None);
+    for (index, stretch) in logits_v.chunks(STRETCH).enumerate() {
+        let total = vectorized(
+            #[inline(always)]
+            || probability(stretch, log_sum),
+        );
+        if total > 0.0 {
+            last = index;
         }
-        if cumulative > place {
-            return token;
+        if before + total > place {
+            found = Some(before);
+            break;
         }
+        before += total;
     }
-    // Rounding can leave the total a little below 1: then the place belongs to the last possible token.
-    last
+    let stretch = &logits_v[last * STRETCH..(last * STRETCH + STRETCH).min(logits_v.len())];
+    let within = found.and_then(|mut cumulative| {
+        stretch.iter().position(|&z| {
+            cumulative += f64::from(exp(z - log_sum));
+            cumulative > place
+        })
+    });
+    // Rounding can leave the total a little below the place: then it belongs to the last possible token.
+    let possible = || stretch.iter().rposition(|&z| exp(z - log_sum) > 0.0).unwrap_or(0);
+    last * STRETCH + within.unwrap_or_else(possible)
+}
+
+/// The probability of a stretch of tokens.
+#[inline(always)]
+fn probability(logits_v: &[f32], log_sum: f32) -> f64 {
+    let mut lanes = [0.0f32; 16];
+    for chunk in logits_v.chunks(16) {
+        chunk.iter().zip(&mut lanes).for_each(|(z, lane)| *lane += exp(z - log_sum));
+    }
+    lanes.iter().map(|&lane| f64::from(lane)).sum()
 }

@@ -212,6 +212,11 @@ impl Tokenizer {
         Ok((1..limit).contains(&rendered.len()) || self.rendered_ids(&rendered)?.len() <= limit)
     }
 
+    /// The same tokenizer without tokens that end a completion: for completions of a given length.
+    pub fn without_end_tokens(self) -> Self {
+        Self { end_tokens: Vec::new(), ..self }
+    }
+
     /// Every token that ends a generation, in increasing order: those that the model's files name and the one that the
     /// chat template writes after an assistant's answer. Empty if there are none.
     pub fn end_tokens(&self) -> &[u32] {
