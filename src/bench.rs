@@ -101,7 +101,8 @@ impl Bench {
         let started = Instant::now();
         let Policy { model, tokenizer, .. } = files.policy(None, &Device::Cpu, observer)?;
         let loading_seconds = started.elapsed().as_secs_f64();
-        let tokenizer = Arc::new(Arc::into_inner(tokenizer).context("the tokenizer is still in use")?.without_end_tokens());
+        let tokenizer =
+            Arc::new(Arc::into_inner(tokenizer).context("the tokenizer is still in use")?.without_end_tokens());
         let lora = Lora { rank, ..Lora::default() };
         let adapter = Adapter::initialize(&model.architecture, &lora, 0, &Device::Cpu)?;
         Ok(Self { model, tokenizer, adapter, repeats, micro_tokens, footprint, program, loading_seconds })
@@ -268,7 +269,8 @@ impl Bench {
         for Generation { group, rollout, ids, behavior_t, .. } in generations {
             let behavior_t = behavior_t.iter().copied().map(f64::from).collect();
             let advantage = if rollout % 2 == 0 { 1.0 } else { -1.0 };
-            let branch = Branch { rollout: *rollout, ids: ids.clone(), behavior_t, mask_t: vec![true; ids.len()], advantage };
+            let branch =
+                Branch { rollout: *rollout, ids: ids.clone(), behavior_t, mask_t: vec![true; ids.len()], advantage };
             trees[*group].branches.push(branch);
         }
         trees
@@ -318,7 +320,8 @@ impl Shape {
     /// # Errors
     /// If it is written otherwise, or a number is zero.
     pub fn parse(text: &str) -> Result<Self> {
-        let form = || format!("{text:?} is not like 4x8x97+64: prompts, completions of each, prompt tokens + new tokens");
+        let form =
+            || format!("{text:?} is not like 4x8x97+64: prompts, completions of each, prompt tokens + new tokens");
         let (counts, new) = text.split_once('+').with_context(form)?;
         let counts = counts.split('x').map(str::parse).collect::<Result<Vec<usize>, _>>().with_context(form)?;
         let (prompts, group, prompt) = match counts[..] {

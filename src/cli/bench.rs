@@ -2,8 +2,8 @@
 
 use clap::Args;
 
-use super::console::Console;
 use super::Failure;
+use super::console::Console;
 use super::models::{print, word};
 use crate::bench::{Bench, Measurement, Settings, Shape};
 use crate::config::Dtype;

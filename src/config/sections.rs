@@ -9,8 +9,8 @@ use serde::de::{Error, MapAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::advantage::AdvantageKind;
-use crate::ops::kernel::Kernel;
 use crate::objective::{Importance, ImportanceLevel, ImportanceMode, KlEstimator, LossMean, PolicyLoss, Ratio};
+use crate::ops::kernel::Kernel;
 
 /// `[model]`: the frozen base model and where it is computed.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

@@ -19,7 +19,7 @@ use crate::config::Learner as Settings;
 use crate::event::{Event, Observer};
 use crate::model::{Call, Model, Projection};
 use crate::objective::{Counts, KlEstimator, Metrics, PolicyGradient, Sampled, Sequence, policy_gradient};
-use crate::ops::buffer::Buffer;
+use crate::ops::buffer::{self, Buffer};
 use crate::ops::head::{log_probabilities, log_probabilities_backward};
 use crate::ops::keys::Keys;
 use crate::policy::Adapter;
@@ -127,6 +127,8 @@ impl Learner {
             debug!(rows = micro.ids.len(), branches = micro.branches.len(), "micro-batch");
             self.accumulate(micro, shape, &counts, &mut gradients, &mut report, &mut layer_done)?;
         }
+        // The sampler needs other sizes.
+        buffer::release();
         let shaped = gradients.into_iter().zip(&tensors);
         let shaped = shaped.map(|(gradient, like)| Ok(Tensor::from_vec(gradient, like.shape(), like.device())?));
         Ok(StepGradient { gradients: shaped.collect::<Result<_>>()?, report })
@@ -162,18 +164,13 @@ impl Learner {
         });
         let objective = policy_gradient(&sampled.collect::<Vec<_>>(), &self.policy_gradient(), counts)?;
         let coefficients = objective.coefficients.concat().into_iter().map(|w| w as f32).collect::<Vec<_>>();
-        let d_hidden =
-            log_probabilities_backward(&hidden, model.head(), &micro.targets, logits, &head, &coefficients);
+        let d_hidden = log_probabilities_backward(&hidden, model.head(), &micro.targets, logits, &head, &coefficients);
         let seed = model.select_backward(last, &micro.predicting, &d_hidden);
         self.backward_layers(micro, inputs, seed, gradients, layer_done)?;
         report.loss += objective.loss;
         report.tokens += micro.ids.len();
         report.metrics.merge(objective.metrics);
-        report.metrics.mean(
-            "entropy",
-            head.entropies().map(f64::from).sum(),
-            head.logprobs.len() as f64,
-        );
+        report.metrics.mean("entropy", head.entropies().map(f64::from).sum(), head.logprobs.len() as f64);
         Ok(())
     }
 
@@ -215,7 +212,9 @@ impl Learner {
             let x = inputs.pop().context("every layer has an input")?;
             let of_layer = self.model.layer_backward(index, &x, &mut grad, &context, &mut keys, &mut swapped)?;
             for (projection, gradient) in Projection::ALL.into_iter().zip(of_layer) {
-                let (Some(gradient), Some([a, b])) = (gradient, self.adapter.indices(index, projection)) else { continue };
+                let (Some(gradient), Some([a, b])) = (gradient, self.adapter.indices(index, projection)) else {
+                    continue;
+                };
                 for (total, part) in [(a, gradient.a), (b, gradient.b)] {
                     gradients[total].iter_mut().zip(part).for_each(|(total, part)| *total += part);
                 }

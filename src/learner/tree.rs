@@ -1,7 +1,7 @@
 //! Trees and their packing: a prompt once, its completions as branches, whole trees per micro-batch.
 
-use std::ops::Range;
 use anyhow::{Result, ensure};
+use std::ops::Range;
 
 use crate::ops::attention::Span;
 use crate::ops::keys::{Store, padded};

@@ -67,7 +67,13 @@ struct Attended {
 }
 
 impl<'a> Work<'a> {
-    pub fn new(layer: &'a Layer, index: usize, architecture: &'a Architecture, call: &'a LayerCall, kernel: Kernel) -> Result<Self> {
+    pub fn new(
+        layer: &'a Layer,
+        index: usize,
+        architecture: &'a Architecture,
+        call: &'a LayerCall,
+        kernel: Kernel,
+    ) -> Result<Self> {
         let weights = layer.projections.iter().map(|frozen| Ok(frozen.weight.unpacked(kernel)?));
         let weights = weights.collect::<Result<Vec<_>>>()?;
         let weights = weights.try_into().ok().expect("one per projection");
@@ -293,11 +299,8 @@ impl Work<'_> {
         let (mut stored_keys, mut stored_values) = (Buffer::new(key_rows * width), Buffer::new(key_rows * width));
         let Attended { queries, attended, log_sums, .. } = kept;
         let saved = attention::Saved { queries, keys, swapped, attended, log_sums, grad: d_attended };
-        let gradients = attention::Gradients {
-            queries: &mut d_queries,
-            keys: &mut stored_keys,
-            values: &mut stored_values,
-        };
+        let gradients =
+            attention::Gradients { queries: &mut d_queries, keys: &mut stored_keys, values: &mut stored_values };
         attention::backward(heads, &saved, call.spans, gradients);
         let by_rows = |stored: &[f32]| {
             let mut rows = Buffer::new(kept.keys.len());
@@ -383,7 +386,8 @@ fn add_gradient(total: &mut Option<LowRankGradient>, part: Option<LowRankGradien
         (_, None) => {}
         (total @ None, part) => *total = part,
         (Some(total), Some(part)) => {
-            let add = |total: &mut [f32], part: &[f32]| total.iter_mut().zip(part).for_each(|(total, part)| *total += part);
+            let add =
+                |total: &mut [f32], part: &[f32]| total.iter_mut().zip(part).for_each(|(total, part)| *total += part);
             add(&mut total.a, &part.a);
             add(&mut total.b, &part.b);
         }

@@ -122,8 +122,7 @@ impl Model {
     fn assemble(architecture: &Architecture, kernel: Kernel, device: &Device, parts: &mut impl Parts) -> Result<Self> {
         let table = [architecture.vocabulary, architecture.hidden];
         let embedding = Arc::new(parts.table("model.embed_tokens.weight", &table)?);
-        let head =
-            if architecture.tied { embedding.clone() } else { Arc::new(parts.table("lm_head.weight", &table)?) };
+        let head = if architecture.tied { embedding.clone() } else { Arc::new(parts.table("lm_head.weight", &table)?) };
         let layers = (0..architecture.layers.len()).map(|index| Layer::load(index, architecture, parts));
         let layers = layers.collect::<Result<_>>()?;
         let norm = norm("model.norm.weight", architecture.hidden, architecture, parts)?;

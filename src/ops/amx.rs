@@ -74,7 +74,7 @@ impl Tiles {
     }
 
     /// `c += a · b`, or `c = a · b` if `keep` is false, for `a` of 16 (or, if `two` is set, 32) rows of bf16, `stride` values
-    /// apart, `b` of pairs of k [steps · 16, 32, 2], and `c` [32, 32] in f32.
+    /// apart, `b` of pairs of k [steps · 16, 32, 2], and `c` of as many rows of 32, `c_stride` values apart, in f32.
     ///
     /// # Safety
     /// `a`, `b` and `c` must reach as far as these shapes say; a step is 32 values of k.
@@ -82,11 +82,10 @@ impl Tiles {
     #[inline]
     pub unsafe fn multiply(
         &self,
-        a: *const u16,
-        stride: usize,
+        (a, stride): (*const u16, usize),
         b: *const u16,
         steps: usize,
-        c: *mut f32,
+        (c, c_stride): (*mut f32, usize),
         keep: bool,
         two: bool,
     ) {
@@ -107,9 +106,9 @@ impl Tiles {
                     "tileloadd tmm2, [{c2} + {cs}]", "tileloadd tmm3, [{c2} + {cs} + 64]",
                     "2:",
                     "tileloadd tmm4, [{a} + {s}]",
-                    "tileloadd tmm6, [{b} + {cs}]",
+                    "tileloadd tmm6, [{b} + {bs}]",
                     "tdpbf16ps tmm0, tmm4, tmm6",
-                    "tileloadd tmm7, [{b} + {cs} + 64]",
+                    "tileloadd tmm7, [{b} + {bs} + 64]",
                     "tdpbf16ps tmm1, tmm4, tmm7",
                     "tileloadd tmm5, [{a2} + {s}]",
                     "tdpbf16ps tmm2, tmm5, tmm6",
@@ -120,8 +119,8 @@ impl Tiles {
                     "tilestored [{c} + {cs}], tmm0", "tilestored [{c} + {cs} + 64], tmm1",
                     "tilestored [{c2} + {cs}], tmm2", "tilestored [{c2} + {cs} + 64], tmm3",
                     a = inout(reg) a => _, a2 = inout(reg) a.add(16 * stride) => _, b = inout(reg) b => _,
-                    n = inout(reg) steps => _, s = in(reg) 2 * stride, cs = in(reg) 128usize,
-                    c = in(reg) c, c2 = in(reg) c.add(16 * SIDE), keep = in(reg) keep as u32,
+                    n = inout(reg) steps => _, s = in(reg) 2 * stride, bs = in(reg) 4 * SIDE, cs = in(reg) 4 * c_stride,
+                    c = in(reg) c, c2 = in(reg) c.add(16 * c_stride), keep = in(reg) keep as u32,
                     out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
                     out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
                     options(nostack)
@@ -136,8 +135,8 @@ impl Tiles {
                     "tileloadd tmm0, [{c} + {cs}]", "tileloadd tmm1, [{c} + {cs} + 64]",
                     "2:",
                     "tileloadd tmm4, [{a} + {s}]",
-                    "tileloadd tmm6, [{b} + {cs}]",
-                    "tileloadd tmm7, [{b} + {cs} + 64]",
+                    "tileloadd tmm6, [{b} + {bs}]",
+                    "tileloadd tmm7, [{b} + {bs} + 64]",
                     "tdpbf16ps tmm0, tmm4, tmm6",
                     "tdpbf16ps tmm1, tmm4, tmm7",
                     "add {a}, 64", "add {b}, 2048",
@@ -145,7 +144,7 @@ impl Tiles {
                     "jnz 2b",
                     "tilestored [{c} + {cs}], tmm0", "tilestored [{c} + {cs} + 64], tmm1",
                     a = inout(reg) a => _, b = inout(reg) b => _,
-                    n = inout(reg) steps => _, s = in(reg) 2 * stride, cs = in(reg) 128usize,
+                    n = inout(reg) steps => _, s = in(reg) 2 * stride, bs = in(reg) 4 * SIDE, cs = in(reg) 4 * c_stride,
                     c = in(reg) c, keep = in(reg) keep as u32,
                     out("tmm0") _, out("tmm1") _, out("tmm4") _, out("tmm6") _, out("tmm7") _,
                     options(nostack)
@@ -159,7 +158,16 @@ impl Tiles {
     /// # Safety
     /// Never called: there are no tiles.
     #[cfg(not(target_arch = "x86_64"))]
-    pub unsafe fn multiply(&self, _: *const u16, _: usize, _: *const u16, _: usize, _: *mut f32, _: bool, _: bool) {}
+    pub unsafe fn multiply(
+        &self,
+        _: (*const u16, usize),
+        _: *const u16,
+        _: usize,
+        _: (*mut f32, usize),
+        _: bool,
+        _: bool,
+    ) {
+    }
 }
 
 impl Drop for Tiles {

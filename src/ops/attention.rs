@@ -100,7 +100,14 @@ fn blocks(span: &Span, key_head: usize) -> impl Iterator<Item = Block<'_>> {
 pub type LogSums = Buffer;
 
 /// Attends with `queries` [rows, query · dim] over stored keys: writes [rows, query · dim] for the rows in the spans.
-pub fn forward(heads: Heads, queries: &[f32], keys: &Keys, spans: &[Span], attended: &mut [f32], log_sums: &mut LogSums) {
+pub fn forward(
+    heads: Heads,
+    queries: &[f32],
+    keys: &Keys,
+    spans: &[Span],
+    attended: &mut [f32],
+    log_sums: &mut LogSums,
+) {
     let all: Vec<Block> =
         spans.iter().flat_map(|span| (0..heads.key).flat_map(move |head| blocks(span, head))).collect();
     let (group, width) = (heads.query / heads.key, heads.query * heads.dim);
@@ -119,7 +126,10 @@ pub fn forward(heads: Heads, queries: &[f32], keys: &Keys, spans: &[Span], atten
             // SAFETY: each query row's heads belong to one block.
             let (attended, log_sums) = unsafe {
                 let chunk = group * heads.dim;
-                (attended.part(to, block.key_head * chunk..block.key_head * chunk + chunk), log_sums.part(to, first..first + group))
+                (
+                    attended.part(to, block.key_head * chunk..block.key_head * chunk + chunk),
+                    log_sums.part(to, first..first + group),
+                )
             };
             attended.copy_from_slice(&values[row * group * heads.dim..][..group * heads.dim]);
             log_sums.copy_from_slice(&sums[row * group..][..group]);
@@ -253,7 +263,11 @@ pub fn backward(heads: Heads, saved: &Saved, spans: &[Span], gradients: Gradient
     tasks.par_iter().with_max_len(1).for_each(|(tree, head)| {
         let rows = tree.iter().map(|span| span.own.start).min().unwrap_or(0)
             ..tree.iter().map(|span| span.own.end).max().unwrap_or(0);
-        let mut own = TreeGradient { first: rows.start, keys: Buffer::zeros(rows.len() * dim), values: Buffer::zeros(rows.len() * dim) };
+        let mut own = TreeGradient {
+            first: rows.start,
+            keys: Buffer::zeros(rows.len() * dim),
+            values: Buffer::zeros(rows.len() * dim),
+        };
         for block in tree.iter().flat_map(|span| blocks(span, *head)) {
             let queries = own.add(heads, &block, saved);
             for (row, from) in queries.chunks_exact(chunk).enumerate() {
@@ -265,8 +279,9 @@ pub fn backward(heads: Heads, saved: &Saved, spans: &[Span], gradients: Gradient
         }
         for (row, (keys, values)) in rows.zip(own.keys.chunks_exact(dim).zip(own.values.chunks_exact(dim))) {
             // SAFETY: each tree has its own key rows, and each task its own columns.
-            let (to_keys, to_values) =
-                unsafe { (d_keys.part(row, head * dim..head * dim + dim), d_values.part(row, head * dim..head * dim + dim)) };
+            let (to_keys, to_values) = unsafe {
+                (d_keys.part(row, head * dim..head * dim + dim), d_values.part(row, head * dim..head * dim + dim))
+            };
             to_keys.copy_from_slice(keys);
             to_values.copy_from_slice(values);
         }
@@ -290,7 +305,9 @@ impl TreeGradient {
         let outputs = heads.gather(block, saved.attended, 1.0);
         let mut weights = heads.scores(block, &queries, saved.keys);
         let mut d_scores = heads.scores(block, &d_outputs, saved.swapped);
-        for (row, (weights, d_scores)) in weights.chunks_exact_mut(stride).zip(d_scores.chunks_exact_mut(stride)).enumerate() {
+        for (row, (weights, d_scores)) in
+            weights.chunks_exact_mut(stride).zip(d_scores.chunks_exact_mut(stride)).enumerate()
+        {
             let query = block.first + row / group;
             let visible = block.span.visible(query, heads.window);
             let log_sum =

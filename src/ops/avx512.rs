@@ -135,18 +135,25 @@ unsafe fn tile<const ROWS: usize, const VECTORS: usize>(operands: Operands, colu
     }
 }
 
-/// `c = a · b` (or `+=`) for up to 12 rows `a` of bf16, `a_row` values apart, and `b` of pairs of k [pairs, 32, 2]; `c` has
-/// rows of 32 in f32.
+/// `c = a · b` (or `+=`) for up to 12 rows of bf16, and `b` of pairs of k [pairs, 32, 2]; `c` has as many rows of 32 in f32.
+/// Rows of `a` and `c` are so many values apart as stands beside them.
 ///
 /// # Safety
 /// AVX-512-BF16 must be there, and the operands must reach as far as these shapes say.
 #[target_feature(enable = "avx512f,avx512bf16")]
-pub(super) unsafe fn bf16_block(a: *const u16, a_row: usize, b: *const u16, pairs: usize, c: *mut f32, rows: usize, keep: bool) {
+pub(super) unsafe fn bf16_block(
+    a: (*const u16, usize),
+    b: *const u16,
+    pairs: usize,
+    c: (*mut f32, usize),
+    rows: usize,
+    keep: bool,
+) {
     macro_rules! rows {
         ($($rows:literal)*) => {
             match rows {
                 // SAFETY: the caller's.
-                $($rows => unsafe { bf16_tile::<$rows>(a, a_row, b, pairs, c, keep) },)*
+                $($rows => unsafe { bf16_tile::<$rows>(a, b, pairs, c, keep) },)*
                 _ => unreachable!("blocks have up to 12 rows"),
             }
         };
@@ -156,13 +163,19 @@ pub(super) unsafe fn bf16_block(a: *const u16, a_row: usize, b: *const u16, pair
 
 #[target_feature(enable = "avx512f,avx512bf16")]
 #[inline]
-unsafe fn bf16_tile<const ROWS: usize>(a: *const u16, a_row: usize, b: *const u16, pairs: usize, c: *mut f32, keep: bool) {
+unsafe fn bf16_tile<const ROWS: usize>(
+    (a, a_row): (*const u16, usize),
+    b: *const u16,
+    pairs: usize,
+    (c, c_row): (*mut f32, usize),
+    keep: bool,
+) {
     // SAFETY: the caller's; vectors of 32 bf16 and of 16 pairs have the same size.
     unsafe {
         let mut sums = [[_mm512_setzero_ps(); 2]; ROWS];
         if keep {
             for row in 0..ROWS {
-                sums[row] = [_mm512_loadu_ps(c.add(row * 32)), _mm512_loadu_ps(c.add(row * 32 + LANES))];
+                sums[row] = [_mm512_loadu_ps(c.add(row * c_row)), _mm512_loadu_ps(c.add(row * c_row + LANES))];
             }
         }
         for pair in 0..pairs {
@@ -171,14 +184,15 @@ unsafe fn bf16_tile<const ROWS: usize>(a: *const u16, a_row: usize, b: *const u1
             };
             let (first, second) = (columns(0), columns(1));
             for row in 0..ROWS {
-                let x: __m512bh = transmute(_mm512_set1_epi32(a.add(row * a_row + 2 * pair).cast::<i32>().read_unaligned()));
+                let x = a.add(row * a_row + 2 * pair).cast::<i32>().read_unaligned();
+                let x: __m512bh = transmute(_mm512_set1_epi32(x));
                 sums[row][0] = _mm512_dpbf16_ps(sums[row][0], x, first);
                 sums[row][1] = _mm512_dpbf16_ps(sums[row][1], x, second);
             }
         }
         for row in 0..ROWS {
-            _mm512_storeu_ps(c.add(row * 32), sums[row][0]);
-            _mm512_storeu_ps(c.add(row * 32 + LANES), sums[row][1]);
+            _mm512_storeu_ps(c.add(row * c_row), sums[row][0]);
+            _mm512_storeu_ps(c.add(row * c_row + LANES), sums[row][1]);
         }
     }
 }

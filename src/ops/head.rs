@@ -58,7 +58,9 @@ impl Logits {
         vectorized(
             #[inline(always)]
             || match self.soft_cap {
-                Some(cap) => row.iter_mut().for_each(|z| *z = inverse * (cap - 2.0 * cap / (1.0 + exp(2.0 / cap * *z)))),
+                Some(cap) => {
+                    row.iter_mut().for_each(|z| *z = inverse * (cap - 2.0 * cap / (1.0 + exp(2.0 / cap * *z))))
+                }
                 None if inverse == 1.0 => {}
                 None => row.iter_mut().for_each(|z| *z *= inverse),
             },
@@ -227,7 +229,14 @@ pub fn choose(hidden: &[f32], weight: &Panels, choices: &[Choice], logits: Logit
     ensure!(choices.len() == rows, "head: {} choices for {rows} rows", choices.len());
     let untempered = Logits { temperature: 1.0, ..logits };
     let mut all = Buffer::new(rows * vocabulary);
-    weight.multiply(&Left::new(hidden, width, weight.kernel()), 0..vocabulary, &mut all, vocabulary, false, Threads::All);
+    weight.multiply(
+        &Left::new(hidden, width, weight.kernel()),
+        0..vocabulary,
+        &mut all,
+        vocabulary,
+        false,
+        Threads::All,
+    );
     let chosen = all.par_chunks_mut(vocabulary).zip(choices).enumerate().map(|(row, (logits_v, choice))| {
         untempered.scale(logits_v);
         choose_one(logits_v, *choice, logits.temperature).with_context(|| {

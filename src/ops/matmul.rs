@@ -3,6 +3,7 @@
 //! One of the kernel files: the unsafe code is the call into the kernel, in vectors of 16 where the processor has them, else
 //! the `gemm` crate.
 
+#[cfg(target_arch = "x86_64")]
 use super::kernel::has_avx512;
 
 /// A matrix of `rows` × `columns` seen in a slice: element (i, j) is `data[i * row_stride + j * column_stride]`.
@@ -56,9 +57,21 @@ pub fn matmul(c: &mut [f32], c_stride: usize, keep: bool, a: Matrix, b: Matrix) 
     }
     assert!(n <= c_stride || m == 1, "rows of the product overlap");
     assert!((m - 1) * c_stride + n <= c.len(), "product out of bounds");
+    // SAFETY: by the asserts, the product's rows and columns are inside `c`, which is borrowed mutably.
+    unsafe { matmul_at((c.as_mut_ptr(), c_stride), keep, a, b) };
+}
+
+/// As [`matmul`], into rows that lie `c_stride` values apart from `c` on.
+///
+/// # Safety
+/// The rows and columns of the product must be there, belong to the caller, and overlap neither `a` nor `b`.
+pub(super) unsafe fn matmul_at((c, c_stride): (*mut f32, usize), keep: bool, a: Matrix, b: Matrix) {
+    let (m, n, k) = (a.rows, b.columns, a.columns);
     if k == 0 {
-        if !keep {
-            c.chunks_mut(c_stride).take(m).for_each(|c| c[..n].fill(0.0));
+        // A product of nothing is zero; kernels need not know.
+        for row in (0..m).filter(|_| !keep) {
+            // SAFETY: the caller's.
+            unsafe { std::slice::from_raw_parts_mut(c.add(row * c_stride), n) }.fill(0.0);
         }
         return;
     }
@@ -70,24 +83,22 @@ pub fn matmul(c: &mut [f32], c_stride: usize, keep: bool, a: Matrix, b: Matrix) 
             a_k: a.column_stride,
             b: b.data.as_ptr(),
             b_k: b.row_stride,
-            c: c.as_mut_ptr(),
+            c,
             c_row: c_stride,
             k,
             keep,
         };
-        // SAFETY: AVX-512 is there; `Matrix` and the asserts above keep every element (rows × columns at the given strides)
-        // inside the three slices; `c` is borrowed mutably, so it overlaps neither `a` nor `b`.
+        // SAFETY: AVX-512 is there; `Matrix` keeps every element of `a` and `b` inside their slices, the caller those of `c`.
         unsafe { super::avx512::product(operands, m, n) };
         return;
     }
-    // SAFETY: `Matrix` and the asserts above keep every element that the kernel touches (rows × columns at the given
-    // strides) inside the three slices; `c` is borrowed mutably, so it overlaps neither `a` nor `b`.
+    // SAFETY: as above.
     unsafe {
         gemm::gemm(
             m,
             n,
             k,
-            c.as_mut_ptr(),
+            c,
             1,
             c_stride as isize,
             keep,

@@ -29,8 +29,8 @@ pub mod nf4;
 pub mod norm;
 pub mod panels;
 pub mod quantized;
-pub mod rows;
 pub mod rope;
+pub mod rows;
 mod shared;
 
 /// Runs `f` compiled for the widest vectors this processor has. Only what is inlined into it is compiled that way, so the

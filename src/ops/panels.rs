@@ -9,16 +9,16 @@ use rayon::prelude::*;
 
 use super::buffer::Buffer;
 use super::kernel::Kernel;
-use super::matmul::{Matrix, matmul};
-use super::shared::SharedRows;
+use super::matmul::{Matrix, matmul_at};
+use super::shared::{Columns, SharedRows};
 use super::{amx, vectorized};
 
 /// Outputs of a panel, and what inputs are padded to.
 pub const PANEL: usize = amx::SIDE;
 /// Rows whose products with a panel are computed before the next panel: their inputs stay in the second-level cache.
 const ROWS: usize = 256;
-/// Inputs after which sums are set aside: so much of a panel stays in the first-level cache.
-const DEPTH: usize = 512;
+/// Inputs after which sums are set aside, at most: so much of a panel stays in the first-level cache.
+const DEPTH: usize = 640;
 
 /// How many threads share a product.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -225,7 +225,9 @@ impl Panels {
         let values = match &self.values {
             Values::F32(values) if self.kernel == Kernel::Gemm => {
                 let mut transposed = Buffer::new(wide * self.narrow);
-                for (number, row) in values[outputs.start * self.narrow..].chunks_exact(self.narrow).take(wide).enumerate() {
+                for (number, row) in
+                    values[outputs.start * self.narrow..].chunks_exact(self.narrow).take(wide).enumerate()
+                {
                     transposed.iter_mut().skip(number).step_by(wide).zip(row).for_each(|(to, from)| *to = *from);
                 }
                 Values::F32(transposed)
@@ -272,7 +274,14 @@ impl Panels {
         }
         assert!(outputs.len() <= stride && (rows - 1) * stride + outputs.len() <= c.len(), "product out of bounds");
         if let (Kernel::Gemm, Values::F32(values)) = (self.kernel, &self.values) {
-            return multiply_rows(&values[outputs.start * self.narrow..outputs.end * self.narrow], x, c, stride, add, threads);
+            return multiply_rows(
+                &values[outputs.start * self.narrow..outputs.end * self.narrow],
+                x,
+                c,
+                stride,
+                add,
+                threads,
+            );
         }
         let panels = outputs.start / PANEL..outputs.end.div_ceil(PANEL);
         let parts = if threads == Threads::All { rayon::current_num_threads().min(panels.len()) } else { 1 };
@@ -291,31 +300,22 @@ impl Panels {
     fn some(&self, x: &Left, panels: Range<usize>, outputs: &Range<usize>, c: &SharedRows, add: bool) {
         let depth = padded(self.narrow);
         let tiles = (self.kernel == Kernel::Amx).then(amx::Tiles::configure);
-        let mut sums = Buffer::<f32>::new(ROWS.min(x.len().next_multiple_of(16)) * PANEL);
         for first in (0..x.len()).step_by(ROWS) {
             let rows = first..(first + ROWS).min(x.len());
             for panel in panels.clone() {
+                let columns = panel * PANEL - outputs.start..(panel * PANEL + PANEL).min(outputs.end) - outputs.start;
+                // SAFETY: each panel's columns are written by the one thread that has the panel.
+                let mut c = unsafe { c.columns(rows.clone(), columns) };
                 match (&self.values, &x.narrowed) {
                     (Values::Bf16(values), Some((narrowed, stride))) => {
                         let panel = &values[panel * PANEL * depth..][..PANEL * depth];
-                        bf16_panel(tiles.as_ref(), &narrowed[first * stride..], *stride, panel, rows.len(), &mut sums);
+                        bf16_panel(tiles.as_ref(), &narrowed[first * stride..], *stride, panel, &mut c, add);
                     }
                     (Values::F32(values), _) => {
-                        let panel = Matrix::dense(&values[panel * PANEL * depth..][..PANEL * self.narrow], PANEL);
-                        let x = Matrix::dense(&x.rows[rows.start * self.narrow..rows.end * self.narrow], self.narrow);
-                        matmul(&mut sums, PANEL, false, x, panel);
+                        let panel = &values[panel * PANEL * depth..][..PANEL * self.narrow];
+                        f32_panel(&x.rows[rows.start * self.narrow..rows.end * self.narrow], panel, &mut c, add);
                     }
                     (Values::Bf16(_), None) => unreachable!("rows were prepared for another kernel"),
-                }
-                let columns = panel * PANEL - outputs.start..(panel * PANEL + PANEL).min(outputs.end) - outputs.start;
-                for (row, sums) in rows.clone().zip(sums.chunks_exact(PANEL)) {
-                    // SAFETY: each panel's columns are written by the one thread that has the panel.
-                    let to = unsafe { c.part(row, columns.clone()) };
-                    if add {
-                        to.iter_mut().zip(sums).for_each(|(to, sum)| *to += sum);
-                    } else {
-                        to.iter_mut().zip(sums).for_each(|(to, sum)| *to = *sum);
-                    }
                 }
             }
         }
@@ -343,31 +343,43 @@ fn transpose_pairs(from: &[u16], to: &mut [u16]) {
     }
 }
 
-/// All rows times one panel of bf16, into `sums` [rows, 32]. `a` has whole tiles of rows.
-fn bf16_panel(tiles: Option<&amx::Tiles>, a: &[u16], stride: usize, panel: &[u16], rows: usize, sums: &mut [f32]) {
-    let depth = panel.len() / PANEL;
+/// All rows times one panel of f32.
+fn f32_panel(x: &[f32], panel: &[f32], c: &mut Columns, add: bool) {
+    let narrow = x.len() / c.rows();
+    let panel = Matrix::new(panel, narrow, c.width(), PANEL);
+    // SAFETY: the columns are this thread's alone, and the product has as many rows and columns.
+    unsafe { matmul_at(c.place(), add, Matrix::dense(x, narrow), panel) };
+}
+
+/// All rows times one panel of bf16. `a` has whole tiles of rows.
+fn bf16_panel(tiles: Option<&amx::Tiles>, a: &[u16], stride: usize, panel: &[u16], c: &mut Columns, add: bool) {
+    let (depth, rows) = (panel.len() / PANEL, c.rows());
     assert!(a.len() >= rows.next_multiple_of(16) * stride && stride >= depth, "rows are padded to tiles");
-    assert!(sums.len() >= rows.next_multiple_of(16) * PANEL, "sums have whole tiles");
-    for start in (0..depth).step_by(DEPTH) {
-        let (steps, keep) = ((depth - start).min(DEPTH) / PANEL, start > 0);
+    // In parts of one length, so that none is a leftover.
+    let part = depth.div_ceil(depth.div_ceil(DEPTH)).next_multiple_of(PANEL);
+    for start in (0..depth).step_by(part) {
+        let (steps, keep) = ((depth - start).min(part) / PANEL, add || start > 0);
+        let b = panel[start * PANEL..].as_ptr();
         let mut row = 0;
         while row < rows {
-            let (a, b) = (a[row * stride + start..].as_ptr(), panel[start * PANEL..].as_ptr());
-            let c = sums[row * PANEL..].as_mut_ptr();
+            let a = (a[row * stride + start..].as_ptr(), stride);
             match tiles {
                 Some(tiles) => {
                     let two = rows - row > 16;
-                    // SAFETY: by the asserts above, 16 rows (32 if more than 16 are left) of `a` and of the sums are
-                    // there, and so are `steps` times 32 inputs from `start`.
-                    unsafe { tiles.multiply(a, stride, b, steps, c, keep, two) };
-                    row += if two { 32 } else { 16 };
+                    let height = if two { 32 } else { 16 };
+                    // SAFETY: by the asserts above, `height` rows of `a` are there, and `steps` times 32 inputs from `start`;
+                    // `whole` gives room for as many rows of 32.
+                    c.whole(row..row + height, keep, |c| unsafe { tiles.multiply(a, b, steps, c, keep, two) });
+                    row += height;
                 }
                 #[cfg(target_arch = "x86_64")]
                 None => {
                     let count = (rows - row).min(12);
-                    // SAFETY: the kernel was chosen because AVX-512-BF16 is there; `count` rows of `a` and of the sums are
-                    // inside their slices, and so are `steps` times 32 inputs from `start`.
-                    unsafe { super::avx512::bf16_block(a, stride, b, steps * PANEL / 2, c, count, keep) };
+                    // SAFETY: the kernel was chosen because AVX-512-BF16 is there; `count` rows of `a` are there, and `steps`
+                    // times 32 inputs from `start`; `whole` gives room for as many rows of 32.
+                    c.whole(row..row + count, keep, |c| unsafe {
+                        super::avx512::bf16_block(a, b, steps * PANEL / 2, c, count, keep);
+                    });
                     row += count;
                 }
                 #[cfg(not(target_arch = "x86_64"))]

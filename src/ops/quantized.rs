@@ -63,9 +63,7 @@ impl Weight {
     pub fn unpacked(&self, kernel: Kernel) -> Result<Unpacked<'_>> {
         match self {
             Self::Panels(panels) => Ok(Unpacked::Resident(panels)),
-            Self::Packed(packed) => {
-                Ok(Unpacked::Temporary(Panels::pack(&packed.unpack()?, packed.dims.1, kernel)))
-            }
+            Self::Packed(packed) => Ok(Unpacked::Temporary(Panels::pack(&packed.unpack()?, packed.dims.1, kernel))),
         }
     }
 }

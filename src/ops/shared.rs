@@ -36,4 +36,73 @@ impl<'a> SharedRows<'a> {
         // SAFETY: inside the borrowed slice by the assert; disjoint from every other part by the caller's promise.
         unsafe { std::slice::from_raw_parts_mut(self.start.add(start), columns.len()) }
     }
+
+    /// Some columns of some rows.
+    ///
+    /// # Safety
+    /// As [`SharedRows::part`].
+    ///
+    /// # Panics
+    /// If they are outside the matrix.
+    pub unsafe fn columns(&self, rows: Range<usize>, columns: Range<usize>) -> Columns<'_> {
+        let start = rows.start * self.stride + columns.start;
+        let inside = rows.is_empty() || (rows.end - 1) * self.stride + columns.end <= self.len;
+        assert!(columns.end <= self.stride && inside, "columns out of bounds");
+        // SAFETY: inside the borrowed slice by the assert.
+        let start = unsafe { self.start.add(start) };
+        Columns { start, rows: rows.len(), width: columns.len(), stride: self.stride, borrowed: PhantomData }
+    }
+}
+
+/// Up to 32 columns of some rows of a matrix, which belong to one thread.
+pub struct Columns<'a> {
+    start: *mut f32,
+    rows: usize,
+    width: usize,
+    stride: usize,
+    borrowed: PhantomData<&'a mut [f32]>,
+}
+
+/// Columns that tiles have.
+const SIDE: usize = 32;
+
+impl Columns<'_> {
+    /// How many rows.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Calls `f` with a place for these rows of 32 columns, and the distance between them: where they lie if they are all
+    /// there, else a copy, which is written back as far as they are. What it holds before matters only if `keep` is set.
+    pub fn whole(&mut self, rows: Range<usize>, keep: bool, f: impl FnOnce((*mut f32, usize))) {
+        if rows.end <= self.rows && self.width == SIDE {
+            // SAFETY: these rows are inside the columns.
+            return f((unsafe { self.start.add(rows.start * self.stride) }, self.stride));
+        }
+        let mut copy = [0.0; SIDE * SIDE];
+        let there = rows.start..rows.end.min(self.rows);
+        let row = |row: usize| {
+            // SAFETY: `row` is one of ours, and its columns are inside the matrix and ours alone.
+            unsafe { std::slice::from_raw_parts_mut(self.start.add(row * self.stride), self.width) }
+        };
+        if keep {
+            there
+                .clone()
+                .zip(copy.chunks_exact_mut(SIDE))
+                .for_each(|(at, to)| to[..self.width].copy_from_slice(row(at)));
+        }
+        assert!(rows.len() <= SIDE, "as many rows as the copy has");
+        f((copy.as_mut_ptr(), SIDE));
+        there.zip(copy.chunks_exact(SIDE)).for_each(|(at, from)| row(at).copy_from_slice(&from[..self.width]));
+    }
+
+    /// Where the columns lie, for a product in f32: the first number, and the distance between rows.
+    pub fn place(&mut self) -> (*mut f32, usize) {
+        (self.start, self.stride)
+    }
+
+    /// How many columns.
+    pub fn width(&self) -> usize {
+        self.width
+    }
 }

@@ -11,6 +11,7 @@ use anyhow::{Context, Result, ensure};
 use super::rows::Rows;
 use super::{Generation, Request, Sampler, Settings};
 use crate::model::{KeyValueStore, Model};
+use crate::ops::buffer;
 use crate::ops::head::Choice;
 use crate::ops::keys::padded;
 use crate::policy::Adapter;
@@ -183,6 +184,8 @@ impl Sampler for LocalSampler {
             branches = still;
         }
         self.store = Some(store);
+        // The learner needs other sizes.
+        buffer::release();
         Ok(())
     }
 }
