@@ -16,12 +16,13 @@ use toml::{Table, Value};
 use crate::config::{SMALL, reference};
 
 /// The files whose types are read from a config.
-const SOURCES: [&str; 8] = [
+const SOURCES: [&str; 9] = [
     "src/config/mod.rs",
     "src/config/sections.rs",
     "src/advantage.rs",
     "src/objective/mod.rs",
     "src/objective/policy.rs",
+    "src/ops/kernel.rs",
     "environments/boolq.rs",
     "environments/length.rs",
     "environments/scoring.rs",

@@ -9,7 +9,7 @@ use candor::ops::linear::{Linear, LowRank};
 use candor::ops::panels::{Left, PANEL, Panels, Threads};
 use proptest::prelude::*;
 
-use crate::check;
+use crate::{check, toy};
 use crate::ops::{floats, random};
 
 /// Random numbers as a kernel holds them: rounded by candle where that is bf16.
@@ -236,6 +236,9 @@ fn a_kernel_is_chosen_by_type_and_never_by_accident() {
             }
         }
     }
+    let results = tempfile::tempdir().unwrap();
+    let refused = toy::failure(results.path(), "model.dtype = \"f32\"\nmodel.kernel = \"amx\"", false);
+    assert!(refused.contains("model.kernel") && refused.contains("computes in"), "{refused}");
     let fastest = check::kernels()[0];
     assert_eq!(Kernel::choose(Dtype::Auto, None).unwrap(), fastest);
     assert_eq!(check::f32_kernel().dtype(), Dtype::F32);

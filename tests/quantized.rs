@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{DType, Device, Tensor};
-use candor::config::Quantization;
+use candor::config::{Dtype, Quantization};
 use candor::learner::Learner;
 use candor::model::stored::Stored;
 use candor::model::{Model, Projection, Weights};
@@ -246,7 +246,9 @@ fn the_program_trains_on_every_packed_form() {
     let Some(smollm2) = check::smollm2() else { return };
     replace_model(&place, &smollm2);
     let row = train("batch = { prompts = 1, group = 2 }\nmodel.quantization = \"keep\"");
-    assert!(row["learner_rows"].as_u64().unwrap() > 0 && row["objective"]["logprob_gap_max"].as_f64().unwrap() < 1e-3);
+    let most = if Kernel::choose(Dtype::Auto, None).unwrap().row_invariant() { 0.0 } else { 1e-3 };
+    assert!(row["learner_rows"].as_u64().unwrap() > 0);
+    assert!(row["objective"]["logprob_gap_max"].as_f64().unwrap() <= most, "{row}");
 }
 
 #[test]
