@@ -84,7 +84,8 @@ fn attention<'a>(x: &[Vec<f32>], heads: Heads, spans: &'a [Span]) -> Computed<'a
         let swapped = stored(heads, &x[2], &x[1]);
         let mut gradients = [vec![f32::NAN; x[0].len()], vec![0.0; x[1].len()], vec![0.0; x[2].len()]];
         let [queries, d_keys, values] = &mut gradients;
-        let saved = Saved { queries: &x[0], keys: &keys, swapped: &swapped, attended: &attended, log_sums: &log_sums, grad };
+        let saved =
+            Saved { queries: &x[0], keys: &keys, swapped: &swapped, attended: &attended, log_sums: &log_sums, grad };
         attention::backward(heads, &saved, spans, Gradients { queries, keys: d_keys, values });
         gradients.into()
     };
@@ -137,7 +138,8 @@ fn attention_over_caches() {
             let inputs = inputs(heads, 78, 256);
             let want = slow_attention(&inputs, heads, &spans).unwrap();
             let [q, k, v] = inputs.each_ref().map(floats);
-            let got: Vec<f64> = attend(heads, &q, &stored(heads, &k, &v), &spans).0.into_iter().map(f64::from).collect();
+            let got: Vec<f64> =
+                attend(heads, &q, &stored(heads, &k, &v), &spans).0.into_iter().map(f64::from).collect();
             same(&format!("attention over a cache, {heads:?}"), &got, &crate::model::values(&want), 5e-6);
         }
     }

@@ -358,6 +358,7 @@ fn the_page_holds_the_contracts_keys_and_defaults() {
         "learner.importance.mode",
         "learner.kl_estimator",
         "lora.start_from",
+        "model.kernel",
         "model.quantization",
         "sampling.endpoints",
         "sampling.endpoints.adapter_dir",

@@ -39,7 +39,11 @@ fn log_probabilities_and_entropies() {
     for (rows, vocabulary) in [(1, 1), (17, 2), (33, 300), (7, 20_000), (300, 8193)] {
         let (hidden, weight) = (random(1, (rows, 12)), random(2, (vocabulary, 12)));
         let targets: Vec<u32> = (0..rows).map(|row| ((vocabulary - 1) * (row + 1) / rows) as u32).collect();
-        for (logits, kernel) in LOGITS.into_iter().take(if rows == 300 { 1 } else { 4 }).flat_map(|logits| f32_kernels().map(move |kernel| (logits, kernel))) {
+        for (logits, kernel) in LOGITS
+            .into_iter()
+            .take(if rows == 300 { 1 } else { 4 })
+            .flat_map(|logits| f32_kernels().map(move |kernel| (logits, kernel)))
+        {
             let name = format!("head, {rows} rows, {vocabulary} tokens, {logits:?}, {kernel:?}");
             let packed = Panels::pack(&floats(&weight), 12, kernel);
             let index = Tensor::new(targets.as_slice(), &Device::Cpu).unwrap().unsqueeze(1).unwrap();
@@ -63,7 +67,8 @@ fn f32_kernels() -> impl Iterator<Item = Kernel> {
 fn head<'a>(hidden: &[f32], weight: &'a Panels, targets: &'a [u32], logits: Logits) -> Computed<'a> {
     let known = log_probabilities(hidden, weight, targets, logits).unwrap();
     let (value, hidden) = (known.logprobs.clone(), hidden.to_vec());
-    let backward = move |grad: &[f32]| vec![log_probabilities_backward(&hidden, weight, targets, logits, &known, grad).to_vec()];
+    let backward =
+        move |grad: &[f32]| vec![log_probabilities_backward(&hidden, weight, targets, logits, &known, grad).to_vec()];
     Computed { value, backward: Box::new(backward) }
 }
 
@@ -207,9 +212,12 @@ fn targets_and_choices_that_do_not_fit_are_errors() {
 /// The sampler chooses for a few rows, the learner looks at many: what one says of a row the other must say, to the last bit.
 #[test]
 fn a_row_has_the_same_bits_alone_and_among_others_and_from_both_walks() {
-    for (kernel, (vocabulary, width)) in check::row_invariant_kernels().into_iter().flat_map(|kernel| [(kernel, (8200, 40)), (kernel, (320, 576))]) {
+    for (kernel, (vocabulary, width)) in
+        check::row_invariant_kernels().into_iter().flat_map(|kernel| [(kernel, (8200, 40)), (kernel, (320, 576))])
+    {
         let rows = 300;
-        let (hidden, weight) = (floats(&random(1, (rows, width))), floats(&(random(2, (vocabulary, width)) * 0.2).unwrap()));
+        let (hidden, weight) =
+            (floats(&random(1, (rows, width))), floats(&(random(2, (vocabulary, width)) * 0.2).unwrap()));
         let weight = Panels::pack(&weight, width, kernel);
         let choices: Vec<Choice> = (0..rows).map(|row| Choice::Sample((row as f64 + 0.5) / rows as f64)).collect();
         for logits in LOGITS {
@@ -219,14 +227,22 @@ fn a_row_has_the_same_bits_alone_and_among_others_and_from_both_walks() {
             let name = format!("{kernel:?}, {vocabulary} tokens, {logits:?}");
             check::same_bits(&name, &chosen.iter().map(|chosen| chosen.logprob).collect::<Vec<_>>(), &known.logprobs);
             let plain = log_probabilities(&hidden, &weight, &targets, Logits { temperature: 1.0, ..logits }).unwrap();
-            check::same_bits(&name, &chosen.iter().map(|chosen| chosen.untempered).collect::<Vec<_>>(), &plain.logprobs);
+            check::same_bits(
+                &name,
+                &chosen.iter().map(|chosen| chosen.untempered).collect::<Vec<_>>(),
+                &plain.logprobs,
+            );
             let entropies: Vec<f32> = known.entropies().collect();
             for (start, end) in [(0, 1), (299, 300), (17, 18), (5, 18), (16, 33), (255, 258)] {
                 let hidden = &hidden[start * width..end * width];
                 let some = log_probabilities(hidden, &weight, &targets[start..end], logits).unwrap();
                 check::same_bits(&name, &some.logprobs, &known.logprobs[start..end]);
                 check::same_bits(&name, &some.entropies().collect::<Vec<_>>(), &entropies[start..end]);
-                assert_eq!(choose(hidden, &weight, &choices[start..end], logits).unwrap(), chosen[start..end], "{name}");
+                assert_eq!(
+                    choose(hidden, &weight, &choices[start..end], logits).unwrap(),
+                    chosen[start..end],
+                    "{name}"
+                );
             }
         }
     }

@@ -9,8 +9,8 @@ use candor::ops::linear::{Linear, LowRank};
 use candor::ops::panels::{Left, PANEL, Panels, Threads};
 use proptest::prelude::*;
 
-use crate::{check, toy};
 use crate::ops::{floats, random};
+use crate::{check, toy};
 
 /// Random numbers as a kernel holds them: rounded by candle where that is bf16.
 fn numbers(seed: u64, shape: (usize, usize), kernel: Kernel) -> Vec<f32> {
@@ -24,7 +24,10 @@ fn numbers(seed: u64, shape: (usize, usize), kernel: Kernel) -> Vec<f32> {
 /// `x · Wᵀ` for some rows of W, and what it would be without cancellation, Σ |x| |w|: [rows, outputs] each.
 fn slow_product(x: &[f32], w: &[f32], narrow: usize, outputs: Range<usize>) -> Vec<(f64, f64)> {
     let dot = |x: &[f32], w: &[f32]| {
-        x.iter().zip(w).map(|(x, w)| f64::from(*x) * f64::from(*w)).fold((0.0, 0.0), |(sum, size), term| (sum + term, size + term.abs()))
+        x.iter()
+            .zip(w)
+            .map(|(x, w)| f64::from(*x) * f64::from(*w))
+            .fold((0.0, 0.0), |(sum, size), term| (sum + term, size + term.abs()))
     };
     let w = &w[outputs.start * narrow..outputs.end * narrow];
     x.chunks(narrow).flat_map(|x| w.chunks(narrow).map(move |w| dot(x, w))).collect()
@@ -75,12 +78,16 @@ fn assert_product(name: &str, panels: &Panels, x: &[f32], w: &[f32], outputs: Ra
 /// Catches a wrong order of pairs or panels, padding that is not zero, a sum that is not carried on, and writing outside.
 #[test]
 fn products_are_those_in_f64() {
-    for (kernel, (rows, wide, narrow)) in check::kernels().into_iter().flat_map(|kernel| SHAPES.map(|shape| (kernel, shape))) {
+    for (kernel, (rows, wide, narrow)) in
+        check::kernels().into_iter().flat_map(|kernel| SHAPES.map(|shape| (kernel, shape)))
+    {
         let (x, w) = (numbers(1, (rows, narrow), kernel), numbers(2, (wide, narrow), kernel));
         let panels = Panels::pack(&w, narrow, kernel);
         let last = (wide - 1) / PANEL * PANEL;
         let ranges = [0..wide, last..wide, 0..wide.div_ceil(2), wide / 2 / PANEL * PANEL..wide / 2 / PANEL * PANEL + 1];
-        for (threads, outputs) in [Threads::One, Threads::All].into_iter().flat_map(|threads| ranges.clone().map(|range| (threads, range))) {
+        for (threads, outputs) in
+            [Threads::One, Threads::All].into_iter().flat_map(|threads| ranges.clone().map(|range| (threads, range)))
+        {
             let name = format!("{kernel:?}, {rows} × {wide} × {narrow}, {outputs:?}, {threads:?}");
             assert_product(&name, &panels, &x, &w, outputs, threads);
         }
@@ -90,7 +97,9 @@ fn products_are_those_in_f64() {
 /// What gradients are multiplied with: of the whole weight, and of the head's chunks.
 #[test]
 fn rows_and_transposes_are_those_of_the_weight() {
-    for (kernel, (rows, wide, narrow)) in check::kernels().into_iter().flat_map(|kernel| SHAPES.map(|shape| (kernel, shape))) {
+    for (kernel, (rows, wide, narrow)) in
+        check::kernels().into_iter().flat_map(|kernel| SHAPES.map(|shape| (kernel, shape)))
+    {
         let w = numbers(2, (wide, narrow), kernel);
         let panels = Panels::pack(&w, narrow, kernel);
         assert_eq!((panels.dims(), panels.kernel()), ((wide, narrow), kernel));
@@ -100,7 +109,9 @@ fn rows_and_transposes_are_those_of_the_weight() {
             assert_eq!(row, want, "{kernel:?}, row {index} of {wide} × {narrow}");
         }
         let last = (wide - 1) / PANEL * PANEL;
-        for (outputs, threads) in [(0..wide, Threads::All), (last..wide, Threads::One), (0..last.max(1).min(wide), Threads::All)] {
+        for (outputs, threads) in
+            [(0..wide, Threads::All), (last..wide, Threads::One), (0..last.max(1).min(wide), Threads::All)]
+        {
             let transposed = panels.transposed(outputs.clone(), threads);
             assert_eq!(transposed.dims(), (narrow, outputs.len()));
             let name = format!("{kernel:?}, transposed {outputs:?} of {wide} × {narrow}");

@@ -3,14 +3,14 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 use candor::config::{Dtype, Learner as Settings, Lora, Schedule};
 use candor::learner::optimizer::learning_rate;
 use candor::learner::tree::{Branch, Tree};
 use candor::learner::{Learner, StepShape, completion_logprobs};
 use candor::model::Model;
-use candor::ops::kernel::Kernel;
 use candor::objective::{KlEstimator, LossMean};
+use candor::ops::kernel::Kernel;
 use candor::policy::Adapter;
 
 use crate::check;
@@ -266,12 +266,19 @@ fn the_gradient_equals_finite_differences() {
     }
 }
 
-/// What kernels in bf16 lose: the direction of the gradient must stay, and its size.
+/// What is lost where products round their inputs to bf16: the direction of the gradient must stay, and its size. The weights
+/// are stored in bf16, as published ones are. Random weights are harsher than trained ones: their tiny models lose one to
+/// four hundredths.
 #[test]
 fn the_gradient_in_bf16_is_near_that_in_f32() {
     for folder in tiny_models() {
+        let rounded = tempfile::tempdir().unwrap();
+        let mut all = tensors(&folder.join("model.safetensors"));
+        all.values_mut().for_each(|tensor| *tensor = tensor.to_dtype(DType::BF16).unwrap());
+        candle_core::safetensors::save(&all, rounded.path().join("model.safetensors")).unwrap();
+        std::fs::copy(folder.join("config.json"), rounded.path().join("config.json")).unwrap();
         let of = |kernel: Kernel| {
-            let model = Arc::new(Model::open(&folder, kernel).unwrap());
+            let model = Arc::new(Model::open(rounded.path(), kernel).unwrap());
             let (adapter, _) = adapter(&model, &folder.join("adapter_lora"));
             let trees = forest(&model, &adapter);
             let learner = Learner::new(model.clone(), &adapter, None, &settings()).unwrap();
@@ -292,8 +299,7 @@ fn the_gradient_in_bf16_is_near_that_in_f32() {
                 1.0 - cosine,
                 gaps / exact.len() as f64
             );
-            if std::env::var_os("CANDOR_NUMBERS").is_some() { continue }
-            let (most, least) = if kernel.dtype() == Dtype::Bf16 { (2e-2, 0.999) } else { (1e-4, 0.999_999) };
+            let (most, least) = if kernel.dtype() == Dtype::Bf16 { (4e-2, 0.999) } else { (1e-4, 0.999_999) };
             assert!(difference <= most && cosine >= least, "{name}: off by {difference}, cosine {cosine}");
         }
     }

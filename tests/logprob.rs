@@ -61,7 +61,8 @@ fn golden_smollm2_with_a_peft_adapter() {
 #[test]
 fn rows_of_any_length_come_out_in_order_as_the_logits_have_them() {
     let Some(folder) = check::golden("tiny/llama") else { return };
-    let (model, tokenizer) = (Model::open(&folder, check::f32_kernel()).unwrap(), Tokenizer::from_folder(&folder).unwrap());
+    let (model, tokenizer) =
+        (Model::open(&folder, check::f32_kernel()).unwrap(), Tokenizer::from_folder(&folder).unwrap());
     let (adapter, _) = adapter(&model, &folder.join("adapter_lora"));
     let text =
         |number: usize, length: usize| (0..length).map(move |i| char::from(b'a' + ((number * 7 + i * 3) % 26) as u8));
@@ -179,7 +180,11 @@ fn the_type_that_is_computed_in_is_chosen() {
         check::all_close("bf16", &rounded, &exact, 0.1);
     } else {
         let ended = candor(&place, &row, &["--dtype", "bf16"]);
-        assert!(ended.code == Some(2) && ended.stderr.contains("--dtype: this processor has no instructions"), "{}", ended.stderr);
+        assert!(
+            ended.code == Some(2) && ended.stderr.contains("--dtype: this processor has no instructions"),
+            "{}",
+            ended.stderr
+        );
     }
     let ended = candor(&place, "", &["--dtype", "fp8"]);
     assert!(

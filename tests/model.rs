@@ -60,7 +60,8 @@ pub fn adapter(model: &Model, folder: &Path) -> (Adapter, Lora) {
 /// The normalized last hidden states of whole sequences, each with an adapter or none, that share one forward call: [all rows,
 /// hidden].
 pub fn hidden(model: &Model, sequences: &[(&[u32], Option<&Adapter>)]) -> Result<Vec<f32>> {
-    let (mut ids, mut positions, mut spans, mut stores, mut adapters) = <(Vec<_>, Vec<_>, Vec<_>, Vec<_>, Vec<_>)>::default();
+    let (mut ids, mut positions, mut spans, mut stores, mut adapters) =
+        <(Vec<_>, Vec<_>, Vec<_>, Vec<_>, Vec<_>)>::default();
     let mut to = 0;
     for (sequence, adapter) in sequences {
         let rows = ids.len()..ids.len() + sequence.len();
@@ -78,7 +79,8 @@ pub fn hidden(model: &Model, sequences: &[(&[u32], Option<&Adapter>)]) -> Result
 
 /// Logits of whole sequences that share one forward call: [all rows, vocabulary].
 pub fn logits(model: &Model, sequences: &[Vec<u32>], adapter: Option<&Adapter>) -> Vec<f64> {
-    let with: Vec<(&[u32], Option<&Adapter>)> = sequences.iter().map(|sequence| (sequence.as_slice(), adapter)).collect();
+    let with: Vec<(&[u32], Option<&Adapter>)> =
+        sequences.iter().map(|sequence| (sequence.as_slice(), adapter)).collect();
     head(model, &hidden(model, &with).unwrap())
 }
 
@@ -150,12 +152,20 @@ fn a_call_whose_parts_do_not_fit_is_refused() {
     let model = Model::open(&toy::model(), check::f32_kernel()).unwrap();
     let stores = [Store { from: 0..3, to: 0 }];
     let span = Span { queries: 0..3, prefix: 0..0, own: 0..3 };
-    let good = Call { ids: &[5, 6, 7], positions: &[0, 1, 2], spans: &[span.clone()], stores: &stores, adapters: &[(0..3, None)] };
+    let good = Call {
+        ids: &[5, 6, 7],
+        positions: &[0, 1, 2],
+        spans: &[span.clone()],
+        stores: &stores,
+        adapters: &[(0..3, None)],
+    };
     let refused = |call: Call| format!("{:#}", model.begin(&call).err().expect("the call is refused"));
     assert!(model.begin(&good).is_ok());
     assert!(refused(Call { positions: &[0, 1], ..good }).contains("2 positions for 3 rows"));
     assert!(refused(Call { ids: &[5, 320, 7], ..good }).contains("token 320 is outside the model's vocabulary of 320"));
-    assert!(refused(Call { positions: &[0, 1, 1024], ..good }).contains("position 1024 is outside the model's context"));
+    assert!(
+        refused(Call { positions: &[0, 1, 1024], ..good }).contains("position 1024 is outside the model's context")
+    );
     for adapters in [&[(1..3, None)][..], &[(0..2, None)], &[(0..2, None), (1..3, None)], &[(0..4, None)]] {
         assert!(refused(Call { adapters, ..good }).contains("adapters do not cover"), "{} ranges", adapters.len());
     }
@@ -179,7 +189,8 @@ fn nothing_is_read_that_an_earlier_call_left() {
                 learner::on_policy(&model, &good, &mut trees);
                 let learner = Learner::new(model.clone(), adapter, None, &learner::settings()).unwrap();
                 let gradients = learner.gradient(&trees, &learner::shape(), &|_| {});
-                let gradients = gradients.map(|gradient| gradient.gradients.iter().flat_map(values).collect::<Vec<f64>>());
+                let gradients =
+                    gradients.map(|gradient| gradient.gradients.iter().flat_map(values).collect::<Vec<f64>>());
                 (hidden(&model, &[(ids, Some(adapter))]).unwrap(), gradients.ok())
             };
             buffer::release();

@@ -148,7 +148,9 @@ pub fn product<'a>(x: &[f32], weight: &'a Panels, bias: Option<&'a [f32]>, adapt
 
 #[test]
 fn linear_without_and_with_an_adapter() {
-    for (rows, kernel) in ROWS.into_iter().flat_map(|rows| check::kernels().into_iter().map(move |kernel| (rows, kernel))) {
+    for (rows, kernel) in
+        ROWS.into_iter().flat_map(|rows| check::kernels().into_iter().map(move |kernel| (rows, kernel)))
+    {
         if kernel.dtype() != Dtype::F32 {
             continue;
         }
@@ -161,14 +163,22 @@ fn linear_without_and_with_an_adapter() {
         let one = std::slice::from_ref(&x);
         let name = |what: &str| format!("{what} linear, {rows} rows, {kernel:?}");
         check_op(&name("frozen"), one, |x| product(&x[0], &frozen, None, None), plain);
-        check_op(&name("biased"), one, |x| product(&x[0], &frozen, Some(&shift), None), |x| plain(x)?.broadcast_add(&bias));
+        check_op(
+            &name("biased"),
+            one,
+            |x| product(&x[0], &frozen, Some(&shift), None),
+            |x| plain(x)?.broadcast_add(&bias),
+        );
         let adapted = |x: &[Tensor]| plain(x)? + (x[0].matmul(&x[1].t()?)?.matmul(&x[2].t()?)? * 0.7)?;
         let low_rank = |x: &[Vec<f32>]| Some(LowRank::new(x[1].clone(), x[2].clone(), rank, 0.7));
         let all = [x.clone(), a, b];
         check_op(&name("adapted"), &all, |x| product(&x[0], &frozen, None, low_rank(x)), adapted);
-        check_op(&name("adapted and biased"), &all, |x| product(&x[0], &frozen, Some(&shift), low_rank(x)), |x| {
-            adapted(x)?.broadcast_add(&bias)
-        });
+        check_op(
+            &name("adapted and biased"),
+            &all,
+            |x| product(&x[0], &frozen, Some(&shift), low_rank(x)),
+            |x| adapted(x)?.broadcast_add(&bias),
+        );
     }
 }
 
@@ -204,12 +214,7 @@ fn rms_norm_with_a_gain() {
             // Unit scale also goes through finite differences; the others would need other steps, so they are scaled inside.
             let unit = [(&x / scale).unwrap()];
             let name = format!("rms_norm {rows} × {width} at scale {scale}");
-            check_op(
-                &name,
-                &unit,
-                |x| normalized(&x[0], scale as f32, &norm),
-                |x| composed(&[(&x[0] * scale)?]),
-            );
+            check_op(&name, &unit, |x| normalized(&x[0], scale as f32, &norm), |x| composed(&[(&x[0] * scale)?]));
         }
     }
 }

@@ -177,7 +177,9 @@ fn logits_and_gradients_are_those_of_the_unpacked_copy() {
 #[test]
 fn sampler_and_learner_agree_on_packed_weights() {
     let tokenizer = Arc::new(Tokenizer::from_folder(&tiny()).unwrap());
-    for (quantization, kernel) in ALL.into_iter().flat_map(|quantization| check::kernels().into_iter().map(move |kernel| (quantization, kernel))) {
+    for (quantization, kernel) in
+        ALL.into_iter().flat_map(|quantization| check::kernels().into_iter().map(move |kernel| (quantization, kernel)))
+    {
         let [model, _] = packed_and_copy(quantization, kernel);
         let (adapter, _) = adapter(&model, &tiny().join("adapter_lora"));
         let requests = [sampler::request(0, 20, 3), sampler::request(1, 7, 2)];

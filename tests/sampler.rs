@@ -132,7 +132,12 @@ fn a_completion_does_not_depend_on_what_else_is_sampled() {
             let known = |got: &&Generation| requests[got.group].rollouts > got.rollout;
             for got in got.iter().filter(known) {
                 let want = together.iter().find(|want| (want.group, want.rollout) == (got.group, got.rollout)).unwrap();
-                assert_same(&format!("{kernel:?}, {name}, group {}, rollout {}", got.group, got.rollout), kernel, got, want);
+                assert_same(
+                    &format!("{kernel:?}, {name}, group {}, rollout {}", got.group, got.rollout),
+                    kernel,
+                    got,
+                    want,
+                );
             }
         };
         compare("again", &sample(&mut sampler, &requests, Some(&adapter), &settings));
@@ -197,13 +202,17 @@ pub fn assert_learner_agrees(
 /// first step's ratios are 1 and not only near it.
 #[test]
 fn the_learner_recomputes_the_sampled_log_probabilities() {
-    for (folder, kernel) in tiny_models().into_iter().flat_map(|folder| check::kernels().into_iter().map(move |kernel| (folder.clone(), kernel))) {
+    for (folder, kernel) in tiny_models()
+        .into_iter()
+        .flat_map(|folder| check::kernels().into_iter().map(move |kernel| (folder.clone(), kernel)))
+    {
         let Tiny { model, mut sampler, adapter, .. } = open(&folder, kernel);
         // What an adapter adds must be the same bits too, and it must be there to be compared.
         assert!(adapter.tensors().iter().all(|(_, tensor)| values(tensor).iter().any(|x| *x != 0.0)));
         // More tokens than one call reads prompts of, and more completions than a call of the learner has room for.
         let requests = [request(0, 9, 4), request(1, 40, 3), request(2, 1, 2), request(3, 70, 5), request(4, 33, 1)];
-        for (adapter, temperature) in [(None, 1.0), (Some(&adapter), 1.0), (Some(&adapter), 0.7), (Some(&adapter), 1.3)] {
+        for (adapter, temperature) in [(None, 1.0), (Some(&adapter), 1.0), (Some(&adapter), 0.7), (Some(&adapter), 1.3)]
+        {
             assert_learner_agrees(&model, &mut sampler, &requests, adapter, temperature);
         }
     }
