@@ -9,10 +9,12 @@ use anyhow::Result;
 
 use crate::config::{Config, Reference};
 use crate::inputs::Inputs;
+use crate::learner::kept_layers;
 use crate::learner::tree::{Piece, batches, pieces};
 use crate::model::stored::reading_bytes;
-use crate::model::{Architecture, KeyValueStore, Projection};
-use crate::ops::head;
+use crate::model::{Architecture, Footprint, KeyValueStore, Projection};
+use crate::ops::keys::BLOCK;
+use crate::ops::{head, rows};
 use crate::report::{available_memory, resident_memory};
 use crate::sampler::Settings;
 use crate::sampler::local::{forward_rows, group_rows, stored_rows};
@@ -41,15 +43,15 @@ pub struct Memory {
     pub program: usize,
     /// The frozen weights.
     pub base: usize,
-    /// The largest packed projection, while it is unpacked.
-    pub unpacked: usize,
+    /// The projections of one layer, transposed for the backward pass, and unpacked if they are packed.
+    pub layer: usize,
     /// The adapter, its gradient, both moments, and the copies for the sampler and the reference.
     pub adapter: usize,
     /// The sampler's keys and values.
     pub cache: usize,
     /// One forward pass of the sampler.
     pub sampling: usize,
-    /// The learner: every layer's input, and one layer with its gradients.
+    /// The learner: every layer's input, what attention keeps there, and one layer with its gradients.
     pub learning: usize,
     /// Selected hidden states and a block of logits.
     pub head: usize,
@@ -71,7 +73,7 @@ impl Memory {
 
     /// The most that is resident at once.
     pub fn peak(&self) -> usize {
-        let working = self.unpacked + self.adapter + self.cache + self.head + self.activations() + self.pieces();
+        let working = self.layer + self.adapter + self.cache + self.head + self.activations() + self.pieces();
         self.program + self.base + working.max(self.loading)
     }
 }
@@ -118,7 +120,9 @@ fn prompt_lengths(sources: &[Source], chosen: &[Choice], tokenizer: &Tokenizer) 
 struct Work {
     stored_rows: usize,
     forward_rows: usize,
+    rollouts: usize,
     micro_rows: usize,
+    key_rows: usize,
     targets: usize,
 }
 
@@ -127,6 +131,7 @@ impl Work {
         let groups = prompts.iter().map(|&prompt| group_rows(prompt, rollouts, settings));
         self.stored_rows = self.stored_rows.max(stored_rows(groups));
         self.forward_rows = self.forward_rows.max(forward_rows(prompts, rollouts));
+        self.rollouts = self.rollouts.max(prompts.len() * rollouts);
     }
 
     /// Packs a step as the learner does.
@@ -137,7 +142,10 @@ impl Work {
         let rows: Vec<usize> = all.iter().map(|piece| piece.rows).collect();
         for batch in batches(&rows, budget) {
             let branches: usize = all[batch.clone()].iter().map(|piece| piece.branches.len()).sum();
-            self.micro_rows = self.micro_rows.max(rows[batch].iter().sum());
+            self.micro_rows = self.micro_rows.max(rows[batch.clone()].iter().sum());
+            // Every prompt and branch fills its last block of keys, half of it with nothing.
+            self.key_rows =
+                self.key_rows.max(rows[batch.clone()].iter().sum::<usize>() + (batch.len() + branches) * BLOCK / 2);
             self.targets = self.targets.max(branches * longest);
         }
     }
@@ -152,35 +160,41 @@ impl Work {
         // Trained, its gradient (or, while sampling, the published copy) and two moments; the reference where there is one.
         let reference = config.learner.kl > 0.0 && config.reference() == Reference::Start;
         let copies = 4 + usize::from(reference);
-        let layers = architecture.layers.len();
-        let inputs_of_layers = self.micro_rows * (layers + 1) * architecture.hidden;
-        let footprint = inputs.model.footprint;
+        let Footprint { resident, layer, unpacked } = inputs.model.footprint;
+        let blocks = rows::scratch(block_width(architecture), self.micro_rows);
         Memory {
             program,
-            base: footprint.resident,
-            unpacked: footprint.unpacked,
+            base: resident,
+            layer: layer + unpacked,
             adapter: FLOAT * copies * adapter,
             cache: KeyValueStore::bytes(architecture, self.stored_rows),
-            sampling: FLOAT * self.forward_rows * forward_width(architecture),
-            learning: FLOAT * (inputs_of_layers + self.micro_rows * backward_width(architecture)),
-            head: FLOAT * (3 * self.targets * architecture.hidden + head::BLOCK),
+            sampling: FLOAT
+                * (self.forward_rows * forward_width(architecture) + self.rollouts * architecture.vocabulary + blocks),
+            learning: FLOAT * (self.learning(architecture) + blocks),
+            head: FLOAT * 3 * self.targets * architecture.hidden + head::bytes(architecture.hidden),
             loading: reading_bytes(),
         }
     }
+
+    /// Numbers alive in the backward pass of the last layer.
+    fn learning(&self, architecture: &Architecture) -> usize {
+        let Architecture { hidden, heads, key_value_heads, head_dim, ref layers, .. } = *architecture;
+        let kept = kept_layers(architecture, self.micro_rows).max(1) * architecture.attention_width();
+        // The inputs of all layers and a gradient; those of queries, keys and values, and of what attention returned.
+        let widths = (layers.len() + 2) * hidden + kept + 2 * (heads + key_value_heads) * head_dim;
+        // Keys and values in both layouts, and their gradients.
+        self.micro_rows * widths + 6 * self.key_rows * key_value_heads * head_dim
+    }
 }
 
-/// Numbers per row alive at the end of a layer's forward pass: its input and output, two norms, the middle and both sums;
-/// queries and attended values, keys and values; gate, up and their product.
+/// Numbers per row alive in a layer's forward pass: its input and output, and what attention is given and returns.
 fn forward_width(architecture: &Architecture) -> usize {
-    let Architecture { hidden, intermediate, heads, key_value_heads, head_dim, .. } = *architecture;
-    7 * hidden + 2 * heads * head_dim + 2 * key_value_heads * head_dim + 3 * intermediate
+    2 * architecture.hidden + architecture.attention_width()
 }
 
-/// The same in the backward pass, where what came before the rotation lives too. Gradients come on top, most of them at the
-/// gate: that of the product, and those of both factors with their sums.
-fn backward_width(architecture: &Architecture) -> usize {
-    let Architecture { hidden, intermediate, heads, key_value_heads, head_dim, .. } = *architecture;
-    forward_width(architecture) + 4 * hidden + heads * head_dim + key_value_heads * head_dim + 6 * intermediate
+/// Numbers per row of a block of rows in a layer's backward pass: about six hidden states, and three inner ones in half precision.
+fn block_width(architecture: &Architecture) -> usize {
+    6 * architecture.hidden + 3 * architecture.intermediate / 2
 }
 
 /// What follows from the config: a name and a sentence each.
@@ -218,21 +232,18 @@ impl fmt::Display for Plan {
     /// As TOML comments, so that a config stays one with its plan below it.
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
         self.derived.iter().try_for_each(|line| writeln!(f, "# {line}"))?;
-        let Memory { program, base, unpacked, adapter, cache, sampling, learning, head, loading } = self.memory;
+        let Memory { program, base, layer, adapter, cache, sampling, learning, head, loading } = self.memory;
         let gigabytes = |bytes: usize| bytes as f64 / 1e9;
-        let form = match unpacked {
-            0 => "f32".to_string(),
-            bytes => format!("packed, {:.2} more for the projection in use", gigabytes(bytes)),
-        };
         writeln!(f, "#\n# memory at its fullest, completions as long as they may be (GB)")?;
         let rows = [
             ("program, tokenizer, data", program, String::new(), "take fewer rows"),
             (
                 "base weights",
                 base,
-                format!("{form}; while they are read, {:.2} more", gigabytes(loading)),
+                format!("while they are read, {:.2} more", gigabytes(loading)),
                 "choose a smaller model",
             ),
+            ("one layer's weights", layer, "transposed, for the backward pass".into(), "choose a smaller model"),
             ("adapter", adapter, "with its gradient, moments and copies".into(), "lower lora.rank"),
             ("keys and values", cache, "of the sampler".into(), "lower batch.group or the max_tokens"),
             (

@@ -1,12 +1,13 @@
 //! The adapter: what is trained, published to the sampler, and saved. The base model never changes.
 
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 
 use anyhow::{Context, Result, ensure};
 use candle_core::{DType, Device, Tensor};
 
 use crate::config::Lora;
 use crate::model::{Architecture, Projection};
+use crate::ops::kernel::Kernel;
 use crate::ops::linear::LowRank;
 use crate::random::{self, Purpose};
 
@@ -31,8 +32,8 @@ struct Pair {
     a: Tensor,
     /// [out, rank].
     b: Tensor,
-    /// Both as products want them, from the first use on.
-    ready: OnceLock<LowRank>,
+    /// Both as the products of each kernel want them, from the first use on.
+    ready: [OnceLock<Arc<LowRank>>; Kernel::ALL.len()],
 }
 
 impl Pair {
@@ -110,20 +111,20 @@ impl Adapter {
                 index[layer * Projection::ALL.len() + projection as usize] = Some(pairs.len());
                 let a = tensor(layer, projection, "lora_A", (lora.rank, narrow))?;
                 let b = tensor(layer, projection, "lora_B", (wide, lora.rank))?;
-                pairs.push(Pair { layer, projection, a, b, ready: OnceLock::new() });
+                pairs.push(Pair { layer, projection, a, b, ready: Default::default() });
             }
         }
         Ok(Self { version: 0, scale: scale(lora), pairs, index })
     }
 
     /// The pair of one projection, if it carries one.
-    pub fn low_rank(&self, layer: usize, projection: Projection) -> Option<&LowRank> {
+    pub fn low_rank(&self, layer: usize, projection: Projection, kernel: Kernel) -> Option<&LowRank> {
         let pair = &self.pairs[self.index[layer * Projection::ALL.len() + projection as usize]?];
         let floats = |tensor: &Tensor| tensor.flatten_all()?.to_vec1::<f32>();
-        Some(pair.ready.get_or_init(|| {
+        Some(pair.ready[kernel as usize].get_or_init(|| {
             let (a, b) = (floats(&pair.a), floats(&pair.b));
             let (a, b) = (a.expect("adapters are f32"), b.expect("adapters are f32"));
-            LowRank::new(a, b, pair.a.dims()[0], self.scale)
+            Arc::new(LowRank::new(a, b, pair.a.dims()[0], self.scale, kernel))
         }))
     }
 
@@ -165,7 +166,7 @@ impl Adapter {
             for tensor in [&mut pair.a, &mut pair.b] {
                 *tensor = tensors.next().expect("there are as many");
             }
-            pair.ready = OnceLock::new();
+            pair.ready = Default::default();
         }
     }
 }

@@ -192,7 +192,8 @@ struct Projection {
 
 impl Projection {
     fn new(wide: usize, narrow: usize, rank: usize, kernel: Kernel) -> Self {
-        let adapter = LowRank::new(floats(&random(3, (rank, narrow))), floats(&random(4, (wide, rank))), rank, 0.7);
+        let adapter =
+            LowRank::new(floats(&random(3, (rank, narrow))), floats(&random(4, (wide, rank))), rank, 0.7, kernel);
         let weight = Panels::pack(&floats(&random(2, (wide, narrow))), narrow, kernel);
         Self { weight, bias: floats(&random(5, (1, wide))), adapter }
     }
@@ -200,8 +201,10 @@ impl Projection {
     fn forward(&self, x: &[f32], threads: Threads) -> Vec<f32> {
         let (wide, narrow) = self.weight.dims();
         let mut y = vec![f32::NAN; x.len() / narrow * wide];
-        let linear = Linear { weight: &self.weight, bias: Some(&self.bias), adapter: Some(&self.adapter) };
-        linear.forward(&Left::new(x, narrow, self.weight.kernel()), &mut y, threads);
+        let linear =
+            Linear { weight: &self.weight, bias: Some(&self.bias), adapter: Some(&self.adapter), backward: false };
+        let left = Left::new(x, narrow, self.weight.kernel());
+        linear.apply_all(&left, linear.down(&left).as_ref(), &mut y, false, threads);
         y
     }
 }
@@ -230,6 +233,29 @@ proptest! {
                 check::same_bits(&format!("{kernel:?}, rows {some:?}"), &got, &all[some.start * wide..some.end * wide]);
             }
         }
+    }
+}
+
+/// A step of training moves B by less than bf16 can hold, and yet it must do what it says: of B scaled by 1.001 the adapter's part
+/// is scaled by 1.001, not by what rounding makes of it.
+#[test]
+fn what_an_adapter_adds_is_not_rounded() {
+    const STEP: f32 = 1e-3;
+    let (rows, wide, narrow, rank) = (40, 70, 100, 8);
+    let (x, a, b) =
+        (floats(&random(1, (rows, narrow))), floats(&random(3, (rank, narrow))), floats(&random(4, (wide, rank))));
+    for kernel in check::kernels() {
+        let adds = |by: f32| {
+            let b = b.iter().map(|b| b * by).collect();
+            let adapter = LowRank::new(a.clone(), b, rank, 1.0, kernel);
+            Projection { weight: Panels::zeros(wide, narrow, kernel), bias: vec![0.0; wide], adapter }
+                .forward(&x, Threads::One)
+        };
+        let norm = |values: &[f32]| values.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>().sqrt();
+        let (before, after) = (adds(1.0), adds(1.0 + STEP));
+        let off: Vec<f32> = before.iter().zip(&after).map(|(before, after)| after - before - STEP * before).collect();
+        let relative = norm(&off) / (f64::from(STEP) * norm(&before));
+        assert!(relative < 0.05, "{kernel:?}: the difference is off by {relative} of itself");
     }
 }
 

@@ -129,19 +129,26 @@ pub fn check_op<'a>(
 pub fn product<'a>(x: &[f32], weight: &'a Panels, bias: Option<&'a [f32]>, adapter: Option<LowRank>) -> Computed<'a> {
     let x = x.to_vec();
     let ((wide, narrow), kernel) = (weight.dims(), weight.kernel());
-    let linear = Linear { weight, bias, adapter: adapter.as_ref() };
-    let mut value = vec![f32::NAN; x.len() / narrow * wide];
-    linear.forward(&Left::new(&x, narrow, kernel), &mut value, Threads::One);
+    let linear = Linear { weight, bias, adapter: adapter.as_ref(), backward: false };
+    let left = Left::new(&x, narrow, kernel);
+    let (mut value, down) = (vec![f32::NAN; x.len() / narrow * wide], linear.down(&left));
+    linear.apply_all(&left, down.as_ref(), &mut value, false, Threads::One);
     let backward = move |grad: &[f32]| {
         let transposed = weight.transposed(0..wide, Threads::One);
-        let linear = Linear { weight: &transposed, bias, adapter: adapter.as_ref() };
-        let grad = Left::new(grad, wide, kernel);
-        let (mut dx, mut added) = (vec![f32::NAN; x.len()], vec![0.0; x.len()]);
-        let mut gradient = adapter.as_ref().map(LowRank::zeros);
-        linear.backward(&grad, &mut dx, false, &x, gradient.as_mut(), Threads::One);
-        linear.backward(&grad, &mut added, true, &x, None, Threads::All);
+        let linear = Linear { weight: &transposed, bias: None, adapter: adapter.as_ref(), backward: true };
+        let left = Left::new(grad, wide, kernel);
+        let (d_down, mut dx, mut added) = (linear.down(&left), vec![f32::NAN; x.len()], vec![0.0; x.len()]);
+        linear.apply_all(&left, d_down.as_ref(), &mut dx, false, Threads::One);
+        linear.apply_all(&left, d_down.as_ref(), &mut added, true, Threads::All);
         check::same_bits("the gradient added to zeros", &added, &dx);
-        std::iter::once(dx).chain(gradient.into_iter().flat_map(|gradient| [gradient.a, gradient.b])).collect()
+        let mut gradients = vec![dx];
+        if let (Some(adapter), Some(down), Some(d_down)) = (&adapter, &down, &d_down) {
+            let mut gradient = adapter.zeros();
+            adapter.add_gradient(&x, down, grad, d_down, &mut gradient);
+            let of_b = gradient.b();
+            gradients.extend([gradient.a, of_b]);
+        }
+        gradients
     };
     Computed { value, backward: Box::new(backward) }
 }
@@ -170,7 +177,7 @@ fn linear_without_and_with_an_adapter() {
             |x| plain(x)?.broadcast_add(&bias),
         );
         let adapted = |x: &[Tensor]| plain(x)? + (x[0].matmul(&x[1].t()?)?.matmul(&x[2].t()?)? * 0.7)?;
-        let low_rank = |x: &[Vec<f32>]| Some(LowRank::new(x[1].clone(), x[2].clone(), rank, 0.7));
+        let low_rank = |x: &[Vec<f32>]| Some(LowRank::new(x[1].clone(), x[2].clone(), rank, 0.7, kernel));
         let all = [x.clone(), a, b];
         check_op(&name("adapted"), &all, |x| product(&x[0], &frozen, None, low_rank(x)), adapted);
         check_op(

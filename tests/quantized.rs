@@ -99,7 +99,7 @@ fn products(weight: &Weight, kernel: Kernel, (wide, narrow): (usize, usize), row
     let [x, a, b, bias, seed] =
         [(1, (rows, narrow)), (2, (3, narrow)), (3, (wide, 3)), (6, (1, wide)), (4, (rows, wide))].map(numbers);
     let weight = weight.unpacked(kernel).unwrap();
-    let result = product(&x, &weight, Some(&bias), Some(LowRank::new(a, b, 3, 0.5)));
+    let result = product(&x, &weight, Some(&bias), Some(LowRank::new(a, b, 3, 0.5, kernel)));
     std::iter::once(result.value).chain((result.backward)(&seed)).collect()
 }
 

@@ -11,13 +11,13 @@ pub mod tree;
 
 use std::sync::Arc;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use candle_core::{Device, Tensor};
 use tracing::debug;
 
 use crate::config::Learner as Settings;
 use crate::event::{Event, Observer};
-use crate::model::{Call, Model, Projection};
+use crate::model::{Architecture, Attended, Call, Model, Projection};
 use crate::objective::{Counts, KlEstimator, Metrics, PolicyGradient, Sampled, Sequence, policy_gradient};
 use crate::ops::buffer::{self, Buffer};
 use crate::ops::head::{log_probabilities, log_probabilities_backward};
@@ -144,9 +144,8 @@ impl Learner {
         layer_done: &mut dyn FnMut(),
     ) -> Result<()> {
         let model = &*self.model;
-        let inputs = self.layer_inputs(micro)?;
-        let last = inputs.last().context("the model has no layers")?;
-        let hidden = model.final_norm(&model.select(last, &micro.predicting));
+        let (inputs, last) = self.layer_inputs(micro)?;
+        let hidden = model.final_norm(&model.select(&last, &micro.predicting));
         let logits = model.logits(shape.temperature);
         let head = log_probabilities(&hidden, model.head(), &micro.targets, logits)?;
         let logprobs_t = floats(&head.logprobs);
@@ -165,7 +164,7 @@ impl Learner {
         let objective = policy_gradient(&sampled.collect::<Vec<_>>(), &self.policy_gradient(), counts)?;
         let coefficients = objective.coefficients.concat().into_iter().map(|w| w as f32).collect::<Vec<_>>();
         let d_hidden = log_probabilities_backward(&hidden, model.head(), &micro.targets, logits, &head, &coefficients);
-        let seed = model.select_backward(last, &micro.predicting, &d_hidden);
+        let seed = model.select_backward(&last, &micro.predicting, &d_hidden);
         self.backward_layers(micro, inputs, seed, gradients, layer_done)?;
         report.loss += objective.loss;
         report.tokens += micro.ids.len();
@@ -180,25 +179,27 @@ impl Learner {
         PolicyGradient { policy_loss, ratio, clip, delta, loss_mean, importance, kl, kl_estimator }
     }
 
-    /// The input of every layer, and the output of the last.
-    fn layer_inputs(&self, micro: &MicroBatch) -> Result<Vec<Buffer>> {
+    /// The input of every layer with what attention did there, as far as there is room, and the output of the last.
+    fn layer_inputs(&self, micro: &MicroBatch) -> Result<(Vec<(Buffer, Option<Attended>)>, Buffer)> {
         let adapters = [(0..micro.ids.len(), Some(&self.adapter))];
         let call = call(micro, &adapters);
         let context = self.model.begin(&call)?;
-        let mut keys = keys(&self.model, micro);
-        let mut inputs = vec![self.model.embed(&call)];
-        for index in 0..self.model.architecture.layers.len() {
-            let output = self.model.layer(index, &inputs[index], &context, &mut keys)?;
-            inputs.push(output);
+        let architecture = &self.model.architecture;
+        let (mut keys, kept) = (keys(&self.model, micro), kept_layers(architecture, micro.ids.len()));
+        let (mut x, mut inputs) = (self.model.embed(&call), Vec::new());
+        for index in 0..architecture.layers.len() {
+            let (output, attended) = self.model.layer(index, &x, &context, &mut keys)?;
+            inputs.push((x, (index < kept).then_some(attended)));
+            x = output;
         }
-        Ok(inputs)
+        Ok((inputs, x))
     }
 
     /// From the last layer to the first, each computed again from its input.
     fn backward_layers(
         &self,
         micro: &MicroBatch,
-        mut inputs: Vec<Buffer>,
+        inputs: Vec<(Buffer, Option<Attended>)>,
         mut grad: Buffer,
         gradients: &mut [Vec<f32>],
         layer_done: &mut dyn FnMut(),
@@ -207,15 +208,15 @@ impl Learner {
         let call = call(micro, &adapters);
         let context = self.model.begin(&call)?;
         let (mut keys, mut swapped) = (keys(&self.model, micro), keys(&self.model, micro));
-        inputs.pop();
-        for index in (0..self.model.architecture.layers.len()).rev() {
-            let x = inputs.pop().context("every layer has an input")?;
-            let of_layer = self.model.layer_backward(index, &x, &mut grad, &context, &mut keys, &mut swapped)?;
+        for (index, (x, kept)) in inputs.into_iter().enumerate().rev() {
+            let room = [&mut keys, &mut swapped];
+            let of_layer = self.model.layer_backward(index, (&x, kept), &mut grad, &context, room)?;
             for (projection, gradient) in Projection::ALL.into_iter().zip(of_layer) {
                 let (Some(gradient), Some([a, b])) = (gradient, self.adapter.indices(index, projection)) else {
                     continue;
                 };
-                for (total, part) in [(a, gradient.a), (b, gradient.b)] {
+                let of_b = gradient.b();
+                for (total, part) in [(a, gradient.a), (b, of_b)] {
                     gradients[total].iter_mut().zip(part).for_each(|(total, part)| *total += part);
                 }
             }
@@ -223,6 +224,14 @@ impl Learner {
         }
         Ok(())
     }
+}
+
+/// What attention may keep for the backward pass of a micro-batch instead of computing it again, in bytes.
+const KEPT: usize = 1 << 29;
+
+/// How many layers' attention is kept in a micro-batch of so many rows.
+pub fn kept_layers(architecture: &Architecture, rows: usize) -> usize {
+    (KEPT / (size_of::<f32>() * architecture.attention_width() * rows).max(1)).min(architecture.layers.len())
 }
 
 fn tensors(adapter: &Adapter) -> Vec<Tensor> {
@@ -261,7 +270,7 @@ fn logprobs(model: &Model, adapter: Option<&Adapter>, micro: &MicroBatch, temper
     let (context, mut keys) = (model.begin(&call)?, keys(model, micro));
     let mut x = model.embed(&call);
     for index in 0..model.architecture.layers.len() {
-        x = model.layer(index, &x, &context, &mut keys)?;
+        x = model.layer(index, &x, &context, &mut keys)?.0;
     }
     let hidden = model.final_norm(&model.select(&x, &micro.predicting));
     Ok(floats(&log_probabilities(&hidden, model.head(), &micro.targets, model.logits(temperature))?.logprobs))

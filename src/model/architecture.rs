@@ -101,6 +101,11 @@ impl Architecture {
         }
     }
 
+    /// Numbers per row that attention is given and returns: queries, keys, values, what it attended to, and log-sums.
+    pub fn attention_width(&self) -> usize {
+        2 * (self.heads + self.key_value_heads) * self.head_dim + self.heads
+    }
+
     /// The shape of attention in layers of one kind.
     pub fn heads_of(&self, kind: usize) -> Heads {
         Heads {

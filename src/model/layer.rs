@@ -10,14 +10,16 @@ use anyhow::Result;
 use super::{Architecture, LayerCall, Projection};
 use crate::ops::attention::{self, Heads, LogSums};
 use crate::ops::buffer::Buffer;
+use crate::ops::feed_forward::{Gated, Inner};
 use crate::ops::kernel::Kernel;
 use crate::ops::keys::Keys;
-use crate::ops::linear::{Linear, LowRankGradient};
+use crate::ops::linear::{Down, Linear, LowRankGradient};
 use crate::ops::norm::RmsNorm;
 use crate::ops::panels::{Left, Panels, Threads};
 use crate::ops::quantized::{Unpacked, Weight};
 use crate::ops::rope::Direction;
 use crate::ops::rows::in_blocks;
+use crate::policy::Adapter;
 
 /// A projection that is never trained.
 pub(super) struct Frozen {
@@ -58,7 +60,7 @@ pub(super) struct Work<'a> {
 pub type AdapterGradient = [Option<LowRankGradient>; 7];
 
 /// What attention was given and returned; rows of the call.
-struct Attended {
+pub struct Attended {
     queries: Buffer,
     keys: Buffer,
     values: Buffer,
@@ -88,6 +90,16 @@ impl<'a> Work<'a> {
         self.architecture.heads_of(self.architecture.layers[self.index])
     }
 
+    /// A projection with the adapter of some rows.
+    fn linear(&self, projection: Projection, adapter: Option<&'a Adapter>) -> Linear<'_> {
+        Linear {
+            weight: &self.weights[projection as usize],
+            bias: self.layer.projections[projection as usize].bias.as_deref(),
+            adapter: adapter.and_then(|adapter| adapter.low_rank(self.index, projection, self.kernel)),
+            backward: false,
+        }
+    }
+
     /// `outputs[i] = projections[i](x)` for a block of rows, each with the adapter of its own.
     fn project<const N: usize>(
         &self,
@@ -102,13 +114,9 @@ impl<'a> Work<'a> {
         for (part, adapter) in self.call.adapters(rows) {
             let left = Left::new(&x[part.start * narrow..part.end * narrow], narrow, self.kernel);
             for (projection, output) in projections.iter().zip(&mut outputs) {
-                let (frozen, wide) = (&self.layer.projections[*projection as usize], output.len() / rows.len());
-                let linear = Linear {
-                    weight: &self.weights[*projection as usize],
-                    bias: frozen.bias.as_deref(),
-                    adapter: adapter.and_then(|adapter| adapter.low_rank(self.index, *projection)),
-                };
-                linear.forward(&left, &mut output[part.start * wide..part.end * wide], threads);
+                let (linear, wide) = (self.linear(*projection, adapter), output.len() / rows.len());
+                let output = &mut output[part.start * wide..part.end * wide];
+                linear.apply_all(&left, linear.down(&left).as_ref(), output, false, threads);
             }
         }
     }
@@ -149,10 +157,11 @@ impl<'a> Work<'a> {
         Attended { queries, keys: new_keys, values, attended, log_sums }
     }
 
-    /// `y = layer(x)`, both [rows, hidden]; new keys and values are added to `keys`.
-    pub fn forward(&self, x: &[f32], keys: &mut Keys, y: &mut [f32]) {
+    /// `y = layer(x)`, both [rows, hidden]; new keys and values are added to `keys`. Returns what attention did.
+    pub fn forward(&self, x: &[f32], keys: &mut Keys, y: &mut [f32]) -> Attended {
         let (hidden, width) = (self.architecture.hidden, self.heads().query * self.heads().dim);
-        let Attended { attended, .. } = self.attend(x, keys);
+        let kept = self.attend(x, keys);
+        let attended = &kept.attended;
         in_blocks(
             self.rows(),
             [(y, hidden)],
@@ -161,33 +170,46 @@ impl<'a> Work<'a> {
                 let x = &x[rows.start * hidden..rows.end * hidden];
                 let attended = &attended[rows.start * width..rows.end * width];
                 let middle = self.middle(x, attended, &rows, threads);
-                let returned = self.feed_forward(&middle.product(self.architecture), &rows, threads);
+                let returned = self.feed_forward(&middle.normed, &rows, threads);
                 add_normed(&middle.x, &returned, self.layer.feed_forward_output_norm.as_ref(), y);
             },
         );
+        kept
     }
 
-    /// From what attention returned to the gated values.
+    /// From what attention returned to the feed-forward block.
     fn middle(&self, x: &[f32], attended: &[f32], rows: &Range<usize>, threads: Threads) -> Middle {
         let mut returned = Buffer::new(x.len());
         self.project([Projection::OProj], attended, rows, [&mut *returned], threads);
         let (mut sum, mut normed) = (Buffer::new(x.len()), Buffer::new(x.len()));
         add_normed(x, &returned, self.layer.attention_output_norm.as_ref(), &mut sum);
         self.layer.feed_forward_norm.forward(&sum, &mut normed);
-        let intermediate = rows.len() * self.architecture.intermediate;
-        let (mut gate, mut up) = (Buffer::new(intermediate), Buffer::new(intermediate));
-        self.project([Projection::GateProj, Projection::UpProj], &normed, rows, [&mut *gate, &mut *up], threads);
-        Middle { returned, x: sum, normed, gate, up }
+        Middle { returned, x: sum, normed }
     }
 
-    fn feed_forward(&self, product: &[f32], rows: &Range<usize>, threads: Threads) -> Buffer {
-        let mut returned = Buffer::new(rows.len() * self.architecture.hidden);
-        self.project([Projection::DownProj], product, rows, [&mut *returned], threads);
+    fn gated(&self, adapter: Option<&'a Adapter>) -> Gated<'_> {
+        Gated {
+            gate: self.linear(Projection::GateProj, adapter),
+            up: self.linear(Projection::UpProj, adapter),
+            activation: self.architecture.activation,
+            kernel: self.kernel,
+        }
+    }
+
+    fn feed_forward(&self, normed: &[f32], rows: &Range<usize>, threads: Threads) -> Buffer {
+        let hidden = self.architecture.hidden;
+        let mut returned = Buffer::new(normed.len());
+        for (part, adapter) in self.call.adapters(rows) {
+            let part = part.start * hidden..part.end * hidden;
+            let product = self.gated(adapter).forward(&Left::new(&normed[part.clone()], hidden, self.kernel), threads);
+            let out = self.linear(Projection::DownProj, adapter);
+            out.apply_all(&product, out.down(&product).as_ref(), &mut returned[part], false, threads);
+        }
         returned
     }
 }
 
-/// A block of rows between attention and the feed-forward block's end.
+/// A block of rows between attention and the feed-forward block.
 struct Middle {
     /// What attention's output projection returned.
     returned: Buffer,
@@ -195,16 +217,6 @@ struct Middle {
     x: Buffer,
     /// The same, normalized.
     normed: Buffer,
-    gate: Buffer,
-    up: Buffer,
-}
-
-impl Middle {
-    fn product(&self, architecture: &Architecture) -> Buffer {
-        let mut product = Buffer::new(self.gate.len());
-        architecture.activation.forward(&self.gate, &self.up, &mut product);
-        product
-    }
 }
 
 /// `y = x + returned`, normalized first where the family does so.
@@ -239,11 +251,24 @@ fn copy(values: &[f32]) -> Buffer {
 /// The backward pass.
 impl Work<'_> {
     /// Replaces `grad`, the gradient of the layer's output, by that of its input `x`, both [rows, hidden]. All rows have the
-    /// same adapter, whose gradients are returned. `keys` is room for the call's keys, and so is `swapped`.
-    pub fn backward(&self, x: &[f32], grad: &mut [f32], keys: &mut Keys, swapped: &mut Keys) -> AdapterGradient {
+    /// same adapter, whose gradients are returned. What attention did is computed again unless it was kept. `keys` is room for
+    /// the call's keys, and so is `swapped`.
+    pub fn backward(
+        &self,
+        x: &[f32],
+        kept: Option<Attended>,
+        grad: &mut [f32],
+        [keys, swapped]: [&mut Keys; 2],
+    ) -> AdapterGradient {
         let outputs = |weight: &Panels| weight.transposed(0..weight.dims().0, Threads::All);
         let transposed = self.weights.each_ref().map(|weight| outputs(weight));
-        let kept = self.attend(x, keys);
+        let kept = match kept {
+            Some(kept) => {
+                keys.write(&kept.keys, &kept.values, self.call.call.stores);
+                kept
+            }
+            None => self.attend(x, keys),
+        };
         let (wide, rows) = (self.heads().query * self.heads().dim, self.rows());
         let mut d_attended = Buffer::new(rows * wide);
         let mut gradient = self.middle_backward(x, &kept.attended, grad, &mut d_attended, &transposed);
@@ -269,19 +294,9 @@ impl Work<'_> {
         let parts = in_blocks(self.rows(), outputs, Default::default, |gradient, rows, [grad, d_attended], threads| {
             let x = &x[rows.start * hidden..rows.end * hidden];
             let attended = &attended[rows.start * width..rows.end * width];
-            let middle = self.middle(x, attended, &rows, threads);
-            let product = middle.product(self.architecture);
-            let norm = self.layer.feed_forward_output_norm.as_ref();
-            let returned = norm.map(|_| self.feed_forward(&product, &rows, threads));
-            let d_returned = before_norm(returned.as_deref().unwrap_or(&[]), norm, grad);
-            let mut d_product = Buffer::new(product.len());
+            let Middle { returned, x, normed } = self.middle(x, attended, &rows, threads);
             let mut back = Back { work: self, transposed, gradient, threads };
-            back.through(Projection::DownProj, &d_returned, &product, &mut d_product, false);
-            let Middle { returned, x, normed, mut gate, mut up } = middle;
-            self.architecture.activation.backward(&d_product, &mut gate, &mut up);
-            let mut d_normed = Buffer::new(x.len());
-            back.through(Projection::GateProj, &gate, &normed, &mut d_normed, false);
-            back.through(Projection::UpProj, &up, &normed, &mut d_normed, true);
+            let d_normed = back.through_feed_forward(&normed, &rows, grad);
             self.layer.feed_forward_norm.backward(&x, &d_normed, grad);
             let d_returned = before_norm(&returned, self.layer.attention_output_norm.as_ref(), grad);
             back.through(Projection::OProj, &d_returned, attended, d_attended, false);
@@ -361,14 +376,67 @@ struct Back<'a> {
     threads: Threads,
 }
 
-impl Back<'_> {
+impl<'a> Back<'a> {
+    /// A projection in the direction of gradients.
+    fn linear(&self, projection: Projection) -> Linear<'a> {
+        let (work, weight) = (self.work, &self.transposed[projection as usize]);
+        let adapter = work.call.only_adapter();
+        let adapter = adapter.and_then(|adapter| adapter.low_rank(work.index, projection, work.kernel));
+        Linear { weight, bias: None, adapter, backward: true }
+    }
+
     /// Writes the gradient of a projection's input `x` to `dx`, or adds it, and adds the adapter's to its own.
     fn through(&mut self, projection: Projection, grad: &[f32], x: &[f32], dx: &mut [f32], add: bool) {
-        let (work, weight) = (self.work, &self.transposed[projection as usize]);
-        let adapter = work.call.only_adapter().and_then(|adapter| adapter.low_rank(work.index, projection));
-        let own = adapter.map(|adapter| self.gradient[projection as usize].get_or_insert_with(|| adapter.zeros()));
-        let linear = Linear { weight, bias: None, adapter };
-        linear.backward(&Left::new(grad, weight.dims().1, work.kernel), dx, add, x, own, self.threads);
+        let (linear, kernel) = (self.linear(projection), self.work.kernel);
+        let (wide, narrow) = (linear.weight.dims().1, linear.weight.dims().0);
+        let left = Left::new(grad, wide, kernel);
+        let d_down = linear.down(&left);
+        linear.apply_all(&left, d_down.as_ref(), dx, add, self.threads);
+        if linear.adapter.is_some() {
+            let down = Linear { backward: false, ..linear }.down(&Left::new(x, narrow, kernel));
+            self.keep(projection, x, down.as_ref(), grad, d_down.as_ref());
+        }
+    }
+
+    /// Adds the gradients of a projection's adapter, if it carries one.
+    fn keep(&mut self, projection: Projection, x: &[f32], down: Option<&Down>, grad: &[f32], d_down: Option<&Down>) {
+        let (Some(adapter), Some(down), Some(d_down)) = (self.linear(projection).adapter, down, d_down) else { return };
+        let own = self.gradient[projection as usize].get_or_insert_with(|| adapter.zeros());
+        adapter.add_gradient(x, down, grad, d_down, own);
+    }
+
+    /// The gradient of the feed-forward block's input `normed`, given that of the residual sum after the block.
+    fn through_feed_forward(&mut self, normed: &[f32], rows: &Range<usize>, grad: &[f32]) -> Buffer {
+        let (work, threads) = (self.work, self.threads);
+        let (hidden, intermediate) = (work.architecture.hidden, work.architecture.intermediate);
+        let norm = work.layer.feed_forward_output_norm.as_ref();
+        let returned = norm.map(|_| work.feed_forward(normed, rows, threads));
+        let d_returned = before_norm(returned.as_deref().unwrap_or(&[]), norm, grad);
+        let (x, grad) = (Left::new(normed, hidden, work.kernel), Left::new(&d_returned, hidden, work.kernel));
+        let [gate, up, out] =
+            [Projection::GateProj, Projection::UpProj, Projection::DownProj].map(|projection| self.linear(projection));
+        let room = |wanted: bool| wanted.then(|| Buffer::new(rows.len() * intermediate));
+        let trained = gate.adapter.is_some() || up.adapter.is_some();
+        let mut inner = Inner { product: room(out.adapter.is_some()), grads: [room(trained), room(trained)] };
+        let gated = work.gated(work.call.only_adapter());
+        let (d_down, downs) = (out.down(&grad), [gated.gate.down(&x), gated.up.down(&x)]);
+        let [gate_down, up_down] = downs.each_ref().map(Option::as_ref);
+        let grads = gated.backward(&x, [gate_down, up_down], &out, (&grad, d_down.as_ref()), &mut inner, threads);
+        let mut d_normed = Buffer::new(normed.len());
+        let own = [(Projection::GateProj, gate, gate_down), (Projection::UpProj, up, up_down)];
+        for (index, (projection, linear, down)) in own.into_iter().enumerate() {
+            let d_down = linear.down(&grads[index]);
+            linear.apply_all(&grads[index], d_down.as_ref(), &mut d_normed, index > 0, threads);
+            if let Some(grad) = &inner.grads[index] {
+                self.keep(projection, normed, down, grad, d_down.as_ref());
+            }
+        }
+        if let Some(product) = &inner.product {
+            let left = Left::new(product, intermediate, work.kernel);
+            let down = Linear { backward: false, ..out }.down(&left);
+            self.keep(Projection::DownProj, product, down.as_ref(), &d_returned, d_down.as_ref());
+        }
+        d_normed
     }
 }
 
@@ -385,11 +453,6 @@ fn add_gradient(total: &mut Option<LowRankGradient>, part: Option<LowRankGradien
     match (total, part) {
         (_, None) => {}
         (total @ None, part) => *total = part,
-        (Some(total), Some(part)) => {
-            let add =
-                |total: &mut [f32], part: &[f32]| total.iter_mut().zip(part).for_each(|(total, part)| *total += part);
-            add(&mut total.a, &part.a);
-            add(&mut total.b, &part.b);
-        }
+        (Some(total), Some(part)) => total.add(&part),
     }
 }

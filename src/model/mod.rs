@@ -30,7 +30,7 @@ use candle_core::Device;
 
 pub use architecture::{Architecture, AttentionKind, Projection};
 pub use cache::KeyValueStore;
-pub use layer::AdapterGradient;
+pub use layer::{AdapterGradient, Attended};
 pub use parts::Footprint;
 pub use weights::Weights;
 
@@ -43,6 +43,7 @@ use crate::ops::keys::{Keys, Store};
 use crate::ops::norm::RmsNorm;
 use crate::ops::panels::Panels;
 use crate::ops::rope::Rotation;
+use crate::ops::rows::on_the_pool;
 use crate::policy::Adapter;
 use layer::{Frozen, Layer, Work};
 use parts::{Parts, Reading};
@@ -186,31 +187,33 @@ impl Model {
         embedded
     }
 
-    /// One layer: `x` [rows, hidden] to the output, of the same shape. The call's keys and values are added to `keys`.
+    /// One layer: `x` [rows, hidden] to the output, of the same shape, and what attention did on the way. The call's keys and
+    /// values are added to `keys`.
     ///
     /// # Errors
     /// If packed weights cannot be unpacked.
-    pub fn layer(&self, index: usize, x: &[f32], context: &LayerCall, keys: &mut Keys) -> Result<Buffer> {
-        let mut y = Buffer::new(x.len());
-        self.work(index, context)?.forward(x, keys, &mut y);
-        Ok(y)
+    pub fn layer(&self, index: usize, x: &[f32], context: &LayerCall, keys: &mut Keys) -> Result<(Buffer, Attended)> {
+        on_the_pool(|| {
+            let mut y = Buffer::new(x.len());
+            let attended = self.work(index, context)?.forward(x, keys, &mut y);
+            Ok((y, attended))
+        })
     }
 
     /// The same layer backward: replaces `grad`, the gradient of its output, by that of its input `x`, and returns the adapter's
-    /// gradients. `keys` and `swapped` are room for the call's keys and values.
+    /// gradients. What attention did is computed again unless it was kept. `room` is for the call's keys and values.
     ///
     /// # Errors
     /// As [`Model::layer`].
     pub fn layer_backward(
         &self,
         index: usize,
-        x: &[f32],
+        (x, kept): (&[f32], Option<Attended>),
         grad: &mut [f32],
         context: &LayerCall,
-        keys: &mut Keys,
-        swapped: &mut Keys,
+        room: [&mut Keys; 2],
     ) -> Result<AdapterGradient> {
-        Ok(self.work(index, context)?.backward(x, grad, keys, swapped))
+        on_the_pool(|| Ok(self.work(index, context)?.backward(x, kept, grad, room)))
     }
 
     fn work<'a>(&'a self, index: usize, context: &'a LayerCall) -> Result<Work<'a>> {
@@ -253,7 +256,7 @@ impl Model {
         let context = self.begin(call)?;
         let mut x = self.embed(call);
         for index in 0..self.layers.len() {
-            x = self.layer(index, &x, &context, store.layer(index))?;
+            x = self.layer(index, &x, &context, store.layer(index))?.0;
         }
         Ok(self.final_norm(&self.select(&x, selected)))
     }

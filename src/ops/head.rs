@@ -22,10 +22,16 @@ pub struct Logits {
 }
 
 /// Rows whose logits are computed together, and how many tokens of the vocabulary at a time.
-const ROWS: usize = 256;
-const CHUNK: usize = 8192;
+const ROWS: usize = 1024;
+const CHUNK: usize = 2048;
 /// The most logits that exist at once.
 pub const BLOCK: usize = ROWS * CHUNK;
+
+/// What a backward pass takes beside the hidden states, in bytes: a block of logits, also in half precision, and a part of the
+/// weight as it is there.
+pub const fn bytes(hidden: usize) -> usize {
+    6 * BLOCK + 4 * CHUNK * hidden
+}
 
 /// Calls `visit(rows, tokens, logits)` for every block of `hidden` [rows, width] against `weight` [vocabulary, width], in a
 /// fixed order: for each block of rows, the vocabulary from first to last token. `logits` is [rows, tokens].

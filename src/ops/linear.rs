@@ -1,38 +1,49 @@
 //! `y = x Wᵀ + c + s (x Aᵀ) Bᵀ`: a frozen weight and bias, and the low-rank adapter beside it (LoRA, Hu et al. 2021, eq. 3).
 //!
-//! W and c are never differentiated: a gradient as large as the model would be thrown away.
+//! W and c are never differentiated: a gradient as large as the model would be thrown away. The gradient of x is a product of
+//! the same form, with W transposed and the adapter's two matrices changing places.
+
+use std::ops::Range;
+use std::sync::OnceLock;
 
 use super::buffer::Buffer;
+use super::kernel::Kernel;
 use super::matmul::{Matrix, matmul};
-use super::panels::{Left, Panels, Threads};
+use super::panels::{Left, Panels, Threads, parts};
 
 /// The adapter of one projection, as its products want it.
-#[derive(Clone, Debug)]
 pub struct LowRank {
-    /// Rows of the down projection.
-    pub rank: usize,
+    rank: usize,
+    kernel: Kernel,
     /// Down projection A [rank, in].
-    pub a: Vec<f32>,
-    /// Its transpose [in, rank].
-    pub a_t: Vec<f32>,
+    a: Vec<f32>,
     /// Up projection times the scale, s · B [out, rank].
-    pub b: Vec<f32>,
-    /// Its transpose [rank, out].
-    pub b_t: Vec<f32>,
-    /// What the product is multiplied with, s: alpha / rank.
-    pub scale: f32,
+    b: Vec<f32>,
+    /// s: alpha / rank.
+    scale: f32,
+    forward: Factors,
+    backward: OnceLock<Factors>,
 }
 
-/// Gradients of an adapter's two matrices, in their shapes.
-#[derive(Clone, Debug)]
+/// Two small matrices, one after the other. What bf16 cannot hold of them is computed beside what it can: training moves them by
+/// less than would show otherwise.
+struct Factors {
+    /// [parts · rank, in].
+    down: Panels,
+    /// [out, parts · rank].
+    up: Panels,
+}
+
+/// Gradients of an adapter's two matrices.
 pub struct LowRankGradient {
+    rank: usize,
     /// Of A [rank, in].
     pub a: Vec<f32>,
-    /// Of B [out, rank].
-    pub b: Vec<f32>,
+    /// Of B, transposed: [rank, out].
+    b_t: Vec<f32>,
 }
 
-/// One projection of a layer: the frozen weight in both directions, as far as it is needed, and its adapter.
+/// One projection of a layer: a frozen weight and an adapter, in one of both directions.
 #[derive(Clone, Copy)]
 pub struct Linear<'a> {
     /// W, or its transpose for a backward pass.
@@ -41,27 +52,78 @@ pub struct Linear<'a> {
     pub bias: Option<&'a [f32]>,
     /// The adapter, if the projection carries one.
     pub adapter: Option<&'a LowRank>,
+    /// Whether gradients are going through it, from the output to the input.
+    pub backward: bool,
+}
+
+/// What comes out of an adapter's first matrix.
+pub struct Down {
+    /// [rows, rank].
+    values: Buffer,
+    /// The same for the second matrix.
+    left: Left<'static>,
+}
+
+impl Factors {
+    /// From `down` [rank, in] and `up` [out, rank].
+    fn new(down: &[f32], up: &[f32], rank: usize, kernel: Kernel) -> Self {
+        let rows = parts(down, kernel).concat();
+        let up = parts(up, kernel);
+        let columns = (0..up[0].len() / rank).flat_map(|row| up.iter().flat_map(move |up| &up[row * rank..][..rank]));
+        let columns: Vec<f32> = columns.copied().collect();
+        Self {
+            down: Panels::pack(&rows, down.len() / rank, kernel),
+            up: Panels::pack(&columns, up.len() * rank, kernel),
+        }
+    }
 }
 
 impl LowRank {
     /// From A [rank, in] and B [out, rank].
-    pub fn new(a: Vec<f32>, mut b: Vec<f32>, rank: usize, scale: f32) -> Self {
+    pub fn new(a: Vec<f32>, mut b: Vec<f32>, rank: usize, scale: f32, kernel: Kernel) -> Self {
         b.iter_mut().for_each(|b| *b *= scale);
-        let (a_t, b_t) = (transposed(&a, a.len() / rank), transposed(&b, rank));
-        Self { rank, a, a_t, b, b_t, scale }
+        let forward = Factors::new(&a, &b, rank, kernel);
+        Self { rank, kernel, a, b, scale, forward, backward: OnceLock::new() }
     }
 
     /// Zeros in the shapes of A and B.
     pub fn zeros(&self) -> LowRankGradient {
-        LowRankGradient { a: vec![0.0; self.a.len()], b: vec![0.0; self.b.len()] }
+        LowRankGradient { rank: self.rank, a: vec![0.0; self.a.len()], b_t: vec![0.0; self.b.len()] }
     }
 
-    /// `x Aᵀ` [rows, rank].
-    fn down(&self, x: &[f32]) -> Buffer {
-        let narrow = self.a.len() / self.rank;
-        let mut down = Buffer::new(x.len() / narrow * self.rank);
-        matmul(&mut down, self.rank, false, Matrix::dense(x, narrow), Matrix::dense(&self.a_t, self.rank));
-        down
+    fn factors(&self, backward: bool) -> &Factors {
+        if !backward {
+            return &self.forward;
+        }
+        self.backward.get_or_init(|| {
+            let (rank, narrow) = (self.rank, self.a.len() / self.rank);
+            Factors::new(&transposed(&self.b, rank), &transposed(&self.a, narrow), rank, self.kernel)
+        })
+    }
+
+    /// Adds the gradients of A and B for inputs `x` [rows, in], their `down`, the outputs' gradient `grad` [rows, out] and its
+    /// `d_down`.
+    pub fn add_gradient(&self, x: &[f32], down: &Down, grad: &[f32], d_down: &Down, gradient: &mut LowRankGradient) {
+        let (rank, narrow, wide) = (self.rank, self.a.len() / self.rank, self.b.len() / self.rank);
+        let d_down = Matrix::dense(&d_down.values, rank).t();
+        matmul(&mut gradient.a, narrow, true, d_down, Matrix::dense(x, narrow));
+        let mut scaled = Buffer::new(down.values.len());
+        scaled.iter_mut().zip(&*down.values).for_each(|(to, down)| *to = self.scale * down);
+        matmul(&mut gradient.b_t, wide, true, Matrix::dense(&scaled, rank).t(), Matrix::dense(grad, wide));
+    }
+}
+
+impl LowRankGradient {
+    /// Of B [out, rank].
+    pub fn b(&self) -> Vec<f32> {
+        transposed(&self.b_t, self.b_t.len() / self.rank)
+    }
+
+    /// Adds another part of the same gradient.
+    pub fn add(&mut self, part: &Self) {
+        let add = |total: &mut [f32], part: &[f32]| total.iter_mut().zip(part).for_each(|(total, part)| *total += part);
+        add(&mut self.a, &part.a);
+        add(&mut self.b_t, &part.b_t);
     }
 }
 
@@ -72,43 +134,52 @@ fn transposed(values: &[f32], width: usize) -> Vec<f32> {
 }
 
 impl Linear<'_> {
-    /// `y = x Wᵀ + c + s (x Aᵀ) Bᵀ` [rows, out].
-    pub fn forward(&self, x: &Left, y: &mut [f32], threads: Threads) {
-        let wide = self.weight.dims().0;
-        self.weight.multiply(x, 0..wide, y, wide, false, threads);
-        if let Some(bias) = self.bias {
-            y.chunks_exact_mut(wide).for_each(|y| y.iter_mut().zip(bias).for_each(|(y, bias)| *y += bias));
+    /// What the adapter makes of its inputs before its second matrix.
+    pub fn down(&self, x: &Left) -> Option<Down> {
+        let LowRank { rank, kernel, .. } = *self.adapter?;
+        let panels = &self.adapter?.factors(self.backward).down;
+        let (rows, wide) = (x.rows(), panels.dims().0);
+        let mut parts = Buffer::new(rows * wide);
+        panels.multiply(x, 0..wide, &mut parts, wide, false, Threads::One);
+        let mut values = Buffer::new(rows * rank);
+        for (to, parts) in values.chunks_exact_mut(rank).zip(parts.chunks_exact(wide)) {
+            to.copy_from_slice(&parts[..rank]);
+            for part in parts[rank..].chunks_exact(rank) {
+                to.iter_mut().zip(part).for_each(|(to, part)| *to += part);
+            }
         }
-        if let Some(adapter) = self.adapter {
-            let down = adapter.down(x.rows);
-            matmul(y, wide, true, Matrix::dense(&down, adapter.rank), Matrix::dense(&adapter.b_t, wide));
+        let mut left = Left::room(rows, wide, kernel);
+        for start in (0..wide).step_by(rank) {
+            left.write(start..start + rank, &values, rank);
+        }
+        Some(Down { values, left })
+    }
+
+    /// `y = x Wᵀ + c + s (x Aᵀ) Bᵀ` for some of the outputs, which start with a panel, or what is there already plus that: [rows,
+    /// outputs], rows lying `stride` values apart. `down` is that of the same inputs.
+    pub fn apply(
+        &self,
+        x: &Left,
+        down: Option<&Down>,
+        outputs: Range<usize>,
+        (y, stride): (&mut [f32], usize),
+        add: bool,
+        threads: Threads,
+    ) {
+        self.weight.multiply(x, outputs.clone(), y, stride, add, threads);
+        if let Some(bias) = self.bias {
+            for y in y.chunks_mut(stride) {
+                y.iter_mut().zip(&bias[outputs.clone()]).for_each(|(y, bias)| *y += bias);
+            }
+        }
+        if let (Some(adapter), Some(down)) = (self.adapter, down) {
+            adapter.factors(self.backward).up.multiply(&down.left, outputs, y, stride, true, threads);
         }
     }
 
-    /// The gradient of the input from that of the output, [rows, in]; `weight` is the transpose. It is added to `dx` if `add`
-    /// is set. The adapter's own gradients, for the inputs `x`, are added to `gradient`.
-    pub fn backward(
-        &self,
-        grad: &Left,
-        dx: &mut [f32],
-        add: bool,
-        x: &[f32],
-        gradient: Option<&mut LowRankGradient>,
-        threads: Threads,
-    ) {
-        let (narrow, wide) = self.weight.dims();
-        self.weight.multiply(grad, 0..narrow, dx, narrow, add, threads);
-        let Some(adapter) = self.adapter else { return };
-        let (rank, rows) = (adapter.rank, grad.len());
-        let mut d_down = Buffer::new(rows * rank);
-        let g = Matrix::dense(grad.rows, wide);
-        matmul(&mut d_down, rank, false, g, Matrix::dense(&adapter.b, rank));
-        matmul(dx, narrow, true, Matrix::dense(&d_down, rank), Matrix::dense(&adapter.a, narrow));
-        if let Some(gradient) = gradient {
-            matmul(&mut gradient.a, narrow, true, Matrix::dense(&d_down, rank).t(), Matrix::dense(x, narrow));
-            let mut down = adapter.down(x);
-            down.iter_mut().for_each(|down| *down *= adapter.scale);
-            matmul(&mut gradient.b, rank, true, g.t(), Matrix::dense(&down, rank));
-        }
+    /// All outputs, dense.
+    pub fn apply_all(&self, x: &Left, down: Option<&Down>, y: &mut [f32], add: bool, threads: Threads) {
+        let wide = self.weight.dims().0;
+        self.apply(x, down, 0..wide, (y, wide), add, threads);
     }
 }

@@ -11,6 +11,7 @@
 //! * [`rows`]: work on rows, spread over threads
 //! * [`linear`]: a frozen weight plus an optional low-rank adapter
 //! * [`norm`], [`rope`], [`gate`]: the point-wise parts of a layer
+//! * [`feed_forward`]: the gated block, fused
 //! * [`keys`], [`attention`]: queries over a tree of keys, never the full score matrix
 //! * [`head`]: hidden state to the log-probability of a given token, never the full logits
 
@@ -19,6 +20,7 @@ pub mod attention;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 pub mod buffer;
+pub mod feed_forward;
 pub mod gate;
 pub mod head;
 pub mod kernel;

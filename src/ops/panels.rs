@@ -12,17 +12,14 @@ use super::kernel::Kernel;
 use super::matmul::{Matrix, matmul, matmul_at};
 use super::shared::{Columns, SharedRows};
 use super::{amx, vectorized};
+use crate::config::Dtype;
 
 /// Outputs of a panel, and what inputs are padded to.
 pub const PANEL: usize = amx::SIDE;
 /// Rows whose products with a panel are computed before the next panel: their inputs stay in the second-level cache.
 const ROWS: usize = 256;
-/// Inputs after which sums are set aside, at most: so much of a panel stays in the first-level cache.
-const DEPTH: usize = 640;
-
 /// Inputs of a product in f32 after which another sum begins: one over a head's vocabulary would lose digits.
 const CHAIN: usize = 2048;
-
 /// How many threads share a product.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Threads {
@@ -47,19 +44,34 @@ enum Values {
 
 /// The rows that a weight is multiplied with, in the type of its kernel.
 pub struct Left<'a> {
-    /// The rows in f32, dense.
-    pub rows: &'a [f32],
+    rows: usize,
     width: usize,
-    /// In bf16, padded; with the distance between two rows.
-    narrowed: Option<(Buffer<u16>, usize)>,
+    form: Form<'a>,
+}
+
+enum Form<'a> {
+    F32(&'a [f32]),
+    OwnF32(Buffer<f32>),
+    /// Padded to whole tiles; with the distance between two rows.
+    Bf16(Buffer<u16>, usize),
 }
 
 /// The nearest bf16, ties to even; NaN stays NaN.
 #[inline(always)]
-pub fn to_bf16(x: f32) -> u16 {
+fn to_bf16(x: f32) -> u16 {
     let bits = x.to_bits();
     let rounded = bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) >> 16;
     if x.is_nan() { 0x7fc0 } else { rounded as u16 }
+}
+
+/// What a kernel's type holds of each value, and what that leaves, if it leaves anything.
+pub fn parts(values: &[f32], kernel: Kernel) -> Vec<Vec<f32>> {
+    if kernel.dtype() == Dtype::F32 {
+        return vec![values.to_vec()];
+    }
+    let held: Vec<f32> = values.iter().map(|&x| to_f32(to_bf16(x))).collect();
+    let left = values.iter().zip(&held).map(|(x, held)| x - held).collect();
+    vec![held, left]
 }
 
 #[inline(always)]
@@ -74,34 +86,68 @@ fn padded(n: usize) -> usize {
 impl<'a> Left<'a> {
     /// Prepares dense rows of `width` values.
     pub fn new(rows: &'a [f32], width: usize, kernel: Kernel) -> Self {
-        let bf16 = kernel.dtype() == crate::config::Dtype::Bf16;
-        Self { rows, width, narrowed: bf16.then(|| narrow(rows, width)) }
+        if kernel.dtype() == Dtype::F32 {
+            return Self { rows: rows.len() / width, width, form: Form::F32(rows) };
+        }
+        let mut left = Self::room(rows.len() / width, width, kernel);
+        left.write(0..width, rows, width);
+        left
+    }
+
+    /// Room for rows that are written column by column.
+    pub fn room(rows: usize, width: usize, kernel: Kernel) -> Left<'static> {
+        let form = match kernel.dtype() {
+            Dtype::F32 => Form::OwnF32(Buffer::new(rows * width)),
+            _ => {
+                // Rows a power of two apart would all fall into the same lines of the cache.
+                let stride = if padded(width).is_multiple_of(512) { padded(width) + PANEL } else { padded(width) };
+                let mut narrowed = Buffer::new(rows.next_multiple_of(16) * stride);
+                // What comes after the last column is multiplied with the zeros after the last input.
+                narrowed.chunks_exact_mut(stride).for_each(|row| row[width..].fill(0));
+                Form::Bf16(narrowed, stride)
+            }
+        };
+        Left { rows, width, form }
+    }
+
+    /// Writes some columns of all rows, which lie `stride` values apart in `values`.
+    ///
+    /// # Panics
+    /// If the rows are borrowed: a mistake of the caller.
+    pub fn write(&mut self, columns: Range<usize>, values: &[f32], stride: usize) {
+        let (rows, width) = (self.rows, self.width);
+        let from = values.chunks(stride).take(rows);
+        match &mut self.form {
+            Form::F32(_) => unreachable!("borrowed rows are there already"),
+            Form::OwnF32(own) => {
+                for (to, from) in own.chunks_exact_mut(width).zip(from) {
+                    to[columns.clone()].copy_from_slice(&from[..columns.len()]);
+                }
+            }
+            Form::Bf16(own, own_stride) => {
+                for (to, from) in own.chunks_exact_mut(*own_stride).zip(from) {
+                    let to = &mut to[columns.clone()];
+                    vectorized(
+                        #[inline(always)]
+                        || to.iter_mut().zip(from).for_each(|(to, from)| *to = to_bf16(*from)),
+                    );
+                }
+            }
+        }
     }
 
     /// How many rows there are.
-    pub fn len(&self) -> usize {
-        self.rows.len() / self.width
+    pub fn rows(&self) -> usize {
+        self.rows
     }
 
-    /// Whether there are none.
-    pub fn is_empty(&self) -> bool {
-        self.rows.is_empty()
+    fn f32(&self) -> &[f32] {
+        match &self.form {
+            Form::F32(rows) => rows,
+            Form::OwnF32(rows) => rows,
+            Form::Bf16(..) => unreachable!("rows were prepared for another kernel"),
+        }
     }
-}
-
-/// Rows in bf16, with zeros after the last column and whatever was there after the last row, up to the size of tiles.
-fn narrow(rows: &[f32], width: usize) -> (Buffer<u16>, usize) {
-    // Rows a power of two apart would all fall into the same lines of the cache.
-    let stride = if padded(width).is_multiple_of(512) { padded(width) + PANEL } else { padded(width) };
-    let mut narrowed = Buffer::new((rows.len() / width).next_multiple_of(16) * stride);
-    for (to, from) in narrowed.chunks_exact_mut(stride).zip(rows.chunks_exact(width)) {
-        vectorized(
-            #[inline(always)]
-            || to.iter_mut().zip(from).for_each(|(to, from)| *to = to_bf16(*from)),
-        );
-        to[width..].fill(0);
-    }
-    (narrowed, stride)
 }
 
 impl Panels {
@@ -269,7 +315,7 @@ impl Panels {
     /// # Panics
     /// If shapes disagree: a mistake of the calling operation.
     pub fn multiply(&self, x: &Left, outputs: Range<usize>, c: &mut [f32], stride: usize, add: bool, threads: Threads) {
-        let rows = x.len();
+        let rows = x.rows;
         assert!(x.width == self.narrow && outputs.end <= self.wide, "inner dimensions or outputs differ");
         assert!(outputs.start.is_multiple_of(PANEL), "outputs start with a panel");
         if rows == 0 || outputs.is_empty() {
@@ -303,22 +349,24 @@ impl Panels {
     fn some(&self, x: &Left, panels: Range<usize>, outputs: &Range<usize>, c: &SharedRows, add: bool) {
         let depth = padded(self.narrow);
         let tiles = (self.kernel == Kernel::Amx).then(amx::Tiles::configure);
-        for first in (0..x.len()).step_by(ROWS) {
-            let rows = first..(first + ROWS).min(x.len());
+        for first in (0..x.rows).step_by(ROWS) {
+            let rows = first..(first + ROWS).min(x.rows);
             for panel in panels.clone() {
                 let columns = panel * PANEL - outputs.start..(panel * PANEL + PANEL).min(outputs.end) - outputs.start;
                 // SAFETY: each panel's columns are written by the one thread that has the panel.
                 let mut c = unsafe { c.columns(rows.clone(), columns) };
-                match (&self.values, &x.narrowed) {
-                    (Values::Bf16(values), Some((narrowed, stride))) => {
-                        let panel = &values[panel * PANEL * depth..][..PANEL * depth];
-                        bf16_panel(tiles.as_ref(), &narrowed[first * stride..], *stride, panel, &mut c, add);
+                match (&self.values, &x.form) {
+                    (Values::Bf16(values), Form::Bf16(narrowed, stride)) => {
+                        let (start, len) = (panel * PANEL * depth, PANEL * depth);
+                        let next = values.get(start + len..start + 2 * len).unwrap_or(&[]);
+                        let rows = (&narrowed[first * stride..], *stride);
+                        bf16_panel(tiles.as_ref(), rows, (&values[start..start + len], next), &mut c, add);
                     }
                     (Values::F32(values), _) => {
                         let panel = &values[panel * PANEL * depth..][..PANEL * self.narrow];
-                        f32_panel(&x.rows[rows.start * self.narrow..rows.end * self.narrow], panel, &mut c, add);
+                        f32_panel(&x.f32()[rows.start * self.narrow..rows.end * self.narrow], panel, &mut c, add);
                     }
-                    (Values::Bf16(_), None) => unreachable!("rows were prepared for another kernel"),
+                    (Values::Bf16(_), _) => unreachable!("rows were prepared for another kernel"),
                 }
             }
         }
@@ -365,40 +413,43 @@ fn f32_panel(x: &[f32], panel: &[f32], c: &mut Columns, add: bool) {
     }
 }
 
-/// All rows times one panel of bf16. `a` has whole tiles of rows.
-fn bf16_panel(tiles: Option<&amx::Tiles>, a: &[u16], stride: usize, panel: &[u16], c: &mut Columns, add: bool) {
+/// All rows times one panel of bf16. `a` has whole tiles of rows. Meanwhile `next`, the panel after it, is fetched.
+fn bf16_panel(
+    tiles: Option<&amx::Tiles>,
+    (a, stride): (&[u16], usize),
+    (panel, next): (&[u16], &[u16]),
+    c: &mut Columns,
+    add: bool,
+) {
     let (depth, rows) = (panel.len() / PANEL, c.rows());
     assert!(a.len() >= rows.next_multiple_of(16) * stride && stride >= depth, "rows are padded to tiles");
-    // In parts of one length, so that none is a leftover.
-    let part = depth.div_ceil(depth.div_ceil(DEPTH)).next_multiple_of(PANEL);
-    for start in (0..depth).step_by(part) {
-        let (steps, keep) = ((depth - start).min(part) / PANEL, add || start > 0);
-        let b = panel[start * PANEL..].as_ptr();
-        let mut row = 0;
-        while row < rows {
-            let a = (a[row * stride + start..].as_ptr(), stride);
-            match tiles {
-                Some(tiles) => {
-                    let two = rows - row > 16;
-                    let height = if two { 32 } else { 16 };
-                    // SAFETY: by the asserts above, `height` rows of `a` are there, and `steps` times 32 inputs from `start`;
-                    // `whole` gives room for as many rows of 32.
-                    c.whole(row..row + height, keep, |c| unsafe { tiles.multiply(a, b, steps, c, keep, two) });
-                    row += height;
-                }
-                #[cfg(target_arch = "x86_64")]
-                None => {
-                    let count = (rows - row).min(12);
-                    // SAFETY: the kernel was chosen because AVX-512-BF16 is there; `count` rows of `a` are there, and `steps`
-                    // times 32 inputs from `start`; `whole` gives room for as many rows of 32.
-                    c.whole(row..row + count, keep, |c| unsafe {
-                        super::avx512::bf16_block(a, b, steps * PANEL / 2, c, count, keep);
-                    });
-                    row += count;
-                }
-                #[cfg(not(target_arch = "x86_64"))]
-                None => unreachable!("kernels in bf16 are for x86-64"),
+    let (steps, b) = (depth / PANEL, panel.as_ptr());
+    let mut ahead = next.chunks(next.len().div_ceil(rows.div_ceil(32)).max(1));
+    let mut row = 0;
+    while row < rows {
+        let a = (a[row * stride..].as_ptr(), stride);
+        match tiles {
+            Some(tiles) => {
+                amx::fetch(ahead.next().unwrap_or(&[]));
+                let two = rows - row > 16;
+                let height = if two { 32 } else { 16 };
+                // SAFETY: by the assert above, `height` rows of `a` are there, and all inputs of the panel; `whole` gives room
+                // for as many rows of 32.
+                c.whole(row..row + height, add, |c| unsafe { tiles.multiply(a, b, steps, c, add, two) });
+                row += height;
             }
+            #[cfg(target_arch = "x86_64")]
+            None => {
+                let count = (rows - row).min(12);
+                // SAFETY: the kernel was chosen because AVX-512-BF16 is there; `count` rows of `a` are there, and all inputs of
+                // the panel; `whole` gives room for as many rows of 32.
+                c.whole(row..row + count, add, |c| unsafe {
+                    super::avx512::bf16_block(a, b, steps * PANEL / 2, c, count, add);
+                });
+                row += count;
+            }
+            #[cfg(not(target_arch = "x86_64"))]
+            None => unreachable!("kernels in bf16 are for x86-64"),
         }
     }
 }
@@ -413,14 +464,14 @@ fn multiply_rows(weight: &[f32], x: &Left, c: &mut [f32], stride: usize, add: bo
     // SAFETY: `multiply` checked that `c` holds [rows, wide] at this stride; `x` and `weight` are dense.
     unsafe {
         gemm::gemm(
-            x.len(),
+            x.rows,
             wide,
             x.width,
             c.as_mut_ptr(),
             1,
             stride as isize,
             add,
-            x.rows.as_ptr(),
+            x.f32().as_ptr(),
             1,
             x.width as isize,
             weight.as_ptr(),

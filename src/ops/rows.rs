@@ -8,7 +8,7 @@ use rayon::prelude::*;
 use super::panels::Threads;
 
 /// Rows of a block: what is computed from them stays in the second-level cache.
-const BLOCK: usize = 128;
+const BLOCK: usize = 256;
 /// Rows that make it worth to give a thread a part of its own.
 const PART: usize = 64;
 
@@ -44,6 +44,16 @@ pub fn in_blocks<const N: usize, S: Send>(
         state
     };
     parts.into_par_iter().with_max_len(1).map(run).collect()
+}
+
+/// Numbers in blocks of so many per row that are alive at once, for so many rows in all.
+pub fn scratch(width: usize, rows: usize) -> usize {
+    width * rows.min(BLOCK * rayon::current_num_threads())
+}
+
+/// Runs `f` on a thread of the pool, so that parallel parts within it wake no one but the others.
+pub fn on_the_pool<R: Send>(f: impl FnOnce() -> R + Send) -> R {
+    rayon::scope(|_| f())
 }
 
 fn each_block<const N: usize, S>(

@@ -9,6 +9,7 @@ use crate::model::{Call, KeyValueStore, Model};
 use crate::ops::attention::Span;
 use crate::ops::head::{Choice, Chosen, choose};
 use crate::ops::keys::Store;
+use crate::ops::rows::on_the_pool;
 use crate::policy::Adapter;
 
 /// The rows of the next forward call, and the row that predicts the next token of every sequence.
@@ -48,8 +49,10 @@ impl Rows {
             stores: &self.stores,
             adapters: &[(0..self.ids.len(), adapter)],
         };
-        let hidden = model.forward(&call, store, &self.predicting)?;
         let temperature = if settings.temperature == 0.0 { 1.0 } else { settings.temperature };
-        choose(&hidden, model.head(), choices, model.logits(temperature))
+        on_the_pool(|| {
+            let hidden = model.forward(&call, store, &self.predicting)?;
+            choose(&hidden, model.head(), choices, model.logits(temperature))
+        })
     }
 }

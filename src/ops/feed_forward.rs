@@ -1,0 +1,132 @@
+//! The gated feed-forward block, a few panels of its inner width at a time: what is inside never leaves the cache, except what
+//! an adapter's own gradients ask for.
+
+use std::ops::Range;
+
+use rayon::prelude::*;
+
+use super::buffer::Buffer;
+use super::gate::Activation;
+use super::kernel::Kernel;
+use super::linear::{Down, Linear};
+use super::panels::{Left, PANEL, Threads};
+
+/// Inner values that are computed together.
+const WIDTH: usize = 2 * PANEL;
+
+/// The two projections into the block, and what comes between them and the one out of it.
+pub struct Gated<'a> {
+    /// To the gate.
+    pub gate: Linear<'a>,
+    /// To what is gated.
+    pub up: Linear<'a>,
+    /// Of the gate.
+    pub activation: Activation,
+    /// What multiplies.
+    pub kernel: Kernel,
+}
+
+/// Inner values for an adapter's gradients, in f32, [rows, inner width] each.
+#[derive(Default)]
+pub struct Inner {
+    /// What is projected out of the block.
+    pub product: Option<Buffer>,
+    /// The gradient of the gate before its activation, and that of what is gated.
+    pub grads: [Option<Buffer>; 2],
+}
+
+impl Gated<'_> {
+    fn wide(&self) -> usize {
+        self.gate.weight.dims().0
+    }
+
+    /// Gate and what is gated, for some of the inner values: [rows, WIDTH] each.
+    fn pair(&self, x: &Left, downs: [Option<&Down>; 2], inner: Range<usize>) -> [Buffer; 2] {
+        let mut pair = [(); 2].map(|()| Buffer::new(x.rows() * WIDTH));
+        for ((linear, down), values) in [&self.gate, &self.up].into_iter().zip(downs).zip(&mut pair) {
+            linear.apply(x, down, inner.clone(), (values, WIDTH), false, Threads::One);
+        }
+        pair
+    }
+
+    /// `activation(gate(x)) · up(x)` [rows, inner width], for the projection out of the block.
+    pub fn forward(&self, x: &Left, threads: Threads) -> Left<'static> {
+        let (wide, downs) = (self.wide(), [self.gate.down(x), self.up.down(x)]);
+        let mut product = Left::room(x.rows(), wide, self.kernel);
+        let compute = |inner: Range<usize>| {
+            let [gate, up] = self.pair(x, downs.each_ref().map(Option::as_ref), inner);
+            let mut values = Buffer::new(gate.len());
+            self.activation.forward(&gate, &up, &mut values);
+            values
+        };
+        in_parts(wide, threads, compute, |inner, values| product.write(inner, &values, WIDTH));
+        product
+    }
+
+    /// The gradients of gate and of what is gated [rows, inner width], for their projections back. The gradient of their product
+    /// is what `out`, the projection out of the block transposed, makes of that of the output. `inner` receives what it has
+    /// room for.
+    pub fn backward(
+        &self,
+        x: &Left,
+        downs: [Option<&Down>; 2],
+        out: &Linear,
+        (grad, d_down): (&Left, Option<&Down>),
+        inner: &mut Inner,
+        threads: Threads,
+    ) -> [Left<'static>; 2] {
+        let wide = self.wide();
+        let mut grads = [(); 2].map(|()| Left::room(x.rows(), wide, self.kernel));
+        let wants_product = inner.product.is_some();
+        let compute = |part: Range<usize>| {
+            let [mut gate, mut up] = self.pair(x, downs, part.clone());
+            let mut d_product = Buffer::new(gate.len());
+            out.apply(grad, d_down, part, (&mut d_product, WIDTH), false, Threads::One);
+            let product = wants_product.then(|| {
+                let mut product = Buffer::new(gate.len());
+                self.activation.forward(&gate, &up, &mut product);
+                product
+            });
+            self.activation.backward(&d_product, &mut gate, &mut up);
+            ([gate, up], product)
+        };
+        in_parts(wide, threads, compute, |part, (values, product)| {
+            for (to, values) in grads.iter_mut().zip(&values) {
+                to.write(part.clone(), values, WIDTH);
+            }
+            for (to, values) in inner.grads.iter_mut().zip(&values) {
+                to.iter_mut().for_each(|to| copy(to, wide, part.clone(), values));
+            }
+            if let (Some(to), Some(values)) = (&mut inner.product, product) {
+                copy(to, wide, part, &values);
+            }
+        });
+        grads
+    }
+}
+
+/// Writes some columns of a matrix `wide` values wide.
+fn copy(to: &mut [f32], wide: usize, columns: Range<usize>, values: &[f32]) {
+    for (to, from) in to.chunks_exact_mut(wide).zip(values.chunks_exact(WIDTH)) {
+        to[columns.clone()].copy_from_slice(&from[..columns.len()]);
+    }
+}
+
+/// Computes all parts of the inner width, on all threads if so, and takes them in order.
+fn in_parts<R: Send>(
+    wide: usize,
+    threads: Threads,
+    compute: impl Fn(Range<usize>) -> R + Sync,
+    mut take: impl FnMut(Range<usize>, R),
+) {
+    let part = |start: usize| start..(start + WIDTH).min(wide);
+    let starts = (0..wide).step_by(WIDTH);
+    match threads {
+        Threads::One => starts.for_each(|start| take(part(start), compute(part(start)))),
+        Threads::All => {
+            let starts: Vec<usize> = starts.collect();
+            let computed: Vec<R> = starts.par_iter().map(|&start| compute(part(start))).collect();
+            starts.into_iter().zip(computed).for_each(|(start, values)| take(part(start), values));
+        }
+    }
+}
