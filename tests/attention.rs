@@ -23,7 +23,9 @@ fn tree(before: &[Span], prompt: usize, branches: &[usize]) -> Vec<Span> {
         keys..keys + rows
     };
     let prompt = add(prompt, &(0..0));
-    branches.iter().for_each(|branch| drop(add(*branch, &prompt)));
+    for branch in branches {
+        add(*branch, &prompt);
+    }
     spans
 }
 

@@ -155,7 +155,7 @@ fn a_call_whose_parts_do_not_fit_is_refused() {
     let good = Call {
         ids: &[5, 6, 7],
         positions: &[0, 1, 2],
-        spans: &[span.clone()],
+        spans: std::slice::from_ref(&span),
         stores: &stores,
         adapters: &[(0..3, None)],
     };
@@ -169,7 +169,7 @@ fn a_call_whose_parts_do_not_fit_is_refused() {
     for adapters in [&[(1..3, None)][..], &[(0..2, None)], &[(0..2, None), (1..3, None)], &[(0..4, None)]] {
         assert!(refused(Call { adapters, ..good }).contains("adapters do not cover"), "{} ranges", adapters.len());
     }
-    for span in [Span { queries: 1..4, ..span.clone() }, Span { own: 0..2, prefix: 0..3, ..span }] {
+    for span in [Span { queries: 1..4, ..span.clone() }, Span { own: 0..2, prefix: 0..3, ..span.clone() }] {
         assert!(refused(Call { spans: &[span], ..good }).contains("does not fit"));
     }
 }
