@@ -4,7 +4,6 @@
 use std::fs;
 use std::sync::Arc;
 
-use candle_core::Device;
 use candor::chat::{Chat, Reply};
 use candor::model::Model;
 use candor::sampler::conversation::Conversation;
@@ -25,7 +24,7 @@ fn settings(temperature: f64) -> Settings {
 #[test]
 fn a_conversation_goes_on_as_if_every_turn_were_the_first() {
     let Some(folder) = check::golden("tiny/llama") else { return };
-    let model = Arc::new(Model::open(&folder, &Device::Cpu).unwrap());
+    let model = Arc::new(Model::open(&folder, check::f32_kernel()).unwrap());
     let tokenizer = Arc::new(Tokenizer::from_folder(&folder).unwrap());
     let (adapter, _) = adapter(&model, &folder.join("adapter_lora"));
     let mut conversation = Conversation::new(model.clone(), tokenizer.clone());

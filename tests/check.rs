@@ -3,6 +3,8 @@
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
+use candor::config::Dtype;
+use candor::ops::kernel::Kernel;
 use serde_json::Value;
 
 /// A file or folder of golden numbers, or `None` after saying loudly that the test is skipped.
@@ -39,6 +41,25 @@ fn find(variable: &str, kind: &str, relative: &str) -> Option<PathBuf> {
     found
 }
 
+/// The best kernel that computes in f32, for comparisons with numbers that were computed in f32.
+pub fn f32_kernel() -> Kernel {
+    Kernel::choose(Dtype::F32, None).unwrap()
+}
+
+/// All kernels of this machine, after saying loudly which it lacks.
+pub fn kernels() -> Vec<Kernel> {
+    let (here, lacking): (Vec<Kernel>, Vec<Kernel>) = Kernel::ALL.into_iter().partition(|kernel| kernel.available());
+    if !lacking.is_empty() {
+        skipped(format!("this processor does not have {lacking:?}"));
+    }
+    here
+}
+
+/// Those whose rows must come out the same in every batch.
+pub fn row_invariant_kernels() -> Vec<Kernel> {
+    kernels().into_iter().filter(|kernel| kernel.row_invariant()).collect()
+}
+
 /// Reads a JSON file of the tests.
 pub fn json(path: &Path) -> Value {
     let text = std::fs::read_to_string(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
@@ -59,6 +80,15 @@ pub fn close(name: &str, got: f64, want: f64, tolerance: f64) {
         "{name}: got {got}, want {want}, difference {:.3e} over tolerance {tolerance:.1e}",
         (got - want).abs()
     );
+}
+
+/// Equal to the last bit; NaN equals nothing.
+#[track_caller]
+pub fn same_bits(name: &str, got: &[f32], want: &[f32]) {
+    assert_eq!(got.len(), want.len(), "{name}: lengths differ");
+    for (index, (got, want)) in got.iter().zip(want).enumerate() {
+        assert!(got == want && !got.is_nan(), "{name}[{index}]: got {got:e}, want {want:e}");
+    }
 }
 
 /// [`close`] over two lists of the same length.

@@ -193,7 +193,16 @@ fn model_keys_and_names_are_refused() {
         ("\"weights\"", "\"m\"\ndevice = \"cuda:0\"", "small.toml:4: model.device: not in this version"),
         ("\"weights\"", "\"m\"\ndevice = \"cuda:-1\"", "small.toml:4: model.device: unknown device \"cuda:-1\""),
         ("\"weights\"", "\"m\"\ndevice = \"gpu\"", "expected \"auto\", \"cpu\" or \"cuda:0\""),
-        ("\"weights\"", "\"m\"\ndtype = \"bf16\"", "model.dtype: not in this version"),
+        (
+            "\"weights\"",
+            "\"m\"\ndtype = \"f16\"",
+            "small.toml:4: model.dtype: \"f16\" is unknown; did you mean \"bf16\"?",
+        ),
+        (
+            "\"weights\"",
+            "\"m\"\nkernel = \"sse\"",
+            "small.toml:4: model.kernel: \"sse\" is unknown; known: amx, avx512_bf16, avx512, gemm",
+        ),
         (
             "\"weights\"",
             "\"m\"\nquantization = \"q3\"",

@@ -16,12 +16,13 @@ use toml::{Table, Value};
 use crate::config::{SMALL, reference};
 
 /// The files whose types are read from a config.
-const SOURCES: [&str; 8] = [
+const SOURCES: [&str; 9] = [
     "src/config/mod.rs",
     "src/config/sections.rs",
     "src/advantage.rs",
     "src/objective/mod.rs",
     "src/objective/policy.rs",
+    "src/ops/kernel.rs",
     "environments/boolq.rs",
     "environments/length.rs",
     "environments/scoring.rs",
@@ -357,6 +358,7 @@ fn the_page_holds_the_contracts_keys_and_defaults() {
         "learner.importance.mode",
         "learner.kl_estimator",
         "lora.start_from",
+        "model.kernel",
         "model.quantization",
         "sampling.endpoints",
         "sampling.endpoints.adapter_dir",

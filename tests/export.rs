@@ -4,7 +4,6 @@ use std::collections::HashMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use candle_core::Device;
 use candor::export::{Dtype, Export, SHARD, Settings};
 use candor::model::{Model, Weights};
 use candor::policy::Adapter;
@@ -30,7 +29,7 @@ fn adapters(folder: &Path) -> Vec<PathBuf> {
 }
 
 fn some_logits(path: &Path, with: Option<&dyn Fn(&Model) -> Adapter>) -> Vec<f64> {
-    let model = Model::open(path, &Device::Cpu).unwrap();
+    let model = Model::open(path, check::f32_kernel()).unwrap();
     let adapter = with.map(|with| with(&model));
     logits(&model, &[(5..45).collect()], adapter.as_ref())
 }
@@ -45,7 +44,7 @@ fn golden_logits_of_merged_folders() {
             export(&Settings { shard, ..settings(&folder, Some(&path), &out) });
             let name = path.file_name().unwrap().to_str().unwrap().replace("adapter_", "golden_");
             let golden = tensors(&folder.join(format!("{name}.safetensors")));
-            let merged = Model::open(&out, &Device::Cpu).unwrap();
+            let merged = Model::open(&out, check::f32_kernel()).unwrap();
             let got = logits(&merged, std::slice::from_ref(&a), None);
             check::all_close(&path.display().to_string(), &got, &values(&golden["logits_a"]), 1e-4);
             for copied in ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"] {

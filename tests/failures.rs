@@ -16,7 +16,7 @@ use candor_environments::{Completion, Environment, Finish, Message, ParseStatus,
 use serde_json::Value;
 use tempfile::tempdir;
 
-use crate::check::close;
+use crate::check::{self, close};
 use crate::toy::{JUDGE_FAILS, config, failure, generations, lines, model, rows_of, run, within};
 
 /// A toy of which only the behavior and perhaps the number of its tasks are not as usual.
@@ -238,7 +238,7 @@ impl Environment for Broken {
 /// Why a batch of one broken task fails when a score may take a fifth of a second.
 fn broken_batch(panics: bool) -> String {
     within(60, move || {
-        let (model, tokenizer) = load_model(model().to_str().unwrap(), &Device::Cpu, &|_| {}).unwrap();
+        let (model, tokenizer) = load_model(model().to_str().unwrap(), check::f32_kernel(), &|_| {}).unwrap();
         let environment = Arc::new(Broken { panics });
         let sources = [Source::new("broken", 1.0, environment)];
         let patience = Duration::from_millis(200);

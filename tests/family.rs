@@ -212,7 +212,7 @@ pub fn gguf(folder: &Path) -> NamedTempFile {
 fn golden_logits_from_gguf_files() {
     for folder in tiny_models() {
         let file = gguf(&folder);
-        let model = Model::open(file.path(), &Device::Cpu).unwrap();
+        let model = Model::open(file.path(), check::f32_kernel()).unwrap();
         let golden = tensors(&folder.join("golden_logits.safetensors"));
         let got = logits(&model, &[ids(&golden["ids_a"])], None);
         check::all_close(&format!("{folder:?} as gguf"), &got, &values(&golden["logits_a"]), 1e-4);

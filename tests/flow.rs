@@ -12,10 +12,10 @@ use candor::setup::Options;
 use candor::summary::Summary;
 use candor_environments::{Environment, Load, Message, Target, Task};
 use proptest::prelude::*;
-use serde_json::Value;
+use serde_json::{Value, json};
 use tempfile::tempdir;
 
-use crate::check::close;
+use crate::check::{self, close};
 use crate::toy::{config, generations, lines, load, mean_reward, rows_of, run};
 
 /// Mean training reward of every step, and the mean held-out reward before and after.
@@ -47,6 +47,22 @@ fn the_reward_rises_above_that_of_the_untrained_policy_on_the_same_seeds() {
     // The untrained policy earns between 0.04 and 0.16 in every step.
     assert!(last > first + 0.3 && last > control + 0.3, "first {first:.3}, last {last:.3}, untrained {control:.3}");
     assert!(after > before + 0.3, "held out: {before:.3} before, {after:.3} after");
+}
+
+/// At level 0 a step learns from what its own policy said. Where rows do not depend on their batch, sampler and learner compute the
+/// same bits, and every ratio is exactly 1.
+#[test]
+fn every_step_is_exactly_on_policy() {
+    for kernel in check::row_invariant_kernels() {
+        let results = tempdir().unwrap();
+        run(results.path(), &config(&format!("model.kernel = {}\nsampling.temperature = 0.8", json!(kernel))));
+        let rows = lines(&results.path().join("toy/metrics.jsonl"));
+        assert_eq!(rows.len(), 4);
+        for row in rows {
+            assert_eq!(row["objective"]["logprob_gap_max"], 0.0, "{kernel:?}: {row}");
+            assert_ne!(row["grad_norm"], 0.0);
+        }
+    }
 }
 
 /// Catches an evaluation of other tasks, of the base where an adapter was given, or of an adapter with another scale.

@@ -1,12 +1,15 @@
 //! The head, from hidden state to the log-probability of a token and to the next token, against full logits in f64.
 
-use candle_core::{DType, Device, Result, Tensor};
+use candle_core::{Device, Result, Tensor};
 use candle_nn::ops::log_softmax;
-use candor::ops::head::{Choice, Chosen, Logits, choose, log_probabilities};
+use candor::config::Dtype;
+use candor::ops::head::{Choice, Chosen, Logits, choose, log_probabilities, log_probabilities_backward};
+use candor::ops::kernel::Kernel;
+use candor::ops::panels::Panels;
 
 use crate::check;
 use crate::model::values;
-use crate::ops::{check_op, error, narrowed, random};
+use crate::ops::{Computed, check_op, floats, random};
 
 /// Log-probabilities [rows, vocabulary] at a temperature, by full logits.
 fn slow_logprobs(hidden: &Tensor, weight: &Tensor, logits: Logits) -> Result<Tensor> {
@@ -15,6 +18,11 @@ fn slow_logprobs(hidden: &Tensor, weight: &Tensor, logits: Logits) -> Result<Ten
         z = ((z / cap)?.tanh()? * cap)?;
     }
     log_softmax(&(z / f64::from(logits.temperature))?, 1)
+}
+
+/// The head's weight [vocabulary, width].
+fn packed(weight: &[f32], width: usize) -> Panels {
+    Panels::pack(weight, width, check::f32_kernel())
 }
 
 /// f32 settings that are exact in f64 too.
@@ -31,30 +39,46 @@ fn log_probabilities_and_entropies() {
     for (rows, vocabulary) in [(1, 1), (17, 2), (33, 300), (7, 20_000), (300, 8193)] {
         let (hidden, weight) = (random(1, (rows, 12)), random(2, (vocabulary, 12)));
         let targets: Vec<u32> = (0..rows).map(|row| ((vocabulary - 1) * (row + 1) / rows) as u32).collect();
-        let weight32 = narrowed(&weight);
-        for logits in LOGITS.into_iter().take(if rows == 300 { 1 } else { 4 }) {
-            let name = format!("head, {rows} rows, {vocabulary} tokens, {logits:?}");
+        for (logits, kernel) in LOGITS
+            .into_iter()
+            .take(if rows == 300 { 1 } else { 4 })
+            .flat_map(|logits| f32_kernels().map(move |kernel| (logits, kernel)))
+        {
+            let name = format!("head, {rows} rows, {vocabulary} tokens, {logits:?}, {kernel:?}");
+            let packed = Panels::pack(&floats(&weight), 12, kernel);
             let index = Tensor::new(targets.as_slice(), &Device::Cpu).unwrap().unsqueeze(1).unwrap();
             let chosen = |x: &[Tensor]| slow_logprobs(&x[0], &weight, logits)?.gather(&index, 1)?.flatten_all();
-            let fused = |x: &[Tensor]| Ok(log_probabilities(&x[0], &weight32, &targets, logits)?.logprobs);
-            check_op(&name, std::slice::from_ref(&hidden), fused, chosen);
+            let (packed, targets) = (&packed, &targets);
+            check_op(&name, std::slice::from_ref(&hidden), |x| head(&x[0], packed, targets, logits), chosen);
             let logprobs = slow_logprobs(&hidden, &weight, logits).unwrap();
             let entropies = (logprobs.exp().unwrap() * &logprobs).unwrap().sum(1).unwrap().neg().unwrap();
-            let got = log_probabilities(&narrowed(&hidden), &weight32, &targets, logits).unwrap().entropies;
-            let got: Vec<f64> = got.into_iter().map(f64::from).collect();
+            let known = log_probabilities(&floats(&hidden), packed, targets, logits).unwrap();
+            let got: Vec<f64> = known.entropies().map(f64::from).collect();
             check::all_close(&format!("{name}, entropy"), &got, &values(&entropies), 2e-6);
         }
     }
+}
+
+fn f32_kernels() -> impl Iterator<Item = Kernel> {
+    check::kernels().into_iter().filter(|kernel| kernel.dtype() == Dtype::F32)
+}
+
+/// Log-probabilities, and the gradient of the hidden states.
+fn head<'a>(hidden: &[f32], weight: &'a Panels, targets: &'a [u32], logits: Logits) -> Computed<'a> {
+    let known = log_probabilities(hidden, weight, targets, logits).unwrap();
+    let (value, hidden) = (known.logprobs.clone(), hidden.to_vec());
+    let backward =
+        move |grad: &[f32]| vec![log_probabilities_backward(&hidden, weight, targets, logits, &known, grad).to_vec()];
+    Computed { value, backward: Box::new(backward) }
 }
 
 /// Logits may be large and all alike: what counts are their differences.
 #[test]
 fn an_entropy_does_not_depend_on_the_size_of_the_logits() {
     let weight: Vec<f32> = (0..3000).flat_map(|token| [1.0, (token % 7) as f32 * 0.25]).collect();
-    let weight = Tensor::from_vec(weight, (3000, 2), &Device::Cpu).unwrap();
+    let weight = packed(&weight, 2);
     let entropies = |offset: f32, slope: f32| {
-        let hidden = Tensor::from_vec(vec![offset, slope], (1, 2), &Device::Cpu).unwrap();
-        log_probabilities(&hidden, &weight, &[0], LOGITS[0]).unwrap().entropies[0]
+        log_probabilities(&[offset, slope], &weight, &[0], LOGITS[0]).unwrap().entropies().next().unwrap()
     };
     for slope in [1.0, 8.0] {
         let want = f64::from(entropies(0.0, slope));
@@ -65,9 +89,8 @@ fn an_entropy_does_not_depend_on_the_size_of_the_logits() {
 }
 
 /// Chooses once per choice from one distribution, given by its logits.
-fn choose_from(logits_v: &[f32], choices: &[Choice], logits: Logits) -> Result<Vec<Chosen>> {
-    let weight = Tensor::from_slice(logits_v, (logits_v.len(), 1), &Device::Cpu)?;
-    choose(&Tensor::ones((choices.len(), 1), DType::F32, &Device::Cpu)?, &weight, choices, logits)
+fn choose_from(logits_v: &[f32], choices: &[Choice], logits: Logits) -> anyhow::Result<Vec<Chosen>> {
+    choose(&vec![1.0; choices.len()], &packed(logits_v, 1), choices, logits)
 }
 
 #[test]
@@ -79,7 +102,7 @@ fn chosen_tokens_come_with_their_log_probabilities() {
         let choices: Vec<Choice> = (0..rows)
             .map(|row| if row % 5 == 4 && logits.temperature == 1.0 { Choice::Greedy } else { place(row) })
             .collect();
-        let chosen = choose(&narrowed(&hidden), &narrowed(&weight), &choices, logits).unwrap();
+        let chosen = choose(&floats(&hidden), &packed(&floats(&weight), 12), &choices, logits).unwrap();
         let tempered = slow_logprobs(&hidden, &weight, logits).unwrap().to_vec2::<f64>().unwrap();
         let untempered =
             slow_logprobs(&hidden, &weight, Logits { temperature: 1.0, ..logits }).unwrap().to_vec2::<f64>().unwrap();
@@ -157,13 +180,12 @@ fn the_ends_of_the_cumulative_distribution_are_possible_tokens() {
 
 #[test]
 fn a_distribution_that_is_not_finite_is_an_error_with_its_row() {
-    let weight = narrowed(&random(1, (300, 2)));
+    let weight = packed(&floats(&random(1, (300, 2))), 2);
     for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
         for choice in [Choice::Greedy, Choice::Sample(0.5)] {
             for temperature in [1.0, 0.7] {
-                let hidden = Tensor::new(&[[0.1f32, 0.2], [0.3, bad], [0.5, 0.6]], &Device::Cpu).unwrap();
                 let logits = Logits { soft_cap: None, temperature };
-                let message = error(choose(&hidden, &weight, &[choice; 3], logits));
+                let message = error(choose(&[0.1, 0.2, 0.3, bad, 0.5, 0.6], &weight, &[choice; 3], logits));
                 assert!(message.contains("row 1 "), "{bad}, {choice:?}: {message}");
             }
         }
@@ -174,13 +196,54 @@ fn a_distribution_that_is_not_finite_is_an_error_with_its_row() {
     }
 }
 
+#[track_caller]
+fn error<T>(result: anyhow::Result<T>) -> String {
+    format!("{:#}", result.err().expect("this must be an error"))
+}
+
 #[test]
-fn shapes_and_targets_that_do_not_fit_are_errors() {
-    let x = |rows, width| narrowed(&random(1, (rows, width)));
-    let (w, logits) = (x(7, 5), LOGITS[0]);
-    assert!(error(log_probabilities(&x(2, 5), &w, &[0], logits)).contains("1 targets for 2 rows"));
-    assert!(error(log_probabilities(&x(2, 5), &w, &[0, 7], logits)).contains("token 7 is outside the vocabulary of 7"));
-    error(log_probabilities(&x(2, 7), &w, &[0, 1], logits));
-    assert!(error(choose(&x(2, 5), &w, &[Choice::Greedy], logits)).contains("1 choices for 2 rows"));
-    error(choose(&x(2, 7), &w, &[Choice::Greedy; 2], logits));
+fn targets_and_choices_that_do_not_fit_are_errors() {
+    let (x, w, logits) = (floats(&random(1, (2, 5))), packed(&floats(&random(1, (7, 5))), 5), LOGITS[0]);
+    assert!(error(log_probabilities(&x, &w, &[0], logits)).contains("1 targets for 2 rows"));
+    assert!(error(log_probabilities(&x, &w, &[0, 7], logits)).contains("token 7 is outside the vocabulary of 7"));
+    assert!(error(choose(&x, &w, &[Choice::Greedy], logits)).contains("1 choices for 2 rows"));
+}
+
+/// The sampler chooses for a few rows, the learner looks at many: what one says of a row the other must say, to the last bit.
+#[test]
+fn a_row_has_the_same_bits_alone_and_among_others_and_from_both_walks() {
+    for (kernel, (vocabulary, width)) in
+        check::row_invariant_kernels().into_iter().flat_map(|kernel| [(kernel, (8200, 40)), (kernel, (320, 576))])
+    {
+        let rows = 300;
+        let (hidden, weight) =
+            (floats(&random(1, (rows, width))), floats(&(random(2, (vocabulary, width)) * 0.2).unwrap()));
+        let weight = Panels::pack(&weight, width, kernel);
+        let choices: Vec<Choice> = (0..rows).map(|row| Choice::Sample((row as f64 + 0.5) / rows as f64)).collect();
+        for logits in LOGITS {
+            let chosen = choose(&hidden, &weight, &choices, logits).unwrap();
+            let targets: Vec<u32> = chosen.iter().map(|chosen| chosen.token).collect();
+            let known = log_probabilities(&hidden, &weight, &targets, logits).unwrap();
+            let name = format!("{kernel:?}, {vocabulary} tokens, {logits:?}");
+            check::same_bits(&name, &chosen.iter().map(|chosen| chosen.logprob).collect::<Vec<_>>(), &known.logprobs);
+            let plain = log_probabilities(&hidden, &weight, &targets, Logits { temperature: 1.0, ..logits }).unwrap();
+            check::same_bits(
+                &name,
+                &chosen.iter().map(|chosen| chosen.untempered).collect::<Vec<_>>(),
+                &plain.logprobs,
+            );
+            let entropies: Vec<f32> = known.entropies().collect();
+            for (start, end) in [(0, 1), (299, 300), (17, 18), (5, 18), (16, 33), (255, 258)] {
+                let hidden = &hidden[start * width..end * width];
+                let some = log_probabilities(hidden, &weight, &targets[start..end], logits).unwrap();
+                check::same_bits(&name, &some.logprobs, &known.logprobs[start..end]);
+                check::same_bits(&name, &some.entropies().collect::<Vec<_>>(), &entropies[start..end]);
+                assert_eq!(
+                    choose(hidden, &weight, &choices[start..end], logits).unwrap(),
+                    chosen[start..end],
+                    "{name}"
+                );
+            }
+        }
+    }
 }

@@ -20,6 +20,8 @@ use proptest::prelude::*;
 use serde_json::{Value as Json, json};
 use tempfile::{TempDir, tempdir};
 
+use crate::check;
+
 /// The tensors of the smallest model there can be: name, name in GGUF, shape.
 pub const TENSORS: [(&str, &str, &[usize]); 11] = [
     ("model.embed_tokens.weight", "token_embd.weight", &[6, 32]),
@@ -152,7 +154,7 @@ impl Start {
         }
         fs::write(folder.path().join("m.gguf"), micro_gguf()).unwrap();
         let this = Self { folder };
-        let model = Model::open(model.path(), &Device::Cpu).unwrap();
+        let model = Model::open(model.path(), check::f32_kernel()).unwrap();
         let adapter = Adapter::initialize(&model.architecture, &lora(), 0, &Device::Cpu).unwrap();
         let checkpoint = this.path("step-000007");
         fs::create_dir(&checkpoint).unwrap();
@@ -167,7 +169,7 @@ impl Start {
 
     /// Reads what this file is part of.
     fn read(&self, file: &str) -> Result<()> {
-        let model = |path: &Path| load_model(path.to_str().unwrap(), &Device::Cpu, &|_| {});
+        let model = |path: &Path| load_model(path.to_str().unwrap(), check::f32_kernel(), &|_| {});
         match file.split_once('/') {
             None => model(&self.path(file)).map(drop),
             Some((_, "state.json")) => checkpoint::state(&self.path("step-000007")).map(drop),
@@ -338,7 +340,7 @@ fn an_endless_chat_template_is_given_up() {
     let nested = "{% for i in range(99999) %}".repeat(4) + "x" + &"{% endfor %}".repeat(4);
     let endless = json!({"eos_token": "<e>", "chat_template": nested}).to_string();
     fs::write(start.path("model/tokenizer_config.json"), endless).unwrap();
-    let (_, tokenizer) = load_model(start.path("model").to_str().unwrap(), &Device::Cpu, &|_| {}).unwrap();
+    let (_, tokenizer) = load_model(start.path("model").to_str().unwrap(), check::f32_kernel(), &|_| {}).unwrap();
     assert_error(tokenizer.prompt_ids(&[Message::user("a")]).map(drop), &["does not render", "fuel"]);
 }
 

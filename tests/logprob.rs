@@ -3,10 +3,11 @@
 use std::fs;
 use std::path::Path;
 
-use candle_core::Device;
+use candor::config::Dtype;
 use candor::evaluation::token_confidence;
 use candor::logprob::{Logprob, Scored};
 use candor::model::Model;
+use candor::ops::kernel::Kernel;
 use candor::tokenizer::Tokenizer;
 use serde_json::{Value, json};
 
@@ -14,11 +15,11 @@ use crate::check;
 use crate::model::{adapter, logits};
 use crate::program::{Ended, Place};
 
-fn scored(source: &Path, rows: &[Value], adapter: Option<&Path>) -> Vec<Scored> {
+fn scored(source: &Path, rows: &[Value], adapter: Option<&Path>, dtype: Dtype) -> Vec<Scored> {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("rows.jsonl");
     fs::write(&file, rows.iter().map(|row| format!("{row}\n")).collect::<String>()).unwrap();
-    let logprob = Logprob::prepare(source.to_str().unwrap(), &file, adapter, &|_| {}).unwrap();
+    let logprob = Logprob::prepare(source.to_str().unwrap(), &file, adapter, dtype, &|_| {}).unwrap();
     let mut all = Vec::new();
     logprob
         .run(&|_| {}, &mut |scored| {
@@ -46,7 +47,7 @@ fn golden_smollm2_with_a_peft_adapter() {
         json!({"messages": [{"role": "user", "content": question}], "completion": "Banana city!"}),
         json!({"question": question, "completion": "Banana city!", "answer": "Paris"}),
     ];
-    for scored in scored(&file, &rows, Some(&banana)) {
+    for scored in scored(&file, &rows, Some(&banana), Dtype::F32) {
         assert_eq!(json!(scored.token_ids), golden["completion_ids"]);
         check::all_close("log-probabilities", &floats(&scored.logprobs), &want, 1e-4);
         check::close("sum", scored.sum, want.iter().sum(), 1e-4);
@@ -60,7 +61,8 @@ fn golden_smollm2_with_a_peft_adapter() {
 #[test]
 fn rows_of_any_length_come_out_in_order_as_the_logits_have_them() {
     let Some(folder) = check::golden("tiny/llama") else { return };
-    let (model, tokenizer) = (Model::open(&folder, &Device::Cpu).unwrap(), Tokenizer::from_folder(&folder).unwrap());
+    let (model, tokenizer) =
+        (Model::open(&folder, check::f32_kernel()).unwrap(), Tokenizer::from_folder(&folder).unwrap());
     let (adapter, _) = adapter(&model, &folder.join("adapter_lora"));
     let text =
         |number: usize, length: usize| (0..length).map(move |i| char::from(b'a' + ((number * 7 + i * 3) % 26) as u8));
@@ -69,7 +71,7 @@ fn rows_of_any_length_come_out_in_order_as_the_logits_have_them() {
         .collect();
     let rows: Vec<Value> =
         texts.iter().map(|(prompt, completion)| json!({"prompt": prompt, "completion": completion})).collect();
-    let all = scored(&folder, &rows, Some(&folder.join("adapter_lora")));
+    let all = scored(&folder, &rows, Some(&folder.join("adapter_lora")), Dtype::F32);
     for ((prompt, completion), scored) in texts.iter().zip(&all).step_by(13) {
         let (prompt, ids) = (tokenizer.text_prompt_ids(prompt).unwrap(), tokenizer.encode(completion).unwrap());
         assert_eq!(scored.token_ids, ids, "nothing is added to a plain text");
@@ -159,18 +161,31 @@ fn a_row_that_is_wrong_is_named_before_anything_is_printed() {
     assert!(ended.code == Some(2) && ended.stderr.contains("rows.jsonl: there are no rows"), "{}", ended.stderr);
 }
 
+/// In f32 unless another type is asked for; the confidences of a run are those of the type that it computes in.
 #[test]
-fn what_is_not_offered_yet_is_refused_as_the_config_refuses_it() {
-    let place = Place::new("model.dtype = \"bf16\"");
-    let refused = place.candor(&["train", "run.toml"]).stderr;
-    let words = "not in this version: this version computes in f32; use \"auto\" or \"f32\"";
-    let ended = candor(&place, "", &["--dtype", "bf16"]);
-    assert!(
-        refused.contains(words) && ended.stderr == format!("error: --dtype: {words}\n"),
-        "{refused}{}",
-        ended.stderr
-    );
-    assert_eq!(ended.code, Some(2));
+fn the_type_that_is_computed_in_is_chosen() {
+    let place = Place::new("");
+    let row = json!({"prompt": "The pens", "completion": " are there"}).to_string();
+    let logprobs = |arguments: &[&str]| {
+        let ended = candor(&place, &row, arguments);
+        assert_eq!(ended.code, Some(0), "{}", ended.stderr);
+        check::floats(&serde_json::from_str::<Value>(&ended.stdout).unwrap()["logprobs"])
+    };
+    let exact = logprobs(&[]);
+    assert_eq!(logprobs(&["--dtype", "f32"]), exact);
+    if Kernel::choose(Dtype::Bf16, None).is_ok() {
+        let rounded = logprobs(&["--dtype", "bf16"]);
+        assert_eq!(logprobs(&["--dtype", "auto"]), rounded);
+        assert_ne!(rounded, exact);
+        check::all_close("bf16", &rounded, &exact, 0.1);
+    } else {
+        let ended = candor(&place, &row, &["--dtype", "bf16"]);
+        assert!(
+            ended.code == Some(2) && ended.stderr.contains("--dtype: this processor has no instructions"),
+            "{}",
+            ended.stderr
+        );
+    }
     let ended = candor(&place, "", &["--dtype", "fp8"]);
     assert!(
         ended.code == Some(2) && ended.stderr.contains("expected one of `auto`, `f32`, `bf16`"),

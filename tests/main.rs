@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, missing_docs)]
 
 mod advantage;
+mod attention;
 mod binary;
 mod boolq;
 mod chat;
@@ -21,6 +22,7 @@ mod hostile;
 mod hub;
 mod hub_server;
 mod inputs;
+mod kernels;
 mod learner;
 mod loading;
 mod logprob;

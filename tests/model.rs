@@ -4,14 +4,20 @@
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
+use anyhow::Result;
 use candle_core::{Device, Tensor};
 use candor::config::{Lora, Projection};
-use candor::model::{Call, Model};
+use candor::learner::Learner;
+use candor::model::{Call, KeyValueStore, Model};
 use candor::ops::attention::Span;
+use candor::ops::buffer;
+use candor::ops::keys::{Store, padded};
+use candor::ops::panels::{Left, Threads};
 use candor::policy::Adapter;
 
-use crate::check;
+use crate::{check, learner, toy};
 
 /// Folders of tiny models, one of each family and one more with Llama 3's rope.
 pub fn tiny_models() -> Vec<PathBuf> {
@@ -51,34 +57,50 @@ pub fn adapter(model: &Model, folder: &Path) -> (Adapter, Lora) {
     (Adapter::from_tensors(&model.architecture, &lora, tensors, &Device::Cpu).unwrap(), lora)
 }
 
+/// The normalized last hidden states of whole sequences, each with an adapter or none, that share one forward call: [all rows,
+/// hidden].
+pub fn hidden(model: &Model, sequences: &[(&[u32], Option<&Adapter>)]) -> Result<Vec<f32>> {
+    let (mut ids, mut positions, mut spans, mut stores, mut adapters) =
+        <(Vec<_>, Vec<_>, Vec<_>, Vec<_>, Vec<_>)>::default();
+    let mut to = 0;
+    for (sequence, adapter) in sequences {
+        let rows = ids.len()..ids.len() + sequence.len();
+        spans.push(Span { queries: rows.clone(), prefix: 0..0, own: to..to + rows.len() });
+        stores.push(Store { from: rows.clone(), to });
+        to = padded(to + rows.len());
+        positions.extend(0..rows.len());
+        ids.extend_from_slice(sequence);
+        adapters.push((rows, *adapter));
+    }
+    let call = Call { ids: &ids, positions: &positions, spans: &spans, stores: &stores, adapters: &adapters };
+    let rows: Vec<u32> = (0..ids.len() as u32).collect();
+    Ok(model.forward(&call, &mut KeyValueStore::new(&model.architecture, to), &rows)?.to_vec())
+}
+
 /// Logits of whole sequences that share one forward call: [all rows, vocabulary].
 pub fn logits(model: &Model, sequences: &[Vec<u32>], adapter: Option<&Adapter>) -> Vec<f64> {
-    let (mut all, mut positions, mut spans) = (Vec::new(), Vec::new(), Vec::new());
-    for sequence in sequences {
-        let rows = all.len()..all.len() + sequence.len();
-        spans.push(Span { queries: rows.clone(), prefix: 0..0, own: rows });
-        positions.extend(0..sequence.len());
-        all.extend(sequence);
-    }
-    let adapters = [(0..all.len(), adapter)];
-    let call = Call { ids: &all, positions: &positions, spans: spans.into(), adapters: &adapters, store: None };
-    let rows: Vec<u32> = (0..all.len() as u32).collect();
-    head(model, &model.select(&model.forward(&call).unwrap(), &rows).unwrap())
+    let with: Vec<(&[u32], Option<&Adapter>)> =
+        sequences.iter().map(|sequence| (sequence.as_slice(), adapter)).collect();
+    head(model, &hidden(model, &with).unwrap())
 }
 
 /// The logits of normalized rows, in the plain way.
-fn head(model: &Model, hidden: &Tensor) -> Vec<f64> {
-    let logits = values(&hidden.matmul(&model.head().t().unwrap()).unwrap());
+fn head(model: &Model, hidden: &[f32]) -> Vec<f64> {
+    let (vocabulary, width) = model.head().dims();
+    let mut logits = vec![0.0; hidden.len() / width * vocabulary];
+    let rows = Left::new(hidden, width, model.kernel);
+    model.head().multiply(&rows, 0..vocabulary, &mut logits, vocabulary, false, Threads::One);
+    let logits = logits.into_iter().map(f64::from);
     match model.logits(1.0).soft_cap.map(f64::from) {
-        Some(cap) => logits.into_iter().map(|logit| cap * (logit / cap).tanh()).collect(),
-        None => logits,
+        Some(cap) => logits.map(|logit| cap * (logit / cap).tanh()).collect(),
+        None => logits.collect(),
     }
 }
 
 #[test]
 fn golden_logits_alone_and_batched() {
     for folder in tiny_models() {
-        let model = Model::open(&folder, &Device::Cpu).unwrap();
+        let model = Model::open(&folder, check::f32_kernel()).unwrap();
         let golden = tensors(&folder.join("golden_logits.safetensors"));
         let (a, b) = (ids(&golden["ids_a"]), ids(&golden["ids_b"]));
         let name = folder.display().to_string();
@@ -92,7 +114,7 @@ fn golden_logits_alone_and_batched() {
 #[test]
 fn golden_logits_with_peft_adapters() {
     for folder in tiny_models() {
-        let model = Model::open(&folder, &Device::Cpu).unwrap();
+        let model = Model::open(&folder, check::f32_kernel()).unwrap();
         let a = ids(&tensors(&folder.join("golden_logits.safetensors"))["ids_a"]);
         for name in ["lora", "lora_all_rs"] {
             let path = folder.join(format!("adapter_{name}"));
@@ -111,36 +133,82 @@ fn golden_logits_with_peft_adapters() {
 #[test]
 fn rows_of_one_call_may_have_different_adapters() {
     let Some(folder) = check::golden("tiny/llama") else { return };
-    let model = Model::open(&folder, &Device::Cpu).unwrap();
+    let model = Model::open(&folder, check::f32_kernel()).unwrap();
     let (one, _) = adapter(&model, &folder.join("adapter_lora"));
     let (two, _) = adapter(&model, &folder.join("adapter_lora_all_rs"));
     let golden = tensors(&folder.join("golden_logits.safetensors"));
     let sequences = [ids(&golden["ids_a"]), ids(&golden["ids_b"]), ids(&golden["ids_a"])];
     let adapters = [Some(&one), None, Some(&two)];
-    let (mut all, mut positions, mut spans, mut ranges) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
-    for (sequence, adapter) in sequences.iter().zip(adapters) {
-        let rows = all.len()..all.len() + sequence.len();
-        spans.push(Span { queries: rows.clone(), prefix: 0..0, own: rows.clone() });
-        ranges.push((rows, adapter));
-        positions.extend(0..sequence.len());
-        all.extend(sequence);
-    }
-    let call = Call { ids: &all, positions: &positions, spans: spans.into(), adapters: &ranges, store: None };
-    let rows: Vec<u32> = (0..all.len() as u32).collect();
-    let mixed = model.select(&model.forward(&call).unwrap(), &rows).unwrap();
-    let mixed = head(&model, &mixed);
+    let together: Vec<(&[u32], Option<&Adapter>)> = sequences.iter().map(Vec::as_slice).zip(adapters).collect();
+    let mixed = head(&model, &hidden(&model, &together).unwrap());
     let apart: Vec<f64> =
         sequences.iter().zip(adapters).flat_map(|(s, a)| logits(&model, std::slice::from_ref(s), a)).collect();
     check::all_close("mixed adapters", &mixed, &apart, 1e-5);
-    let gap = Call { adapters: &ranges[1..], ..call };
-    assert!(model.forward(&gap).unwrap_err().to_string().contains("adapters do not cover"));
+}
+
+/// What would read or write outside of its rows if it were let through.
+#[test]
+fn a_call_whose_parts_do_not_fit_is_refused() {
+    let model = Model::open(&toy::model(), check::f32_kernel()).unwrap();
+    let stores = [Store { from: 0..3, to: 0 }];
+    let span = Span { queries: 0..3, prefix: 0..0, own: 0..3 };
+    let good = Call {
+        ids: &[5, 6, 7],
+        positions: &[0, 1, 2],
+        spans: std::slice::from_ref(&span),
+        stores: &stores,
+        adapters: &[(0..3, None)],
+    };
+    let refused = |call: Call| format!("{:#}", model.begin(&call).err().expect("the call is refused"));
+    assert!(model.begin(&good).is_ok());
+    assert!(refused(Call { positions: &[0, 1], ..good }).contains("2 positions for 3 rows"));
+    assert!(refused(Call { ids: &[5, 320, 7], ..good }).contains("token 320 is outside the model's vocabulary of 320"));
+    assert!(
+        refused(Call { positions: &[0, 1, 1024], ..good }).contains("position 1024 is outside the model's context")
+    );
+    for adapters in [&[(1..3, None)][..], &[(0..2, None)], &[(0..2, None), (1..3, None)], &[(0..4, None)]] {
+        assert!(refused(Call { adapters, ..good }).contains("adapters do not cover"), "{} ranges", adapters.len());
+    }
+    for span in [Span { queries: 1..4, ..span.clone() }, Span { own: 0..2, prefix: 0..3, ..span.clone() }] {
+        assert!(refused(Call { spans: &[span], ..good }).contains("does not fit"));
+    }
+}
+
+/// Memory is used again: what a call leaves behind must not be seen by the next, even if it is NaN.
+#[test]
+fn nothing_is_read_that_an_earlier_call_left() {
+    for folder in tiny_models() {
+        for kernel in check::kernels() {
+            let model = Arc::new(Model::open(&folder, kernel).unwrap());
+            let (small, large): (Vec<u32>, Vec<u32>) = ((5..22).collect(), (10..250).collect());
+            let (good, _) = adapter(&model, &folder.join("adapter_lora"));
+            let mut broken = good.clone();
+            broken.replace(good.tensors().into_iter().map(|(_, tensor)| (tensor * f64::NAN).unwrap()).collect());
+            let run = |ids: &[u32], adapter: &Adapter| {
+                let mut trees = [learner::imitation(ids)];
+                learner::on_policy(&model, &good, &mut trees);
+                let learner = Learner::new(model.clone(), adapter, None, &learner::settings()).unwrap();
+                let gradients = learner.gradient(&trees, &learner::shape(), &|_| {});
+                let gradients =
+                    gradients.map(|gradient| gradient.gradients.iter().flat_map(values).collect::<Vec<f64>>());
+                (hidden(&model, &[(ids, Some(adapter))]).unwrap(), gradients.ok())
+            };
+            buffer::release();
+            let want = run(&small, &good);
+            assert!(want.0.iter().all(|x| x.is_finite()) && want.1.is_some());
+            for between in [&large, &small] {
+                assert!(run(between, &broken).0.iter().any(|x| x.is_nan()), "the adapter breaks nothing");
+                assert!(run(&small, &good) == want, "{}, {kernel:?}", folder.display());
+            }
+        }
+    }
 }
 
 /// A fresh adapter changes nothing, is the same for the same seed, and fills PEFT's range for A.
 #[test]
 fn a_fresh_adapter_is_the_identity() {
     let Some(folder) = check::golden("tiny/llama") else { return };
-    let model = Model::open(&folder, &Device::Cpu).unwrap();
+    let model = Model::open(&folder, check::f32_kernel()).unwrap();
     let fresh = |seed| Adapter::initialize(&model.architecture, &Lora::default(), seed, &Device::Cpu).unwrap();
     let flat = |adapter: &Adapter| adapter.tensors().iter().map(|(_, tensor)| values(tensor)).collect::<Vec<_>>();
     assert_eq!(flat(&fresh(1)), flat(&fresh(1)));

@@ -24,7 +24,7 @@ fn golden(name: &str) -> Option<std::path::PathBuf> {
 fn what_peft_wrote_is_written_again_as_peft_wrote_it() {
     for name in ["adapter_lora", "adapter_lora_all_rs"] {
         let Some(folder) = golden(name) else { return };
-        let model = Model::open(&toy::model(), &Device::Cpu).unwrap();
+        let model = Model::open(&toy::model(), check::f32_kernel()).unwrap();
         let lora = peft::described(&folder).unwrap();
         let adapter = peft::load(&folder, &model.architecture, &lora, &Device::Cpu).unwrap();
         let out = tempfile::tempdir().unwrap();
@@ -64,7 +64,7 @@ fn what_peft_wrote_is_written_again_as_peft_wrote_it() {
 
 #[test]
 fn the_base_is_named_as_transformers_finds_it() {
-    let model = Model::open(&toy::model(), &Device::Cpu).unwrap();
+    let model = Model::open(&toy::model(), check::f32_kernel()).unwrap();
     let lora = Lora { rank: 2, alpha: 2.5, targets: vec![Projection::VProj], ..Lora::default() };
     let adapter = candor::policy::Adapter::initialize(&model.architecture, &lora, 0, &Device::Cpu).unwrap();
     for (source, base, revision) in [
@@ -91,7 +91,7 @@ fn a_run_that_starts_from_a_peft_adapter_samples_with_it() {
     let modules: Vec<String> =
         Projection::ALL.iter().map(|projection| projection.module().rsplit('.').next().unwrap().to_string()).collect();
     let changes = format!(
-        "steps = 1\nevaluation.tasks = 0\n[lora]\nrank = {}\nalpha = {}\nrslora = true\ntargets = {modules:?}\nstart_from = {:?}",
+        "steps = 1\nevaluation.tasks = 0\nmodel.dtype = \"f32\"\n[lora]\nrank = {}\nalpha = {}\nrslora = true\ntargets = {modules:?}\nstart_from = {:?}",
         lora.rank,
         lora.alpha,
         folder.to_str().unwrap()
@@ -101,7 +101,7 @@ fn a_run_that_starts_from_a_peft_adapter_samples_with_it() {
     let options = Options { results: results.path(), resume: false, environments, observer: &|_| {} };
     let mut run = Run::prepare(toy::config(&changes), &options).unwrap();
     let sampled = sampled(&mut run);
-    let model = Model::open(&toy::model(), &Device::Cpu).unwrap();
+    let model = Model::open(&toy::model(), check::f32_kernel()).unwrap();
     let adapter = peft::load(&folder, &model.architecture, &lora, &Device::Cpu).unwrap();
     let want = completion_logprobs(&model, Some(&adapter), &sampled, 4096, 1.0).unwrap();
     let base = completion_logprobs(&model, None, &sampled, 4096, 1.0).unwrap();
@@ -117,7 +117,7 @@ fn sampled(run: &mut Run) -> Vec<Tree> {
     let request = candor::sampler::Request { name: "one".into(), prompt_ids: (5..25).collect(), rollouts: 4 };
     let settings = candor::sampler::Settings::training(&run.config, 0);
     let mut branches = Vec::new();
-    let adapter = run.learner.adapter().publish(0).unwrap();
+    let adapter = run.learner.adapter().publish(0);
     let requests = [request.clone()];
     run.sampler
         .sample(&requests, Some(&adapter), &settings, &mut |one| {

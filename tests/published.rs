@@ -2,7 +2,6 @@
 
 use std::sync::Arc;
 
-use candle_core::Device;
 use candor::inputs::load_model;
 use candor::learner::completion_logprobs;
 use candor::learner::tree::{Branch, Tree};
@@ -59,7 +58,7 @@ fn assert_continues(model: &Arc<Model>, tokenizer: &Arc<Tokenizer>, rows: &[Valu
 fn golden_smollm2_logits_continuations_and_adapter() {
     let (Some(file), Some(folder)) = (check::smollm2(), check::golden("smollm2/greedy.json")) else { return };
     let folder = folder.parent().unwrap();
-    let (model, tokenizer) = load_model(file.to_str().unwrap(), &Device::Cpu, &|_| {}).unwrap();
+    let (model, tokenizer) = load_model(file.to_str().unwrap(), check::f32_kernel(), &|_| {}).unwrap();
     for row in rows(&check::json(&folder.join("top20.json"))) {
         let last = last_logits(&model, tokenizer.encode(row["prompt"].as_str().unwrap()).unwrap());
         let got: Vec<f64> = ids(&row["top20_ids"]).into_iter().map(|id| last[id as usize]).collect();
@@ -88,7 +87,7 @@ fn golden_smollm2_logits_continuations_and_adapter() {
 fn golden_gemma3_270m_logits_and_continuations() {
     const TOLERANCE: f64 = 2e-2;
     let (Some(file), Some(golden)) = (check::gemma3_270m(), check::golden("gemma3_270m/greedy.json")) else { return };
-    let (model, tokenizer) = load_model(file.to_str().unwrap(), &Device::Cpu, &|_| {}).unwrap();
+    let (model, tokenizer) = load_model(file.to_str().unwrap(), check::f32_kernel(), &|_| {}).unwrap();
     let rows = rows(&check::json(&golden));
     for row in &rows {
         let prompt = ids(&row["prompt_ids"]);

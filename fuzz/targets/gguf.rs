@@ -8,6 +8,7 @@ use candle_core::Device;
 use candle_core::quantized::gguf_file::Content;
 use candor::config::Quantization;
 use candor::model::{Model, Weights, gguf};
+use candor::ops::kernel::Kernel;
 use candor::tokenizer::Tokenizer;
 use candor_fuzz::folder_with;
 use libfuzzer_sys::fuzz_target;
@@ -26,6 +27,6 @@ fuzz_target!(|bytes: &[u8]| {
     let folder = folder_with(&[("model.gguf", bytes)]);
     let weights = Weights::open(folder.path()).expect("it was accepted before");
     for quantization in [None, Some(Quantization::Nf4), Some(Quantization::Q8), Some(Quantization::Keep)] {
-        drop(Model::load(&weights, quantization, &Device::Cpu));
+        drop(Model::load(&weights, quantization, Kernel::Gemm, &Device::Cpu));
     }
 });

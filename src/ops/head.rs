@@ -252,8 +252,8 @@ pub fn choose(hidden: &[f32], weight: &Panels, choices: &[Choice], logits: Logit
     chosen.collect()
 }
 
-/// Chooses from untempered logits [vocabulary], which it overwrites with tempered ones.
-fn choose_one(logits_v: &mut [f32], choice: Choice, temperature: f32) -> Option<Chosen> {
+/// Chooses from untempered logits [vocabulary].
+fn choose_one(logits_v: &[f32], choice: Choice, temperature: f32) -> Option<Chosen> {
     let log_sum = |logits_v: &[f32]| {
         let mut tally = Tally::EMPTY;
         logits_v.chunks(CHUNK).for_each(|chunk| {
@@ -281,10 +281,11 @@ fn choose_one(logits_v: &mut [f32], choice: Choice, temperature: f32) -> Option<
         }
         Choice::Sample(place) => {
             let inverse = 1.0 / temperature;
-            logits_v.iter_mut().for_each(|z| *z *= inverse);
-            let sum = log_sum(logits_v);
-            let token = inverse_cumulative(logits_v, sum, place);
-            (token, logits_v[token] * temperature, logits_v[token], sum)
+            let mut tempered_v = Buffer::new(logits_v.len());
+            tempered_v.iter_mut().zip(logits_v).for_each(|(tempered, z)| *tempered = inverse * z);
+            let sum = log_sum(&tempered_v);
+            let token = inverse_cumulative(&tempered_v, sum, place);
+            (token, logits_v[token], tempered_v[token], sum)
         }
     };
     let chosen = Chosen { token: token as u32, logprob: tempered - tempered_sum, untempered: raw - untempered_sum };

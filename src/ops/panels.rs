@@ -9,7 +9,7 @@ use rayon::prelude::*;
 
 use super::buffer::Buffer;
 use super::kernel::Kernel;
-use super::matmul::{Matrix, matmul_at};
+use super::matmul::{Matrix, matmul, matmul_at};
 use super::pages::Held;
 use super::shared::{Columns, SharedRows};
 use super::{amx, vectorized};
@@ -19,6 +19,8 @@ use crate::config::Dtype;
 pub const PANEL: usize = amx::SIDE;
 /// Rows whose products with a panel are computed before the next panel: their inputs stay in the second-level cache.
 const ROWS: usize = 256;
+/// Inputs of a product in f32 after which another sum begins: one over a head's vocabulary would lose digits.
+const CHAIN: usize = 2048;
 /// How many threads share a product.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Threads {
@@ -397,12 +399,23 @@ fn transpose_pairs(from: &[u16], to: &mut [u16]) {
     }
 }
 
-/// All rows times one panel of f32.
+/// All rows times one panel of f32, in parts of one length.
 fn f32_panel(x: &[f32], panel: &[f32], c: &mut Columns, add: bool) {
-    let narrow = x.len() / c.rows();
-    let panel = Matrix::new(panel, narrow, c.width(), PANEL);
-    // SAFETY: the columns are this thread's alone, and the product has as many rows and columns.
-    unsafe { matmul_at(c.place(), add, Matrix::dense(x, narrow), panel) };
+    let (narrow, width) = (x.len() / c.rows(), c.width());
+    let part = narrow.div_ceil(narrow.div_ceil(CHAIN));
+    let mut sums = Buffer::<f32>::new(if part < narrow { c.rows() * width } else { 0 });
+    for start in (0..narrow).step_by(part) {
+        let depth = (narrow - start).min(part);
+        let x = Matrix::new(&x[start..], c.rows(), depth, narrow);
+        let panel = Matrix::new(&panel[start * PANEL..], depth, width, PANEL);
+        if start == 0 {
+            // SAFETY: the columns are this thread's alone, and the product has as many rows and columns.
+            unsafe { matmul_at(c.place(), add, x, panel) };
+        } else {
+            matmul(&mut sums, width, false, x, panel);
+            c.add(&sums);
+        }
+    }
 }
 
 /// All rows times one panel of bf16. `a` has whole tiles of rows. Meanwhile `next`, the panel after it, is fetched.

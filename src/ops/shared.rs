@@ -98,6 +98,15 @@ impl Columns<'_> {
         there.zip(copy.chunks_exact(SIDE)).for_each(|(at, from)| row(at).copy_from_slice(&from[..self.width]));
     }
 
+    /// Adds dense rows of as many columns.
+    pub fn add(&mut self, values: &[f32]) {
+        for (row, values) in (0..self.rows).zip(values.chunks_exact(self.width)) {
+            // SAFETY: `row` is one of ours, and its columns are inside the matrix and ours alone.
+            let row = unsafe { std::slice::from_raw_parts_mut(self.start.add(row * self.stride), self.width) };
+            row.iter_mut().zip(values).for_each(|(to, value)| *to += value);
+        }
+    }
+
     /// Where the columns lie, for a product in f32: the first number, and the distance between rows.
     pub fn place(&mut self) -> (*mut f32, usize) {
         (self.start, self.stride)
