@@ -5,9 +5,11 @@ use std::ops::Range;
 
 use candle_core::{Device, Result, Tensor};
 use candle_nn::ops::softmax;
+use candor::config::Dtype;
 use candor::ops::attention::{self, Gradients, Heads, Saved, Span};
 use candor::ops::buffer::Buffer;
 use candor::ops::gate::Activation;
+use candor::ops::kernel::Kernel;
 use candor::ops::keys::{BLOCK, Keys, Store, padded};
 use proptest::prelude::*;
 
@@ -63,8 +65,12 @@ fn slow_attention(x: &[Tensor], heads: Heads, spans: &[Span]) -> Result<Tensor> 
 
 /// Keys and values of these rows, one after the other. Those that no span has are there too, and must not be seen.
 fn stored(heads: Heads, keys: &[f32], values: &[f32]) -> Keys {
+    stored_for(check::f32_kernel(), heads, keys, values)
+}
+
+fn stored_for(kernel: Kernel, heads: Heads, keys: &[f32], values: &[f32]) -> Keys {
     let rows = keys.len() / (heads.key * heads.dim);
-    let mut stored = Keys::new(rows, heads);
+    let mut stored = Keys::new(rows, heads, kernel, false);
     stored.write(keys, values, &[Store { from: 0..rows, to: 0 }]);
     stored
 }
@@ -193,7 +199,7 @@ fn the_exponential_is_accurate_to_a_few_roundings() {
         y
     };
     let heads = Heads { query: 1, key: 1, dim: 1, scale: 1.0, soft_cap: None, window: None };
-    let mut keys = Keys::new(2 * BLOCK, heads);
+    let mut keys = Keys::new(2 * BLOCK, heads, check::f32_kernel(), false);
     let stores = [Store { from: 0..1, to: 0 }, Store { from: 1..2, to: BLOCK }];
     keys.write(&[0.0, 1.0], &[0.0, 1.0], &stores);
     let weights = |queries: &[f32]| {
@@ -224,15 +230,18 @@ proptest! {
         kind in 0usize..4,
         shape in prop::sample::select(vec![(6, 2, 16), (2, 2, 64), (3, 1, 24), (4, 4, 8)]),
         gap in 0usize..3,
+        in_bf16 in any::<bool>(),
     ) {
         let ((query, key, dim), (soft_cap, window)) = (shape, KINDS[kind]);
         let heads = Heads { query, key, dim, scale: 0.2, soft_cap, window };
         let (rows, queries) = (prompt + own, queries.min(own));
         let [q, k, v] = inputs(heads, queries, rows).each_ref().map(floats);
         // One stretch, and a prompt with its branch behind it and something between.
-        let flat = stored(heads, &k, &v);
+        let bf16 = Kernel::choose(Dtype::Bf16, None).ok().filter(|_| in_bf16);
+        let kernel = bf16.unwrap_or_else(check::f32_kernel);
+        let flat = stored_for(kernel, heads, &k, &v);
         let apart = padded(prompt) + gap * BLOCK;
-        let mut split = Keys::new(apart + own, heads);
+        let mut split = Keys::new(apart + own, heads, kernel, true);
         split.write(&k, &v, &[Store { from: 0..prompt, to: 0 }, Store { from: prompt..rows, to: apart }]);
         let together = attend(heads, &q, &flat, &[Span { queries: 0..queries, prefix: 0..0, own: 0..rows }]);
         let over_a_tree = attend(heads, &q, &split, &[Span { queries: 0..queries, prefix: 0..prompt, own: apart..apart + own }]);
