@@ -171,8 +171,8 @@ fn phrase(said: &str, flags: &mut Vec<&'static str>) -> ParseOutcome {
 fn answer(said: &str) -> Option<Range<usize>> {
     let line = ANSWER.captures_iter(said).last()?.name("answer")?;
     let text = heads(line.as_str()).next().map_or(line.as_str(), |head| &line.as_str()[..head.start]);
-    let text = text.char_indices().nth(LONGEST_ANSWER).map_or(text, |(end, _)| &text[..end]);
     let start = line.start() + (text.len() - text.trim_start().len());
     let text = text.trim();
+    let text = text.char_indices().nth(LONGEST_ANSWER).map_or(text, |(end, _)| &text[..end]).trim_end();
     (!text.is_empty()).then(|| start..start + text.len())
 }

@@ -17,14 +17,16 @@ pub fn each_record(
     mut visit: impl FnMut(Map<String, Value>) -> anyhow::Result<()>,
 ) -> anyhow::Result<()> {
     let mut header: Option<Vec<String>> = None;
-    let (mut text, mut first, mut line) = (String::new(), 1, 0);
+    let (mut text, mut first, mut line, mut is_open) = (String::new(), 1, 0, false);
     loop {
         let place = || format!("line {first}");
         let left = (LONGEST_RECORD + 1).saturating_sub(text.len()) as u64;
+        let before = text.len();
         let read = reader.by_ref().take(left).read_line(&mut text).with_context(place)?;
         ensure!(text.len() <= LONGEST_RECORD, "{}: a record of more than {LONGEST_RECORD} bytes", place());
         line += 1;
-        let is_open = text.matches('"').count() % 2 == 1;
+        // Of this line alone: a quote that is never closed makes all lines one record.
+        is_open ^= text[before..].matches('"').count() % 2 == 1;
         ensure!(read > 0 || !is_open, "{}: a quote is not closed", place());
         if is_open {
             continue;

@@ -67,7 +67,9 @@ fn grade_one(answer: &str, gold: &str) -> (Verdict, &'static str) {
     if said.is_empty() {
         return (NotAttempted, "empty");
     }
-    if said == wanted {
+    let by_number = GoldNumber::only(gold).and_then(|gold| by_number(answer, &gold));
+    // Without its signs, "-5" is "5" and "1.75" is "175".
+    if said == wanted && by_number.is_none_or(|(verdict, _)| verdict == Correct) {
         return (Correct, "em");
     }
     let spaced = spaced(answer);
@@ -79,7 +81,7 @@ fn grade_one(answer: &str, gold: &str) -> (Verdict, &'static str) {
     if let Some(verdict) = Date::only(gold).and_then(|gold| by_date(answer, gold)) {
         return (verdict, "date");
     }
-    if let Some(decided) = GoldNumber::only(gold).and_then(|gold| by_number(answer, &gold)) {
+    if let Some(decided) = by_number {
         return decided;
     }
     match contains(&said, &wanted) {

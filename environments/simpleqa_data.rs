@@ -159,7 +159,10 @@ fn labels(object: &Map<String, Value>) -> Vec<(&'static str, String)> {
         let found = PYTHON_TEXT.captures_iter(metadata).find(|found| &found[1] == name)?;
         Some(found.get(2).or(found.get(3))?.as_str().replace('\\', ""))
     };
-    let in_row = |name: &str| object.get(name).or(object.get("metadata")?.get(name))?.as_str().map(str::to_string);
+    let in_row = |name: &str| {
+        let found = object.get(name).or_else(|| object.get("metadata")?.get(name))?;
+        found.as_str().map(str::to_string)
+    };
     let label = |name: &'static str| Some((name, in_row(name).or_else(|| in_literal(name))?));
     ["topic", "answer_type"].into_iter().filter_map(label).collect()
 }

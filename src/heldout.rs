@@ -69,7 +69,8 @@ impl Evaluation {
         let Inputs { model, heldout, judges, .. } =
             Inputs::for_evaluation(&config, options.environments, options.observer)?;
         let Policy { model, tokenizer, adapter } = model.policy(adapter, &Device::Cpu, options.observer)?;
-        judges.iter().try_for_each(|judge| judge.load(&model, &tokenizer, options.observer))?;
+        let base = || Ok((model.clone(), tokenizer.clone()));
+        judges.iter().try_for_each(|judge| judge.load(&base, options.observer))?;
         let sampler = LocalSampler::new(model, tokenizer.clone());
         Ok(Self { config, sources: heldout, tokenizer, sampler, adapter })
     }

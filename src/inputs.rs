@@ -268,15 +268,12 @@ impl Loader<'_> {
             if let Some((_, judge)) = judges.iter().find(|(known, _)| *known == options) {
                 return Ok(judge.clone());
             }
-            let panel = Panel::of(&options, &self.config.model.source, Patience::default(), self.observer)?;
+            let (policy, variable) = (&self.config.model.source, |name: &str| std::env::var_os(name));
+            let panel = Panel::of(&options, policy, Patience::default(), &variable, self.observer)?;
             judges.push((options, Arc::new(panel)));
             Ok(judges[judges.len() - 1].1.clone())
         };
-        let judge = open().map_err(|error| match error.downcast::<KeyError>() {
-            Ok(problem) => self.config.locate(problem.within(&format!("{key}.judge"))),
-            Err(error) => error.context(self.at(&format!("{key}.judge"))),
-        })?;
-        Ok(Some(judge))
+        Ok(Some(open().map_err(|error| self.config.locate_within(&format!("{key}.judge"), error))?))
     }
 
     /// The environments of one list of the config, at least one task each.

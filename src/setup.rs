@@ -64,7 +64,8 @@ impl Run {
             Inputs::open(&config, options.environments, options.observer)?;
         let tokenizer = model.tokenizer.clone();
         let model = model.load(&Device::Cpu, options.observer)?;
-        judges.iter().try_for_each(|judge| judge.load(&model, &tokenizer, options.observer))?;
+        let base = || Ok((model.clone(), tokenizer.clone()));
+        judges.iter().try_for_each(|judge| judge.load(&base, options.observer))?;
         let (folder, learner, next_step) = begin(&config, &model, start, options)?;
         let sampler = Box::new(LocalSampler::new(model, tokenizer.clone()));
         Ok(Self { config, folder, tokenizer, training, heldout, sampler, learner, next_step })

@@ -50,7 +50,7 @@ impl Agreement {
         let hand: u64 = self.table[label].iter().sum();
         let judge: u64 = self.table.iter().map(|row| row[label]).sum();
         let both = self.table[label][label];
-        let agreed = all - hand - judge + 2 * both;
+        let agreed = all + 2 * both - hand - judge;
         // In whole numbers, so that "always by chance" is exact: chance is this over the square of all.
         let chance = hand * judge + (all - hand) * (all - judge);
         let defined = chance < all * all;

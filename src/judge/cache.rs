@@ -21,7 +21,8 @@ use super::Question;
 
 /// A cache file.
 pub struct Cache {
-    path: PathBuf,
+    /// Where it lies.
+    pub path: PathBuf,
     state: Mutex<State>,
 }
 

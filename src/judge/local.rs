@@ -17,6 +17,9 @@ use crate::learner::tree::{Branch, Tree};
 use crate::model::Model;
 use crate::tokenizer::Tokenizer;
 
+/// Gives the policy's base model, which exists once.
+pub type PolicyBase<'a> = &'a dyn Fn() -> Result<(Arc<Model>, Arc<Tokenizer>)>;
+
 /// A model that is loaded after the environments are.
 pub struct Local {
     source: String,
@@ -43,9 +46,9 @@ impl Local {
     ///
     /// # Errors
     /// If that model cannot be loaded, or its context does not hold the instructions.
-    pub fn load(&self, model: &Arc<Model>, tokenizer: &Arc<Tokenizer>, observer: Observer) -> Result<()> {
+    pub fn load(&self, policy: PolicyBase, observer: Observer) -> Result<()> {
         let loaded = match self.is_policy {
-            true => (model.clone(), tokenizer.clone()),
+            true => policy()?,
             false => load_model(&self.source, &Device::Cpu, observer).context("environment.judge.model")?,
         };
         let (room, needed) = (loaded.0.architecture.context, prompt_ids("", &[], "", &loaded.1)?.len());

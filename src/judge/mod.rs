@@ -21,21 +21,21 @@ pub mod referee;
 pub mod reply;
 
 use std::collections::HashMap;
+use std::ffi::OsString;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use candor_environments::{Judge, Judgment, KeyError};
 use tracing::{debug, warn};
 
-use crate::event::Observer;
-use crate::model::Model;
+use crate::event::{Event, Observer};
 use crate::source::{Cache as Sources, Token};
-use crate::tokenizer::Tokenizer;
 use cache::{Cache, Kept};
 use gate::Patience;
+use local::PolicyBase;
 use options::JudgeOptions;
 use referee::{Decision, Referee};
 
@@ -80,25 +80,32 @@ struct Pending {
 const LONGEST: Duration = Duration::from_secs(3600);
 
 impl Panel {
-    /// The judge of a config's table. `policy` is the source of the policy's base. The key is read from the environment
-    /// variable that the table names, and kept nowhere else.
+    /// The judge of a config's table. `policy` is the source of the policy's base. The key is what the environment variable
+    /// that the table names holds, and is kept nowhere else.
     ///
     /// # Errors
     /// A [`KeyError`] within the table; or if the cache cannot be opened.
-    pub fn of(options: &JudgeOptions, policy: &str, patience: Patience, observer: Observer) -> Result<Self> {
-        let key_of = |options: &JudgeOptions| options.key_variable.as_deref().map(key_in).transpose();
+    pub fn of(
+        options: &JudgeOptions,
+        policy: &str,
+        patience: Patience,
+        variable: Variable,
+        observer: Observer,
+    ) -> Result<Self> {
+        let key_of =
+            |options: &JudgeOptions| options.key_variable.as_deref().map(|name| key_in(name, variable)).transpose();
         let mut referees = vec![Referee::new(options, policy, key_of(options)?, patience)];
         if let Some(second) = &options.second {
             let key = key_of(second).map_err(|problem| problem.within("second"))?;
             referees.push(Referee::new(second, policy, key, patience));
         }
         let cache = match referees.iter().any(Referee::is_costly) {
-            true => Some(Cache::open(&cache_file(options)?)?),
+            true => Some(Cache::open(&cache_file(options, variable)?)?),
             false => None,
         };
-        if let Some(damaged) = cache.as_ref().map(Cache::damaged).filter(|damaged| *damaged > 0) {
-            let file = cache_file(options)?;
-            observer(crate::event::Event::Line(&format!("{}: passed over {damaged} damaged lines", file.display())));
+        if let Some(cache) = cache.as_ref().filter(|cache| cache.damaged() > 0) {
+            let (file, damaged) = (cache.path.display(), cache.damaged());
+            observer(Event::Line(&format!("{file}: passed over {damaged} damaged lines")));
         }
         Ok(Self { referees, cache, pending: Mutex::default(), totals: Totals::default() })
     }
@@ -107,12 +114,12 @@ impl Panel {
     ///
     /// # Errors
     /// If a model cannot be loaded.
-    pub fn load(&self, model: &Arc<Model>, tokenizer: &Arc<Tokenizer>, observer: Observer) -> Result<()> {
+    pub fn load(&self, policy: PolicyBase, observer: Observer) -> Result<()> {
         let locals = self.referees.iter().filter_map(|referee| match referee {
             Referee::Local(local) => Some(local),
             _ => None,
         });
-        locals.into_iter().try_for_each(|local| local.load(model, tokenizer, observer))
+        locals.into_iter().try_for_each(|local| local.load(policy, observer))
     }
 
     /// One referee's decision: kept, being made, or made now. Whether it cost nothing stands beside it.
@@ -213,22 +220,22 @@ impl Pending {
     }
 }
 
+/// What an environment variable holds.
+pub type Variable<'a> = &'a dyn Fn(&str) -> Option<OsString>;
+
 /// The key in an environment variable.
-fn key_in(variable: &str) -> Result<Token, KeyError> {
+fn key_in(name: &str, variable: Variable) -> Result<Token, KeyError> {
     let problem = |text: String| KeyError::new("key_variable", text);
-    let key = std::env::var(variable).map_err(|_| {
-        problem(format!("the environment variable {variable} is not set, or is no text; put the server's key there"))
+    let key = variable(name).and_then(|key| key.into_string().ok()).ok_or_else(|| {
+        problem(format!("the environment variable {name} is not set, or is no text; put the server's key there"))
     })?;
-    Token::new(&key).map_err(|error| problem(format!("the environment variable {variable} {error}")))
+    Token::new(&key).map_err(|error| problem(format!("the environment variable {name} {error}")))
 }
 
 /// Where verdicts are kept.
-fn cache_file(options: &JudgeOptions) -> Result<PathBuf> {
+fn cache_file(options: &JudgeOptions, variable: Variable) -> Result<PathBuf> {
     match &options.cache {
         Some(file) => Ok(PathBuf::from(file)),
-        None => {
-            let sources = Sources::located_by(|name| std::env::var_os(name)).context("environment.judge.cache")?;
-            Ok(sources.folder.join("judge/verdicts.jsonl"))
-        }
+        None => Ok(Sources::located_by(variable)?.folder.join("judge/verdicts.jsonl")),
     }
 }
