@@ -171,8 +171,10 @@ fn phrase(said: &str, flags: &mut Vec<&'static str>) -> ParseOutcome {
 fn answer(said: &str) -> Option<Range<usize>> {
     let line = ANSWER.captures_iter(said).last()?.name("answer")?;
     let text = heads(line.as_str()).next().map_or(line.as_str(), |head| &line.as_str()[..head.start]);
-    let start = line.start() + (text.len() - text.trim_start().len());
-    let text = text.trim();
+    // Quotes and commas around it are JSON's.
+    let around = |one: char| one.is_whitespace() || one == '"' || one == ',';
+    let start = line.start() + (text.len() - text.trim_start_matches(around).len());
+    let text = text.trim_matches(around);
     let text = text.char_indices().nth(LONGEST_ANSWER).map_or(text, |(end, _)| &text[..end]).trim_end();
     (!text.is_empty()).then(|| start..start + text.len())
 }

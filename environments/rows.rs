@@ -12,6 +12,7 @@ use parquet::file::reader::{FileReader, SerializedFileReader};
 use parquet::record::{Field, Row};
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
+use sha2::{Digest, Sha256};
 
 use crate::csv;
 
@@ -81,6 +82,34 @@ pub fn split_files(folder: &Path, name: &str) -> anyhow::Result<Vec<PathBuf>> {
         shards.len()
     );
     Ok(shards.into_iter().map(|(.., path)| path).collect())
+}
+
+/// The files of the first of several splits that a folder, or its folder `data`, holds, and that split's name. Empty if there
+/// are none; then `wanted_files` says what was looked for.
+///
+/// # Errors
+/// As [`split_files`].
+pub fn first_split<'a>(folder: &Path, names: &[&'a str]) -> anyhow::Result<(Vec<PathBuf>, &'a str)> {
+    for folder in [folder.to_owned(), folder.join("data")].iter().filter(|folder| folder.is_dir()) {
+        for name in names {
+            let files = split_files(folder, name)?;
+            if !files.is_empty() {
+                return Ok((files, name));
+            }
+        }
+    }
+    Ok((Vec::new(), ""))
+}
+
+/// What files of some splits may be called.
+pub fn wanted_files(names: &[&str]) -> String {
+    names.iter().map(|name| format!("{name}.jsonl, {name}-….parquet")).collect::<Vec<_>>().join(", ")
+}
+
+/// Whether a question of a source that is one file is held out: about one in ten is, by its text alone, so that a
+/// question never changes sides when rows are added.
+pub fn is_held_out(question: &str) -> bool {
+    Sha256::digest(question)[0] < 26
 }
 
 /// Which shard, of how many, a file is: `train-00000-of-00002.parquet`, or with a hash before the dot.

@@ -3,14 +3,13 @@
 use std::path::{Path, PathBuf};
 use std::sync::LazyLock;
 
-use anyhow::{Context, bail, ensure};
+use anyhow::{Context, ensure};
 use regex::Regex;
 use serde_json::{Map, Value};
-use sha2::{Digest, Sha256};
 
 use crate::Split;
 use crate::parsing::constant;
-use crate::rows::{each_row, field, split_files};
+use crate::rows::{each_row, field, first_split, is_held_out, wanted_files};
 use crate::simpleqa::HeldOut;
 
 /// A question.
@@ -82,22 +81,14 @@ fn find(folder: &Path, split: Split) -> anyhow::Result<(Vec<PathBuf>, &'static s
         Split::Train => &["train"],
         Split::Heldout => &["validation", "dev", "test"],
     };
-    for folder in [folder.to_owned(), folder.join("data")].iter().filter(|folder| folder.is_dir()) {
-        for name in names {
-            let files = split_files(folder, name)?;
-            if !files.is_empty() {
-                return Ok((files, name));
-            }
-        }
-    }
-    let names = names.iter().map(|name| format!("{name}.jsonl, {name}-….parquet")).collect::<Vec<_>>().join(", ");
-    bail!("{}: holds no {names}; give one file, or a folder with files of these names", folder.display())
-}
-
-/// Whether a question of a source that is one file is held out: about one in ten is, by its text alone, so that a
-/// question never changes sides when rows are added.
-fn is_held_out(question: &str) -> bool {
-    Sha256::digest(question)[0] < 26
+    let (files, name) = first_split(folder, names)?;
+    ensure!(
+        !files.is_empty(),
+        "{}: holds no {}; give one file, or a folder with files of these names",
+        folder.display(),
+        wanted_files(names)
+    );
+    Ok((files, name))
 }
 
 fn row(index: usize, object: &Map<String, Value>) -> anyhow::Result<Row> {

@@ -17,8 +17,8 @@ use crate::scorers::{Ended, Scorers, Scoring, no_panic};
 use crate::selection::{Choice, Source};
 use crate::tokenizer::Tokenizer;
 
-/// How long a run waits for a score: longer than any judge with its retries.
-pub const SCORE_TIMEOUT: Duration = Duration::from_secs(600);
+/// How long a run waits for a score: longer than two judges with their retries.
+pub const SCORE_TIMEOUT: Duration = Duration::from_secs(900);
 
 /// One completion with what became of it.
 #[derive(Clone, Debug)]

@@ -87,6 +87,7 @@ fn answers_are_what_follows_the_label_on_its_line() {
         ("Answer: Paris\nConfidence: 0.9\n\nQuestion: Where?\nAnswer: Rome\nConfidence: 0.2", Some("Paris")),
         ("My answer is unclear\nConfidence in my answer: 0.6", None),
         ("Answer:\nParis", None),
+        ("{\"answer\": \"Paris\", \"confidence\": 0.9}", Some("Paris")),
         ("Answer: Confidence: 0.8", None),
         ("<think>Answer: Paris", None),
         ("Paris", None),
@@ -137,9 +138,9 @@ fn the_weight_that_a_rule_needs_makes_being_right_pay() {
             pairs.map(|(right, wrong)| q * (right + weight) + (1.0 - q) * wrong).fold(f64::MIN, f64::max)
         };
         let rises = |weight: f64, step: u32| {
-            best(f64::from(step + 1) / 20.0, weight) >= best(f64::from(step) / 20.0, weight) - 1e-9
+            best(f64::from(step + 1) / 100.0, weight) >= best(f64::from(step) / 100.0, weight) - 1e-9
         };
-        let rising = |weight: f64| (0..20).all(|step| rises(weight, step));
+        let rising = |weight: f64| (0..100).all(|step| rises(weight, step));
         assert!(rising(weight) && !rising(weight - 0.15), "{rule}");
         let refused = one(&format!("reward = \"{rule}\"\ncorrectness_weight = {}", weight - 0.01), None);
         let error = format!("{:#}", refused.err().unwrap());

@@ -20,7 +20,6 @@ use serde_json::{Map, Value, json};
 
 use super::Panel;
 use super::agreement::Agreement;
-use super::options::MOST_IN_FLIGHT;
 use crate::event::{Event, Observer};
 use crate::grades::Grades;
 use crate::run::{said, write_whole};
@@ -218,8 +217,8 @@ impl Answers {
             }
         };
         thread::scope(|scope| {
-            let failed = (0..chosen.len().min(MOST_IN_FLIGHT))
-                .map(|_| thread::Builder::new().spawn_scoped(scope, &work).map_err(Error::new).map(drop))
+            let failed = (0..chosen.len().min(judge.at_once()))
+                .map(|_| thread::Builder::new().spawn_scoped(scope, work).map_err(Error::new).map(drop))
                 .collect::<Result<Vec<_>>>();
             let outcome = failed.and_then(|_| {
                 for (done, (index, line)) in receiver.iter().take(chosen.len()).enumerate() {

@@ -44,7 +44,8 @@ pub struct Limits {
 
 /// The way to one server.
 pub struct Gate {
-    limits: Limits,
+    /// How many may pass.
+    pub limits: Limits,
     patience: Patience,
     state: Mutex<State>,
     changed: Condvar,

@@ -110,6 +110,11 @@ impl Panel {
         Ok(Self { referees, cache, pending: Mutex::default(), totals: Totals::default() })
     }
 
+    /// Questions that are worth being asked at once.
+    pub fn at_once(&self) -> usize {
+        self.referees.iter().map(Referee::at_once).max().unwrap_or(1)
+    }
+
     /// Gives local judges their model: the policy's, or their own.
     ///
     /// # Errors

@@ -1,8 +1,7 @@
 //! One judge of a panel: rules, a local model, or a server that is asked until it gives a verdict or up.
 
-use std::sync::Arc;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use candor_environments::Verdict;
 use candor_environments::lexical::grade;
@@ -22,9 +21,9 @@ pub enum Referee {
     /// Rules.
     Lexical,
     /// A model in this process.
-    Local(Arc<Local>),
+    Local(Local),
     /// A server.
-    Server(Server),
+    Server(Box<Server>),
 }
 
 /// What a referee came to.
@@ -52,8 +51,8 @@ impl Referee {
     pub fn new(options: &JudgeOptions, policy: &str, key: Option<Token>, patience: Patience) -> Self {
         match options.kind {
             JudgeKind::Lexical => Self::Lexical,
-            JudgeKind::Local => Self::Local(Arc::new(Local::new(options.model.as_deref(), policy))),
-            JudgeKind::Openai => Self::Server(Server::new(options, key, patience)),
+            JudgeKind::Local => Self::Local(Local::new(options.model.as_deref(), policy)),
+            JudgeKind::Openai => Self::Server(Box::new(Server::new(options, key, patience))),
         }
     }
 
@@ -80,6 +79,14 @@ impl Referee {
         match self {
             Self::Server(server) => format!("{} at {}", server.id, server.address),
             _ => self.id(),
+        }
+    }
+
+    /// Questions that it takes at once: a model in this process uses all cores for one.
+    pub fn at_once(&self) -> usize {
+        match self {
+            Self::Lexical | Self::Local(_) => 1,
+            Self::Server(server) => server.gate.limits.concurrency,
         }
     }
 
@@ -127,10 +134,13 @@ impl Server {
     /// Asks; where the reply cannot be read, once more the same, and then with a reminder of what a reply is. What was said
     /// so far is never shown to the judge again: it is no part of the question.
     fn decide(&self, Question { text, gold, answer }: &Question) -> Decision {
-        let mut decision = Decision::free(Err(String::new()));
+        let (mut decision, mut began) = (Decision::free(Err(String::new())), None);
         for reminded in [false, false, true] {
+            if self.is_overdue(began) {
+                break;
+            }
             let prompt = self.style.prompt(text, gold, answer, reminded);
-            match self.ask(&prompt, &mut decision) {
+            match self.ask(&prompt, &mut decision, &mut began) {
                 Err(cause) => {
                     decision.verdict = Err(cause);
                     return decision;
@@ -147,17 +157,26 @@ impl Server {
         decision
     }
 
-    /// A reply, however often it takes.
-    fn ask(&self, prompt: &str, decision: &mut Decision) -> Result<Reply, String> {
+    /// Whether a question has taken so long since its first request that it is given up.
+    fn is_overdue(&self, began: Option<Instant>) -> bool {
+        began.is_some_and(|began| began.elapsed() > self.patience.give_up)
+    }
+
+    /// A reply, however often it takes. Waiting for one's turn is no part of the time that a question may take.
+    fn ask(&self, prompt: &str, decision: &mut Decision, began: &mut Option<Instant>) -> Result<Reply, String> {
         let mut last = String::new();
         for attempt in 0..self.patience.tries {
             if attempt > 0 {
                 thread::sleep(self.backoff(prompt, attempt));
             }
+            if self.is_overdue(*began) {
+                break;
+            }
             let pass = self.gate.enter(self.chat.estimate(prompt)).map_err(|broken| match last.as_str() {
                 "" => broken,
                 last => format!("{broken}; before: {last}"),
             })?;
+            began.get_or_insert_with(Instant::now);
             decision.attempts += 1;
             match self.chat.ask(prompt) {
                 Ok(reply) => {
