@@ -1,5 +1,5 @@
-//! What a completion says in answer to a free-form question: a short answer, and in words or figures how sure it is
-//! (SCIENCE 2.2). `Answer: Michio Sugeno`, then `Confidence: 0.80`.
+//! What a completion says in answer to a free-form question: a short answer, and how sure it is. `Answer: Michio Sugeno`,
+//! then `Confidence: 0.80`.
 
 use std::ops::Range;
 use std::sync::LazyLock;

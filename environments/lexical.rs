@@ -1,4 +1,4 @@
-//! The offline judge: grades by words, numbers and dates, without a network or a model (SCIENCE 4.4).
+//! The offline judge: grades by words, numbers and dates, without a network or a model.
 //!
 //! It errs toward "incorrect": transliterations, typos, number words and paraphrases are not recognized (Kamalloo et al.
 //! 2023 found more than half of such rejections to be right answers). Use it for tests and for data with short answers and

@@ -3,7 +3,7 @@
 //!
 //! [`Rule`] holds those that fit a question whose outcome does not depend on the model, as BoolQ's gold answer. Where the
 //! outcome is the model's own correctness, a rule needs a term that rewards being right, or being wrong on purpose with
-//! confidence 0 pays as much as being right with confidence 1 (SCIENCE 3.4): [`OwnRule`] holds those that have one, and
+//! confidence 0 pays as much as being right with confidence 1: [`OwnRule`] holds those that have one, and
 //! those that need it.
 
 use serde::{Deserialize, Serialize};
@@ -129,7 +129,7 @@ impl OwnRule {
     }
 
     /// What a correct answer has to earn beside the rule, so that being right pays whatever one's chance of it: minus the
-    /// least slope of the best expected score. `None` where the rule itself sees to it (SCIENCE 3.4).
+    /// least slope of the best expected score. `None` where the rule itself sees to it.
     pub fn needed_weight(self) -> Option<f64> {
         self.exogenous().map(|rule| match rule {
             Rule::Brier | Rule::Spherical => 1.0,

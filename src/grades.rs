@@ -1,4 +1,4 @@
-//! What a judge's verdicts amount to: SimpleQA's metrics (Wei et al. 2024, section 2.3), and how often there was none.
+//! What a judge's verdicts amount to: SimpleQA's metrics (Wei et al. 2024, arXiv 2411.04368), and how often there was none.
 
 use std::collections::BTreeMap;
 
