@@ -68,8 +68,6 @@ pub struct Scorers {
     scored: Receiver<Scored>,
     threads: Vec<JoinHandle<Result<()>>>,
     scorer: Scorer,
-    /// What has been handed over and is not scored yet.
-    under_way: Arc<AtomicUsize>,
 }
 
 /// What a thread needs.
@@ -78,6 +76,7 @@ struct Scorer {
     tasks: Arc<[Scoring]>,
     to_score: Receiver<Vec<Ended>>,
     results: Sender<Scored>,
+    /// What has been handed over and is not scored yet.
     under_way: Arc<AtomicUsize>,
 }
 
@@ -86,9 +85,8 @@ impl Scorers {
     pub fn start(tasks: Vec<Scoring>) -> Self {
         let (work, to_score) = unbounded::<Vec<Ended>>();
         let (results, scored) = unbounded();
-        let under_way = Arc::new(AtomicUsize::new(0));
-        let scorer = Scorer { tasks: tasks.into(), to_score, results, under_way: under_way.clone() };
-        Self { work, scored, threads: Vec::new(), scorer, under_way }
+        let scorer = Scorer { tasks: tasks.into(), to_score, results, under_way: Arc::default() };
+        Self { work, scored, threads: Vec::new(), scorer }
     }
 
     /// Has completions of one group scored: one, or all of them in order where they are compared.
@@ -97,7 +95,7 @@ impl Scorers {
     /// If a scorer has stopped; [`Scorers::failure`] says why.
     pub fn score(&mut self, completions: Vec<Ended>) -> Result<()> {
         ensure!(!self.threads.iter().any(JoinHandle::is_finished), "scoring stopped");
-        let wanted = self.under_way.fetch_add(1, Ordering::Relaxed) + 1;
+        let wanted = self.scorer.under_way.fetch_add(1, Ordering::Relaxed) + 1;
         if wanted > self.threads.len() && self.threads.len() < MOST_THREADS {
             let scorer = self.scorer.clone();
             match Builder::new().name("scorer".into()).spawn(move || scorer.score_all()) {

@@ -136,7 +136,7 @@ fn retry_after_is_honored_by_every_request() {
             thread::sleep(Duration::from_millis(1));
         }
         // The reply is on its way; whoever comes now may still be let in, whoever comes after it may not.
-        thread::sleep(Duration::from_millis(200));
+        thread::sleep(Duration::from_millis(600));
         scope.spawn(|| judged(&panel, "Rome"));
     });
     let asked = server.asked();
@@ -174,17 +174,16 @@ fn rates_are_kept() {
     // A request is estimated at 1,000 tokens or so.
     for more in ["requests_per_minute = 1200", "tokens_per_minute = 1500000"] {
         let (folder, server) = (tempdir().unwrap(), Server::new(|_, _| says("A")));
-        let panel = server.panel(folder.path(), more);
+        let (panel, started) = (server.panel(folder.path(), more), Instant::now());
         thread::scope(|scope| {
             for index in 0..6 {
                 let panel = &panel;
                 scope.spawn(move || judged(panel, &format!("{more} {index}")));
             }
         });
-        let mut times: Vec<Instant> = server.asked().iter().map(|asked| asked.at).collect();
-        times.sort();
-        assert_eq!(times.len(), 6);
-        assert!(times[5] - times[0] >= Duration::from_millis(180), "{more}: {:?}", times[5] - times[0]);
+        assert_eq!(server.asked().len(), 6);
+        // Five waits of 50 or 40 ms, however busy the machine is.
+        assert!(started.elapsed() >= Duration::from_millis(190), "{more}: {:?}", started.elapsed());
     }
 }
 
