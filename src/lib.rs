@@ -14,6 +14,7 @@
 //! * [`selection`]: which tasks a step takes
 //! * [`rollout`]: tasks are sampled and scored, and become groups
 //! * [`scorers`]: completions are scored as they end
+//! * [`judge`], [`grades`]: who decides whether an answer is right, and what all decisions amount to
 //! * [`advantage`]: the rewards of a group become advantages
 //! * [`objective`]: log-probabilities become a loss and its derivative, in plain floats
 //! * [`learner`]: trees of completions become one optimizer step
@@ -37,8 +38,10 @@ pub mod config;
 pub mod evaluation;
 pub mod event;
 pub mod export;
+pub mod grades;
 pub mod heldout;
 pub mod inputs;
+pub mod judge;
 pub mod learner;
 pub mod logprob;
 pub mod model;

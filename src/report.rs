@@ -7,6 +7,7 @@ use candor_environments::{Finish, ParseStatus};
 use serde_json::{Value, json};
 
 use crate::advantage::is_mixed;
+use crate::grades::Grades;
 use crate::learner::{StepReport, StepShape};
 use crate::objective::Metrics;
 use crate::rollout::{Group, Rollout};
@@ -100,6 +101,7 @@ impl StepRecord<'_> {
             "cut_share": share(counts.cut, counts.rollouts),
             "mean_tokens": share(counts.tokens, counts.rollouts),
             "environment": environment.values(),
+            "grades": Grades::of_groups(self.groups),
             "loss": self.report.loss,
             "grad_norm": self.report.grad_norm,
             "learning_rate": self.shape.learning_rate,

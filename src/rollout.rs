@@ -2,7 +2,7 @@
 //!
 //! The sampler runs on the calling thread; each completion is handed to the scorers as it ends.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
@@ -17,8 +17,8 @@ use crate::scorers::{Ended, Scorers, Scoring, no_panic};
 use crate::selection::{Choice, Source};
 use crate::tokenizer::Tokenizer;
 
-/// How long a run waits for a score: longer than any judge with its retries.
-pub const SCORE_TIMEOUT: Duration = Duration::from_secs(600);
+/// How long a run waits for a score: longer than two judges with their retries.
+pub const SCORE_TIMEOUT: Duration = Duration::from_secs(900);
 
 /// One completion with what became of it.
 #[derive(Clone, Debug)]
@@ -47,6 +47,8 @@ pub struct Group {
     pub environment: String,
     /// The task.
     pub task: Task,
+    /// What kind of task it is, such as its topic.
+    pub labels: Vec<(&'static str, String)>,
     /// Tokens of the rendered prompt.
     pub prompt_ids: Vec<u32>,
     /// Optimizer steps in the adapter that sampled it.
@@ -108,8 +110,8 @@ impl Collector<'_> {
             let Source { name, environment, .. } = &self.sources[source];
             Scoring { name: name.clone(), environment: environment.clone(), index }
         });
-        let scorers = Scorers::start(scoring.collect());
-        let mut all = match self.sample(&requests, choices, sampler, adapter, settings, &scorers) {
+        let mut scorers = Scorers::start(scoring.collect());
+        let mut all = match self.sample(&requests, choices, sampler, adapter, settings, &mut scorers) {
             Ok(()) => scorers.finish(choices.len() * rollouts, self.patience)?,
             Err(error) => return Err(scorers.failure().unwrap_or(error)),
         };
@@ -129,9 +131,10 @@ impl Collector<'_> {
             "task {} of {name} carries its completion; this version trains on sampled ones only",
             task.id
         );
+        let labels = no_panic(name, index, || environment.labels(index))?;
         let prompt_ids = self.tokenizer.prompt_ids(&task.prompt).with_context(|| format!("task {}", task.id))?;
         let version = adapter.map_or(0, |adapter| adapter.version);
-        Ok(Group { environment: name.clone(), task, prompt_ids, version, rollouts: Vec::new() })
+        Ok(Group { environment: name.clone(), task, labels, prompt_ids, version, rollouts: Vec::new() })
     }
 
     /// Runs the sampler and hands every completion to the scorers as it ends.
@@ -142,7 +145,7 @@ impl Collector<'_> {
         sampler: &mut dyn Sampler,
         adapter: Option<&Adapter>,
         settings: &Settings,
-        scorers: &Scorers,
+        scorers: &mut Scorers,
     ) -> Result<()> {
         let total = requests.iter().map(|request| request.rollouts).sum();
         let mut done = 0;
@@ -180,7 +183,7 @@ impl Collector<'_> {
     }
 }
 
-/// The trees of a batch: every rollout that has an advantage. Groups without one are left out.
+/// The trees of a batch: every rollout that has an advantage and may be trained on. Groups without one are left out.
 ///
 /// # Errors
 /// If a score restricts training to a range that no token overlaps.
@@ -192,6 +195,7 @@ pub fn trees(groups: &[Group], tokenizer: &Tokenizer) -> Result<Vec<Tree>> {
             let (Some(advantage), Ok(score)) = (rollout.advantage, &rollout.score) else { continue };
             let ids = rollout.generation.ids.clone();
             let mask_t = match &score.train_on {
+                Some(range) if range.is_empty() => continue,
                 None => vec![true; ids.len()],
                 Some(range) => {
                     let (_, ranges) = tokenizer.token_ranges(&ids);
@@ -225,23 +229,28 @@ impl ScoreErrors {
     /// Counts the errors of a batch.
     ///
     /// # Errors
-    /// If more than 2% of the last 500 rollouts could not be scored (of 500 even when there were fewer so far): the last
-    /// reason is in the message.
+    /// If more than 2% of the last 500 rollouts could not be scored (of 500 even when there were fewer so far): the reasons of
+    /// this batch are in the message, the most frequent first.
     pub fn observe(&mut self, groups: &[Group]) -> Result<()> {
-        let mut last = None;
+        let mut reasons: BTreeMap<String, usize> = BTreeMap::new();
         for rollout in groups.iter().flat_map(|group| &group.rollouts) {
             self.recent.push_back(rollout.score.is_err());
             if self.recent.len() > Self::WINDOW {
                 self.recent.pop_front();
             }
-            last = rollout.score.as_ref().err().or(last);
+            if let Err(error) = &rollout.score {
+                *reasons.entry(error.to_string()).or_default() += 1;
+            }
         }
         let failed = self.recent.iter().filter(|&&failed| failed).count();
-        match last {
-            Some(reason) if failed as f64 > Self::SHARE * Self::WINDOW as f64 => {
-                bail!("{failed} of the last {} rollouts could not be scored; the last one: {reason}", self.recent.len())
-            }
-            _ => Ok(()),
+        if reasons.is_empty() || failed as f64 <= Self::SHARE * Self::WINDOW as f64 {
+            return Ok(());
         }
+        let mut reasons: Vec<(String, usize)> = reasons.into_iter().collect();
+        reasons.sort_by_key(|(_, count)| std::cmp::Reverse(*count));
+        let shown: Vec<String> = reasons.iter().take(3).map(|(reason, count)| format!("{count} × {reason}")).collect();
+        let more = reasons.len().saturating_sub(shown.len());
+        let more = if more > 0 { format!("; and {more} other reasons") } else { String::new() };
+        bail!("{failed} of the last {} rollouts could not be scored: {}{more}", self.recent.len(), shown.join("; "))
     }
 }

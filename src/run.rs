@@ -8,9 +8,9 @@ use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
-use candor_environments::{Finish, Message, ParseStatus};
+use candor_environments::{Finish, Judgment, Message, ParseStatus, ScoreError};
 use serde::{Deserialize, Serialize};
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 
 use crate::config::Config;
 use crate::rollout::{Group, Rollout};
@@ -47,6 +47,9 @@ pub struct Row {
     pub group: usize,
     /// Index of the rollout within the group.
     pub rollout: usize,
+    /// What kind of task it is, such as its topic; only where the environment says.
+    #[serde(default, skip_serializing_if = "Map::is_empty")]
+    pub labels: Map<String, Value>,
     /// The messages of the prompt.
     pub prompt: Vec<Message>,
     /// What the model wrote.
@@ -63,7 +66,7 @@ pub struct Row {
     pub advantage: Option<f64>,
     /// What the environment measured.
     pub metrics: Map<String, Value>,
-    /// How the completion was read; null on error.
+    /// How the completion was read; null on an error of the environment's.
     pub parse: Option<ParseStatus>,
     /// What was odd about it.
     pub flags: Vec<String>,
@@ -86,6 +89,10 @@ impl Row {
 
     fn new(split: RowSplit, step: u64, group_index: usize, group: &Group, rollout: &Rollout) -> Self {
         let score = rollout.score.as_ref().ok();
+        let failed = match &rollout.score {
+            Err(ScoreError::Judge { judgment, parse }) => Some((judgment, *parse)),
+            _ => None,
+        };
         let numbers = |pairs: &[(&'static str, f64)]| {
             pairs.iter().map(|(name, value)| (name.to_string(), Value::from(*value))).collect()
         };
@@ -98,6 +105,7 @@ impl Row {
             task: group.task.id.clone(),
             group: group_index,
             rollout: rollout.generation.rollout,
+            labels: group.labels.iter().map(|(name, label)| (name.to_string(), Value::from(label.as_str()))).collect(),
             prompt: group.task.prompt.clone(),
             completion: rollout.text.clone(),
             finish: rollout.generation.finish,
@@ -106,13 +114,29 @@ impl Row {
             parts: score.map(|score| numbers(&score.parts)).unwrap_or_default(),
             advantage: rollout.advantage,
             metrics: score.map(|score| numbers(&score.metrics)).unwrap_or_default(),
-            parse: score.map(|score| score.parse),
+            parse: score.map(|score| score.parse).or(failed.map(|(_, parse)| parse)),
             flags: score.map(|score| score.flags.iter().map(|flag| flag.to_string()).collect()).unwrap_or_default(),
-            judge: None,
+            judge: score.and_then(|score| score.judge.as_ref()).or(failed.map(|(judgment, _)| judgment)).map(said),
             mean_logprob: rollout.generation.mean_logprob(),
             error: rollout.score.as_ref().err().map(ToString::to_string),
         }
     }
+}
+
+/// A judgment as rows hold it; without a verdict, the row's error has the cause.
+pub fn said(judgment: &Judgment) -> Value {
+    let Judgment { id, prompt_version, verdict, cached, attempts, p_correct } = judgment;
+    let mut said = json!({
+        "id": id,
+        "prompt_version": prompt_version,
+        "verdict": verdict.as_ref().ok(),
+        "cached": cached,
+        "attempts": attempts,
+    });
+    if let (Some(p_correct), Some(said)) = (p_correct, said.as_object_mut()) {
+        said.insert("p_correct".into(), json!(p_correct));
+    }
+    said
 }
 
 /// An open run folder.

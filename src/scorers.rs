@@ -1,21 +1,24 @@
-//! The scorers: a few threads that score completions as they end, beside the sampler.
+//! The scorers: threads that score completions as they end, beside the sampler. There are as many as there are scores
+//! under way: a score may be a judge's, who is waited for.
 //!
 //! Ownership is the shutdown protocol. When the sender is dropped the scorers finish what is left and stop; when one fails
 //! the next completion cannot be sent; a scorer that never returns is left behind after a limit, not waited for.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::thread::{self, JoinHandle};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread::{Builder, JoinHandle};
 use std::time::Duration;
 
 use anyhow::{Error, Result, anyhow, bail, ensure};
 use candor_environments::{Completion, Environment, Score, ScoreError};
 use crossbeam::channel::{Receiver, RecvTimeoutError, Sender, unbounded};
 
+use crate::judge::options::MOST_IN_FLIGHT;
 use crate::sampler::Generation;
 
-/// Threads that score. Scoring is cheap or waits for somebody else, so it needs no core of its own.
-const THREADS: usize = 8;
+/// The most threads that score: as many as a judge may be asked at once.
+const MOST_THREADS: usize = MOST_IN_FLIGHT;
 
 /// What the completions of one group are scored by.
 #[derive(Clone)]
@@ -64,27 +67,44 @@ pub struct Scorers {
     work: Sender<Vec<Ended>>,
     scored: Receiver<Scored>,
     threads: Vec<JoinHandle<Result<()>>>,
+    scorer: Scorer,
+}
+
+/// What a thread needs.
+#[derive(Clone)]
+struct Scorer {
+    tasks: Arc<[Scoring]>,
+    to_score: Receiver<Vec<Ended>>,
+    results: Sender<Scored>,
+    /// What has been handed over and is not scored yet.
+    under_way: Arc<AtomicUsize>,
 }
 
 impl Scorers {
-    /// Starts the threads; `tasks` are by group.
+    /// Makes ready; `tasks` are by group.
     pub fn start(tasks: Vec<Scoring>) -> Self {
-        let tasks: Arc<[Scoring]> = tasks.into();
         let (work, to_score) = unbounded::<Vec<Ended>>();
         let (results, scored) = unbounded();
-        let scorer = |_| {
-            let (tasks, to_score, results) = (tasks.clone(), to_score.clone(), results.clone());
-            thread::spawn(move || score_all(&tasks, &to_score, &results))
-        };
-        Self { work, scored, threads: (0..THREADS).map(scorer).collect() }
+        let scorer = Scorer { tasks: tasks.into(), to_score, results, under_way: Arc::default() };
+        Self { work, scored, threads: Vec::new(), scorer }
     }
 
     /// Has completions of one group scored: one, or all of them in order where they are compared.
     ///
     /// # Errors
     /// If a scorer has stopped; [`Scorers::failure`] says why.
-    pub fn score(&self, completions: Vec<Ended>) -> Result<()> {
+    pub fn score(&mut self, completions: Vec<Ended>) -> Result<()> {
         ensure!(!self.threads.iter().any(JoinHandle::is_finished), "scoring stopped");
+        let wanted = self.scorer.under_way.fetch_add(1, Ordering::Relaxed) + 1;
+        if wanted > self.threads.len() && self.threads.len() < MOST_THREADS {
+            let scorer = self.scorer.clone();
+            match Builder::new().name("scorer".into()).spawn(move || scorer.score_all()) {
+                Ok(thread) => self.threads.push(thread),
+                // The others will come to it.
+                Err(_) if !self.threads.is_empty() => {}
+                Err(error) => bail!("cannot start a thread that scores: {error}"),
+            }
+        }
         Ok(self.work.send(completions)?)
     }
 
@@ -98,7 +118,7 @@ impl Scorers {
     /// # Errors
     /// If an environment panicked or gave the wrong number of scores, or no score came in time.
     pub fn finish(self, count: usize, patience: Duration) -> Result<Vec<Scored>> {
-        drop(self.work);
+        drop((self.work, self.scorer));
         let mut all = Vec::with_capacity(count);
         while all.len() < count {
             match self.scored.recv_timeout(patience) {
@@ -120,19 +140,22 @@ fn join(thread: JoinHandle<Result<()>>) -> Result<()> {
     thread.join().unwrap_or_else(|_| bail!("a scoring thread panicked"))
 }
 
-/// One scorer: until there is nothing more to score, or nobody wants to know.
-fn score_all(tasks: &[Scoring], to_score: &Receiver<Vec<Ended>>, results: &Sender<Scored>) -> Result<()> {
-    for all in to_score {
-        let Some(first) = all.first() else { continue };
-        let completions: Vec<Completion> = all.iter().map(|ended| ended.completion.clone()).collect();
-        let scores = tasks[first.generation.group].score(&completions)?;
-        for (ended, score) in all.into_iter().zip(scores) {
-            if results.send((ended, score)).is_err() {
-                return Ok(());
+impl Scorer {
+    /// Until there is nothing more to score, or nobody wants to know.
+    fn score_all(&self) -> Result<()> {
+        for all in &self.to_score {
+            let Some(first) = all.first() else { continue };
+            let completions: Vec<Completion> = all.iter().map(|ended| ended.completion.clone()).collect();
+            let scores = self.tasks[first.generation.group].score(&completions)?;
+            self.under_way.fetch_sub(1, Ordering::Relaxed);
+            for (ended, score) in all.into_iter().zip(scores) {
+                if self.results.send((ended, score)).is_err() {
+                    return Ok(());
+                }
             }
         }
+        Ok(())
     }
-    Ok(())
 }
 
 /// Calls an environment about one of its tasks. A panic is its author's bug: it ends the run with the task's name.

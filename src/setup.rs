@@ -60,9 +60,12 @@ impl Run {
     /// If a source, the model, an environment or the run folder is not what the config says.
     pub fn prepare(config: Config, options: &Options) -> Result<Self> {
         RunFolder::check(options.results, &config, options.resume)?;
-        let Inputs { model, training, heldout, start } = Inputs::open(&config, options.environments, options.observer)?;
+        let Inputs { model, training, heldout, start, judges } =
+            Inputs::open(&config, options.environments, options.observer)?;
         let tokenizer = model.tokenizer.clone();
         let model = model.load(&Device::Cpu, options.observer)?;
+        let base = || Ok((model.clone(), tokenizer.clone()));
+        judges.iter().try_for_each(|judge| judge.load(&base, options.observer))?;
         let (folder, learner, next_step) = begin(&config, &model, start, options)?;
         let sampler = Box::new(LocalSampler::new(model, tokenizer.clone()));
         Ok(Self { config, folder, tokenizer, training, heldout, sampler, learner, next_step })

@@ -14,6 +14,7 @@ use serde_json::Value;
 use crate::evaluation::{
     Interval, Predictions, accuracy, auroc, base_rate_brier, brier, brier_skill, paired_bootstrap,
 };
+use crate::grades::Grades;
 use crate::report::{peak_memory, shown};
 use crate::run::{GENERATIONS, METRICS, Row, RowSplit};
 
@@ -43,6 +44,12 @@ pub struct Evaluated {
     pub constant_base_rate_brier: Option<f64>,
     /// Chance that a right answer has the higher confidence.
     pub auroc: Option<f64>,
+    /// What the judge said of all rows; only where one was asked.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub grades: Option<Grades>,
+    /// The same by label, as `topic: History`.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub grades_by_label: BTreeMap<String, Grades>,
     /// Outcome by task, for pairing.
     #[serde(skip)]
     outcomes: BTreeMap<String, f64>,
@@ -69,6 +76,7 @@ impl Evaluated {
         let parsed = predictions.as_ref().map_or(0, Predictions::len);
         let gold: Vec<f64> = rows.iter().filter_map(|row| row.metrics.get("y")?.as_f64()).collect();
         let base_rate = gold.iter().sum::<f64>() / gold.len() as f64;
+        let (grades, grades_by_label) = Grades::of(rows).map_or((None, BTreeMap::new()), |(all, by)| (Some(all), by));
         let some = |f: fn(&Predictions) -> f64| predictions.as_ref().map(f);
         Ok(Self {
             tasks: rows.len(),
@@ -82,6 +90,8 @@ impl Evaluated {
             constant_base_rate_brier: (!gold.is_empty() && gold.len() == parsed)
                 .then_some(base_rate * (1.0 - base_rate)),
             auroc: predictions.as_ref().and_then(auroc),
+            grades,
+            grades_by_label,
             outcomes,
         })
     }
@@ -176,7 +186,8 @@ pub fn evaluation_table(policy: &str, evaluated: &BTreeMap<String, Evaluated>) -
     for (environment, evaluated) in evaluated {
         let tasks = evaluated.tasks;
         let written = writeln!(text, "{environment}: {tasks} held-out tasks")
-            .and_then(|()| table(&mut text, &[(policy, evaluated)], "the outcome, without shaping"));
+            .and_then(|()| table(&mut text, &[(policy, evaluated)], "the outcome, without shaping"))
+            .and_then(|()| text.write_str(&breakdown(&evaluated.grades_by_label)));
         written.expect("a string takes every line");
     }
     text
@@ -203,7 +214,31 @@ fn table(f: &mut impl fmt::Write, columns: &[(&str, &Evaluated)], note: &str) ->
     line("", columns.iter().map(|(head, _)| head.to_string()).collect(), "")?;
     lines.into_iter().try_for_each(|(name, cell, note)| {
         line(name, columns.iter().map(|(_, evaluated)| cell(evaluated)).collect(), note)
-    })
+    })?;
+    let graded: Vec<_> = columns.iter().filter_map(|(_, evaluated)| Some(evaluated.grades?.lines())).collect();
+    // Both columns are of the same environment: either all of them are graded or none.
+    for (index, (name, _, note)) in graded.first().into_iter().flatten().enumerate() {
+        line(name, graded.iter().map(|lines| shown(lines[index].1, 3)).collect(), note)?;
+    }
+    Ok(())
+}
+
+/// A table of grades by label; empty where there are none.
+pub fn breakdown(by_label: &BTreeMap<String, Grades>) -> String {
+    let row = |(label, grades): (&String, &Grades)| {
+        let [correct, incorrect, not_attempted, accuracy, f, ..] = grades.lines().map(|(_, value, _)| shown(value, 3));
+        let graded = grades.graded();
+        format!("  {label:<36} {graded:>6} {correct:>9} {incorrect:>9} {not_attempted:>9} {accuracy:>9} {f:>9}\n")
+    };
+    let rows: String = by_label.iter().map(row).collect();
+    let head = ["graded", "correct", "incorrect", "not att.", "of att.", "F"];
+    let [n, correct, incorrect, not_attempted, accuracy, f] = head;
+    match rows.is_empty() {
+        true => rows,
+        false => {
+            format!("  {:<36} {n:>6} {correct:>9} {incorrect:>9} {not_attempted:>9} {accuracy:>9} {f:>9}\n{rows}", "")
+        }
+    }
 }
 
 impl fmt::Display for Summary {
@@ -214,6 +249,7 @@ impl fmt::Display for Summary {
             let interval =
                 difference.map_or("-".into(), |(mean, low, high)| format!("{mean:+.3} (95%: {low:+.3} to {high:+.3})"));
             table(f, &[("before", before), ("after", after)], &interval)?;
+            f.write_str(&breakdown(&after.grades_by_label))?;
         }
         let gigabytes = self.peak_memory_bytes.map(|bytes| bytes as f64 / 1e9);
         write!(

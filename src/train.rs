@@ -36,7 +36,7 @@ pub fn train(run: &mut Run, observer: Observer, interrupted: &AtomicBool) -> Res
     let (steps, mut errors) = (run.config.steps, ScoreErrors::default());
     for step in run.next_step..steps {
         if (is_due(run.config.evaluation.every, step) || step == 0)
-            && evaluate(run, step, observer, &stop)? == Outcome::Interrupted
+            && evaluate(run, step, observer, &mut errors, &stop)? == Outcome::Interrupted
         {
             save(run, step)?;
             return Ok(Outcome::Interrupted);
@@ -68,7 +68,7 @@ pub fn train(run: &mut Run, observer: Observer, interrupted: &AtomicBool) -> Res
         }
     }
     observer(Event::Progress { what: "steps", done: steps as usize, total: steps as usize });
-    evaluate(run, steps, observer, &stop)
+    evaluate(run, steps, observer, &mut errors, &stop)
 }
 
 /// A checkpoint, never newer than its rows on the disk.
@@ -100,7 +100,13 @@ fn collect(run: &mut Run, step: u64, observer: Observer) -> Result<Vec<Group>> {
 }
 
 /// Completes the held-out tasks with the adapter as it is after `step` steps, and records the rows: all of them or none.
-fn evaluate(run: &mut Run, step: u64, observer: Observer, stop: &(dyn Fn() -> bool + Sync)) -> Result<Outcome> {
+fn evaluate(
+    run: &mut Run,
+    step: u64,
+    observer: Observer,
+    errors: &mut ScoreErrors,
+    stop: &(dyn Fn() -> bool + Sync),
+) -> Result<Outcome> {
     let Run { config, heldout, tokenizer, sampler, learner, folder, .. } = run;
     if config.evaluation.tasks == 0 {
         return Ok(Outcome::Finished);
@@ -111,6 +117,7 @@ fn evaluate(run: &mut Run, step: u64, observer: Observer, stop: &(dyn Fn() -> bo
         Err(error) if error.is::<Interrupted>() => return Ok(Outcome::Interrupted),
         groups => groups?,
     };
+    errors.observe(&groups)?;
     folder.record_generations(RowSplit::Eval, step, &groups)?;
     observer(Event::Line(&report::evaluation_line(step, &groups)));
     Ok(Outcome::Finished)

@@ -18,6 +18,7 @@ fn help_fits_a_terminal_of_80_columns() {
         &["train", "--help"],
         &["eval", "--help"],
         &["check", "--help"],
+        &["judge", "--help"],
         &["train", "-h"],
         &["logprob", "--help"],
         &["sample", "--help"],

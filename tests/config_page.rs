@@ -6,8 +6,9 @@ use std::fs;
 use std::path::Path;
 
 use candor::config::{Config, Endpoint};
+use candor::judge::options::JudgeOptions;
 use candor_environments::length::Length;
-use candor_environments::{boolq, keys};
+use candor_environments::{boolq, keys, simpleqa};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use syn::{Attribute, Expr, ExprLit, Field, GenericArgument, Item, Lit, Meta, PathArguments, Type, Variant};
@@ -16,14 +17,17 @@ use toml::{Table, Value};
 use crate::config::{SMALL, reference};
 
 /// The files whose types are read from a config.
-const SOURCES: [&str; 9] = [
+const SOURCES: [&str; 12] = [
     "src/config/mod.rs",
     "src/config/sections.rs",
     "src/advantage.rs",
     "src/objective/mod.rs",
     "src/objective/policy.rs",
     "src/ops/kernel.rs",
+    "src/judge/options.rs",
+    "src/judge/prompt.rs",
     "environments/boolq.rs",
+    "environments/simpleqa.rs",
     "environments/length.rs",
     "environments/scoring.rs",
 ];
@@ -45,6 +49,11 @@ fn types() -> BTreeMap<String, Item> {
         let text = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join(source)).unwrap();
         for item in syn::parse_file(&text).unwrap().items {
             let (name, attributes) = match &item {
+                // Every environment has its own.
+                Item::Struct(item) if item.ident == "Options" => {
+                    let file = Path::new(source).file_stem().unwrap().to_string_lossy();
+                    (format!("{file}::Options"), &item.attrs)
+                }
                 Item::Struct(item) => (item.ident.to_string(), &item.attrs),
                 Item::Enum(item) => (item.ident.to_string(), &item.attrs),
                 _ => continue,
@@ -104,14 +113,17 @@ fn written_name(attributes: &[Attribute], ident: &syn::Ident) -> String {
 }
 
 /// What a type is called where its own name would not do.
-const PLAIN: [(&str, &str); 7] = [
+const PLAIN: [(&str, &str); 10] = [
     ("String", "text"),
     ("Device", "text"),
     ("f64", "number"),
+    ("u32", "whole number"),
     ("u64", "whole number"),
     ("usize", "whole number"),
     ("bool", "`true` or `false`"),
     ("Environment", "table as `[[environment]]`"),
+    ("JudgeOptions", "table"),
+    ("Table", "table"),
 ];
 
 /// A type's container and its name: `Option<f64>` is Option and f64, `[f64; 2]` is 2 and f64, `f64` is f64 twice.
@@ -213,7 +225,7 @@ impl<'a> Page<'a> {
     /// A key, and beneath it what its type is made of.
     fn key(&mut self, field: &'a Field, defaults: &Defaults, indent: usize) {
         let (outer, inner) = parts(&field.ty);
-        if inner == "Table" {
+        if outer == "Table" {
             return self.write(indent, "- ", &format!("All other keys: {}", docs(&field.attrs)));
         }
         let name = written_name(&field.attrs, field.ident.as_ref().unwrap());
@@ -265,7 +277,12 @@ impl<'a> Page<'a> {
         self.keys(&kind, &all.within(&name), 0);
         if kind == "Environment" {
             self.heading("`[[environment]]` of BoolQ", "Beside `name = \"boolq\"`:");
-            self.keys("Options", &Defaults::of::<boolq::Options>("source = \"\""), 0);
+            self.keys("boolq::Options", &Defaults::of::<boolq::Options>("source = \"\""), 0);
+            self.heading("`[[environment]]` of SimpleQA", "Beside `name = \"simpleqa\"`:");
+            self.keys("simpleqa::Options", &Defaults::of::<simpleqa::Options>("source = \"\""), 0);
+            let Some(Item::Struct(judge)) = self.types.get("JudgeOptions") else { panic!("judges have no keys") };
+            self.heading("`[environment.judge]`", &docs(&judge.attrs));
+            self.keys("JudgeOptions", &Defaults::of::<JudgeOptions>(""), 0);
         }
     }
 
@@ -303,7 +320,8 @@ fn keys_on(page: &str) -> BTreeMap<String, String> {
             above.push((entry[1].len(), entry[2].to_string()));
             let path: Vec<&str> = above.iter().map(|(_, name)| name.as_str()).collect();
             let default = entry.get(4).map_or(&entry[3], |default| default.as_str());
-            found.insert(format!("{section}{}", path.join(".")), default.to_string());
+            // Of a key that several environments have, the contract shows BoolQ's.
+            found.entry(format!("{section}{}", path.join("."))).or_insert(default.to_string());
         }
     }
     found
@@ -347,9 +365,27 @@ fn the_page_holds_the_contracts_keys_and_defaults() {
     let more: Vec<&str> = found.keys().map(String::as_str).filter(|key| !wanted.contains_key(*key)).collect();
     let known = [
         "batch.long_prompts",
+        "environment.correctness_waiver",
+        "environment.correctness_weight",
         "environment.examples",
         "environment.exclude_shared_passages",
+        "environment.held_out",
+        "environment.judge",
+        "environment.judge.base_url",
+        "environment.judge.cache",
+        "environment.judge.concurrency",
+        "environment.judge.dollars_per_million_tokens",
+        "environment.judge.key_variable",
+        "environment.judge.kind",
+        "environment.judge.max_tokens",
+        "environment.judge.model",
+        "environment.judge.requests_per_minute",
+        "environment.judge.second",
+        "environment.judge.style",
+        "environment.judge.timeout_seconds",
+        "environment.judge.tokens_per_minute",
         "environment.length.weight",
+        "environment.mask",
         "epochs",
         "evaluation.environment",
         "learner.delta",

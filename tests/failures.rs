@@ -13,7 +13,7 @@ use candor::sampler::local::LocalSampler;
 use candor::sampler::{Generation, Settings};
 use candor::selection::Source;
 use candor_environments::{Completion, Environment, Finish, Message, ParseStatus, Score, ScoreError, Target, Task};
-use serde_json::Value;
+use serde_json::{Value, json};
 use tempfile::tempdir;
 
 use crate::check::{self, close};
@@ -95,8 +95,10 @@ fn rollouts_without_a_verdict_leave_their_groups_mean_and_groups_with_few_left_a
         for row in group {
             let Some(reward) = row["reward"].as_f64() else {
                 assert_eq!(row["error"], "judge: no verdict after 3 attempts: connection reset");
-                let missing = [&row["advantage"], &row["parse"], &row["judge"]];
-                assert!(missing.into_iter().all(Value::is_null) && row["parts"] == serde_json::json!({}));
+                assert!(row["advantage"].is_null() && row["parts"] == json!({}) && row["parse"] == "ok");
+                let judge =
+                    json!({"id": "toy:judge", "prompt_version": 1, "verdict": null, "cached": false, "attempts": 3});
+                assert_eq!(row["judge"], judge);
                 continue;
             };
             assert_eq!(row["error"], Value::Null);
@@ -143,12 +145,12 @@ fn batch(errors: &[bool]) -> Vec<Group> {
     };
     let task = Task { id: "toy/0".to_string(), prompt: Vec::new(), target: Target::Reward };
     let rollouts = errors.iter().map(rollout).collect();
-    vec![Group { environment: "toy".to_string(), task, prompt_ids: vec![5], version: 0, rollouts }]
+    vec![Group { environment: "toy".to_string(), task, labels: vec![], prompt_ids: vec![5], version: 0, rollouts }]
 }
 
 fn no_score() -> Score {
     let (parts, metrics, flags) = (Vec::new(), Vec::new(), Vec::new());
-    Score { reward: 0.0, parts, metrics, parse: ParseStatus::Ok, flags, answer: None, train_on: None }
+    Score { reward: 0.0, parts, metrics, parse: ParseStatus::Ok, flags, answer: None, train_on: None, judge: None }
 }
 
 #[test]

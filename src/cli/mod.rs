@@ -2,12 +2,14 @@
 //!
 //! * [`console`]: lines and progress bars
 //! * [`log`]: the log in the run folder
+//! * [`judge`]: files of answers
 //! * [`models`]: the commands on a model rather than on a config; [`chat`] is the one that talks, [`bench`] the one that
 //!   measures
 
 mod bench;
 mod chat;
 mod console;
+mod judge;
 mod log;
 mod models;
 
@@ -71,6 +73,8 @@ enum Command {
         #[command(flatten)]
         input: Input,
     },
+    /// Grade a file of answers, or compare a judge with grades by hand
+    Judge(judge::Judge),
     /// Print the log-probability of every token of given completions, as JSON lines
     Logprob(models::Logprob),
     /// Answer prompts or the rows of a file, as JSON lines
@@ -88,6 +92,7 @@ impl Command {
     fn quiet(&self) -> bool {
         match self {
             Self::Train { input, .. } | Self::Eval { input, .. } | Self::Check { input } => input.quiet,
+            Self::Judge(judge::Judge { quiet, .. }) => *quiet,
             Self::Logprob(models::Logprob { base, .. })
             | Self::Sample(models::Sample { base, .. })
             | Self::Chat(chat::Chat { base, .. })
@@ -153,6 +158,7 @@ fn execute(command: &Command, environments: &[(&str, Load)], console: &Arc<Conso
         }
         Command::Eval { input, adapter } => evaluate(load(input)?, adapter.as_deref(), &options, console),
         Command::Check { input } => check(&load(input)?, &options, console),
+        Command::Judge(command) => command.run(&observer, console),
         Command::Logprob(command) => command.run(&observer, console),
         Command::Sample(command) => command.run(&observer, console),
         Command::Chat(command) => command.run(&observer, console),

@@ -108,6 +108,14 @@ impl Config {
         self.places.locate(&names::explained(problem))
     }
 
+    /// The error of a table's reader, as seen from the whole config: with the place of the key, or of the table.
+    pub fn locate_within(&self, table: &str, error: anyhow::Error) -> anyhow::Error {
+        match error.downcast::<KeyError>() {
+            Ok(problem) => self.locate(problem.within(table)),
+            Err(error) => error.context(self.place(table).map_or(table.into(), |place| format!("{place}: {table}"))),
+        }
+    }
+
     /// The resolved config as TOML: every key, defaults included. Loading it gives an equal config.
     ///
     /// # Errors

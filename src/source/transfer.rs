@@ -5,10 +5,12 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use thiserror::Error;
+use ureq::config::ConfigBuilder;
 use ureq::http::{HeaderMap, StatusCode, Uri};
+use ureq::typestate::AgentScope;
 use ureq::{Agent, BodyReader};
 
-/// What a hub knows its user by. It is shown nowhere, not even by `Debug`.
+/// What a server knows its user by. It is shown nowhere, not even by `Debug`.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Token(String);
 
@@ -20,9 +22,33 @@ impl Token {
     pub fn new(text: &str) -> Result<Token> {
         let text = text.trim();
         let plain = !text.is_empty() && text.chars().all(|one| one.is_ascii_graphic());
-        ensure!(plain, "the hub's token (HF_TOKEN or the token file) is not a word of plain characters");
+        ensure!(plain, "is not a word of plain characters");
         Ok(Token(text.into()))
     }
+
+    /// The header that shows it to a server.
+    pub(crate) fn authorization(&self) -> String {
+        format!("Bearer {}", self.0)
+    }
+
+    /// A text of the server's, in which the token may stand, without it.
+    pub(crate) fn hidden_in(&self, text: &str) -> String {
+        text.replace(&self.0, "…")
+    }
+}
+
+/// A web address without a user's name and a query, as requests are sent below.
+pub(crate) fn web_address(text: &str) -> Option<Uri> {
+    let uri: Uri = text.parse().ok()?;
+    let web = matches!(uri.scheme_str(), Some("http" | "https")) && uri.query().is_none() && !text.contains('#');
+    (web && uri.authority().is_some_and(|authority| !authority.as_str().contains('@'))).then_some(uri)
+}
+
+/// How all requests of ours are made: no redirect is followed unseen, so that it is decided here who sees a token; no
+/// reply is packed, so that its size is what arrives.
+pub(crate) fn agent() -> ConfigBuilder<AgentScope> {
+    let config = Agent::config_builder().max_redirects(0).max_redirects_will_error(false).http_status_as_error(false);
+    config.user_agent(concat!("candor/", env!("CARGO_PKG_VERSION"))).accept_encoding("identity")
 }
 
 impl fmt::Debug for Token {
@@ -68,15 +94,9 @@ const MOST_REDIRECTS: usize = 5;
 impl<'a> Client<'a> {
     pub fn new(endpoint: &str, token: Option<&'a Token>, patience: Duration) -> Result<Client<'a>> {
         let bad = "HF_ENDPOINT is not an address such as https://huggingface.co, without a user's name and a query";
-        let uri: Uri = endpoint.parse().ok().context(bad)?;
-        let web = matches!(uri.scheme_str(), Some("http" | "https")) && uri.query().is_none();
-        ensure!(web && uri.authority().is_some_and(|authority| !authority.as_str().contains('@')), bad);
+        let uri = web_address(endpoint).context(bad)?;
         let some = Some(patience);
-        // Redirects are followed here, so that it is decided here where the token goes.
-        let config =
-            Agent::config_builder().max_redirects(0).max_redirects_will_error(false).http_status_as_error(false);
-        let config = config.user_agent(concat!("candor/", env!("CARGO_PKG_VERSION"))).accept_encoding("identity");
-        let config = config.timeout_resolve(some).timeout_connect(some).timeout_recv_response(some);
+        let config = agent().timeout_resolve(some).timeout_connect(some).timeout_recv_response(some);
         let agent = config.timeout_per_read(some).timeout_per_write(some).build().new_agent();
         Ok(Client { agent, endpoint: uri, token, patience })
     }
@@ -90,8 +110,8 @@ impl<'a> Client<'a> {
         for _ in 0..=MOST_REDIRECTS {
             let at_the_hub = origin(&uri) == origin(&self.endpoint);
             let mut request = self.agent.get(&uri);
-            if let Some(Token(token)) = self.token.filter(|_| at_the_hub) {
-                request = request.header("authorization", format!("Bearer {token}"));
+            if let Some(token) = self.token.filter(|_| at_the_hub) {
+                request = request.header("authorization", token.authorization());
             }
             let response = request.call().map_err(|error| self.unreachable(&uri, &error))?;
             let (status, headers) = (response.status(), response.headers());
@@ -140,7 +160,7 @@ fn refusal(uri: &Uri, at_the_hub: bool, status: StatusCode, headers: &HeaderMap)
     Failure::Refused { status: status.as_u16(), code }
 }
 
-fn header(headers: &HeaderMap, name: &str) -> Option<String> {
+pub(crate) fn header(headers: &HeaderMap, name: &str) -> Option<String> {
     headers.get(name).and_then(|value| value.to_str().ok()).map(String::from)
 }
 

