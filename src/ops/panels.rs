@@ -20,7 +20,8 @@ pub const PANEL: usize = amx::SIDE;
 /// Rows whose products with a panel are computed before the next panel: their inputs stay in the second-level cache.
 const ROWS: usize = 256;
 /// Inputs of a product in f32 after which another sum begins: one over a head's vocabulary would lose digits.
-const CHAIN: usize = 2048;
+const CHAIN: usize = 512;
+
 /// How many threads share a product.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Threads {
