@@ -3,7 +3,7 @@
 
 use std::ops::Range;
 
-use candle_core::{Device, Result, Tensor};
+use candle_core::{DType, Device, Result, Tensor};
 use candle_nn::ops::softmax;
 use candor::config::Dtype;
 use candor::ops::attention::{self, Gradients, Heads, Saved, Span};
@@ -64,11 +64,7 @@ fn slow_attention(x: &[Tensor], heads: Heads, spans: &[Span]) -> Result<Tensor> 
 }
 
 /// Keys and values of these rows, one after the other. Those that no span has are there too, and must not be seen.
-fn stored(heads: Heads, keys: &[f32], values: &[f32]) -> Keys {
-    stored_for(check::f32_kernel(), heads, keys, values)
-}
-
-fn stored_for(kernel: Kernel, heads: Heads, keys: &[f32], values: &[f32]) -> Keys {
+fn stored(heads: Heads, keys: &[f32], values: &[f32], kernel: Kernel) -> Keys {
     let rows = keys.len() / (heads.key * heads.dim);
     let mut stored = Keys::new(rows, heads, kernel, false);
     stored.write(keys, values, &[Store { from: 0..rows, to: 0 }]);
@@ -84,12 +80,12 @@ fn attend(heads: Heads, queries: &[f32], keys: &Keys, spans: &[Span]) -> (Vec<f3
 }
 
 /// Attention of queries over rows of keys and values.
-fn attention<'a>(x: &[Vec<f32>], heads: Heads, spans: &'a [Span]) -> Computed<'a> {
-    let keys = stored(heads, &x[1], &x[2]);
+fn attention<'a>(x: &[Vec<f32>], heads: Heads, spans: &'a [Span], kernel: Kernel) -> Computed<'a> {
+    let keys = stored(heads, &x[1], &x[2], kernel);
     let (value, log_sums) = attend(heads, &x[0], &keys, spans);
     let (attended, x) = (value.clone(), x.to_vec());
     let backward = move |grad: &[f32]| {
-        let swapped = stored(heads, &x[2], &x[1]);
+        let swapped = stored(heads, &x[2], &x[1], kernel);
         let mut gradients = [vec![f32::NAN; x[0].len()], vec![0.0; x[1].len()], vec![0.0; x[2].len()]];
         let [queries, d_keys, values] = &mut gradients;
         let saved =
@@ -123,7 +119,12 @@ fn attention_over_trees() {
                 let heads = Heads { query, key, dim, scale: 0.2, soft_cap, window };
                 let name = format!("attention, {queries} queries, {keys} keys, {heads:?}");
                 let inputs = inputs(heads, queries, keys);
-                check_op(&name, &inputs, |x| attention(x, heads, spans), |x| slow_attention(x, heads, spans));
+                check_op(
+                    &name,
+                    &inputs,
+                    |x| attention(x, heads, spans, check::f32_kernel()),
+                    |x| slow_attention(x, heads, spans),
+                );
             }
         }
     }
@@ -146,8 +147,11 @@ fn attention_over_caches() {
             let inputs = inputs(heads, 78, 256);
             let want = slow_attention(&inputs, heads, &spans).unwrap();
             let [q, k, v] = inputs.each_ref().map(floats);
-            let got: Vec<f64> =
-                attend(heads, &q, &stored(heads, &k, &v), &spans).0.into_iter().map(f64::from).collect();
+            let got: Vec<f64> = attend(heads, &q, &stored(heads, &k, &v, check::f32_kernel()), &spans)
+                .0
+                .into_iter()
+                .map(f64::from)
+                .collect();
             same(&format!("attention over a cache, {heads:?}"), &got, &crate::model::values(&want), 5e-6);
         }
     }
@@ -158,10 +162,30 @@ fn attention_with_saturated_scores_stays_finite() {
     let heads = Heads { query: 2, key: 1, dim: 16, scale: 1.0, soft_cap: None, window: None };
     let inputs = [(random(1, (40, 32)) * 30.0).unwrap(), (random(2, (52, 16)) * 30.0).unwrap(), random(3, (52, 16))];
     let spans = tree(&[], 20, &[20]);
-    let got = computed(|x| attention(x, heads, &spans), &inputs, 5);
+    let got = computed(|x| attention(x, heads, &spans, check::f32_kernel()), &inputs, 5);
     let want = value_and_gradients(|x| slow_attention(x, heads, &spans), &inputs, 5);
     // Scores in the thousands carry absolute errors of 1e-3 in f32.
     got.iter().zip(&want).for_each(|(got, want)| same("saturated", got, want, 1e-2));
+}
+
+/// Keys and values that a kernel in bf16 rounds: all else is exact, so with rounded ones it is attention as before.
+#[test]
+fn stored_rows_are_rounded_and_nothing_else_is() {
+    let spans = tree(&tree(&[], 17, &[3, 40]), 33, &[1, 70]);
+    let last = spans.last().unwrap();
+    for kernel in check::kernels().into_iter().filter(|kernel| kernel.dtype() == Dtype::Bf16) {
+        for (soft_cap, window) in KINDS {
+            let heads = Heads { query: 6, key: 2, dim: 16, scale: 0.2, soft_cap, window };
+            let [q, k, v] = inputs(heads, last.queries.end, last.own.end);
+            let rounded = |x: &Tensor| x.to_dtype(DType::BF16).unwrap().to_dtype(DType::F64).unwrap();
+            let exact = [q.clone(), rounded(&k), rounded(&v)];
+            let got = computed(|x| attention(x, heads, &spans, kernel), &[q, k, v], 5);
+            let want = value_and_gradients(|x| slow_attention(x, heads, &spans), &exact, 5);
+            for (part, (got, want)) in got.iter().zip(&want).enumerate() {
+                same(&format!("{kernel:?}, {heads:?}, {part}"), got, want, 5e-6);
+            }
+        }
+    }
 }
 
 /// What lies behind a sequence's last row, up to the end of its last block, is somebody else's leftovers.
@@ -177,14 +201,16 @@ fn rows_that_no_span_has_are_never_seen() {
         values.iter().enumerate().map(|(index, x)| if own(index / width) { *x } else { f32::NAN }).collect()
     };
     let grad = floats(&random(4, (1, q.len())));
-    let run = |k: Vec<f32>, v: Vec<f32>| {
+    let run = |k: Vec<f32>, v: Vec<f32>, kernel| {
         let x = [q.clone(), k, v];
-        let Computed { value, backward } = attention(&x, heads, &spans);
+        let Computed { value, backward } = attention(&x, heads, &spans, kernel);
         let gradients = backward(&grad);
         (value, gradients)
     };
-    let (got, want) = (run(spoiled(&k), spoiled(&v)), run(k.clone(), v.clone()));
-    assert!(got == want && got.0.iter().all(|x| x.is_finite()));
+    for kernel in check::kernels() {
+        let (got, want) = (run(spoiled(&k), spoiled(&v), kernel), run(k.clone(), v.clone(), kernel));
+        assert!(got == want && got.0.iter().all(|x| x.is_finite()), "{kernel:?}");
+    }
 }
 
 /// eˣ decides every softmax. For x ≥ 17, silu(−x) = −x · e⁻ˣ up to f32's rounding, and of two keys whose scores differ by x
@@ -230,29 +256,28 @@ proptest! {
         kind in 0usize..4,
         shape in prop::sample::select(vec![(6, 2, 16), (2, 2, 64), (3, 1, 24), (4, 4, 8)]),
         gap in 0usize..3,
-        in_bf16 in any::<bool>(),
     ) {
         let ((query, key, dim), (soft_cap, window)) = (shape, KINDS[kind]);
         let heads = Heads { query, key, dim, scale: 0.2, soft_cap, window };
         let (rows, queries) = (prompt + own, queries.min(own));
         let [q, k, v] = inputs(heads, queries, rows).each_ref().map(floats);
-        // One stretch, and a prompt with its branch behind it and something between.
-        let bf16 = Kernel::choose(Dtype::Bf16, None).ok().filter(|_| in_bf16);
-        let kernel = bf16.unwrap_or_else(check::f32_kernel);
-        let flat = stored_for(kernel, heads, &k, &v);
-        let apart = padded(prompt) + gap * BLOCK;
-        let mut split = Keys::new(apart + own, heads, kernel, true);
-        split.write(&k, &v, &[Store { from: 0..prompt, to: 0 }, Store { from: prompt..rows, to: apart }]);
-        let together = attend(heads, &q, &flat, &[Span { queries: 0..queries, prefix: 0..0, own: 0..rows }]);
-        let over_a_tree = attend(heads, &q, &split, &[Span { queries: 0..queries, prefix: 0..prompt, own: apart..apart + own }]);
-        check::same_bits("over a tree", &over_a_tree.0, &together.0);
-        check::same_bits("log-sums over a tree", &over_a_tree.1, &together.1);
-        for (number, alone) in q.chunks(query * dim).enumerate() {
-            let seen = own - queries + number + 1;
-            let span = Span { queries: 0..1, prefix: 0..prompt, own: apart..apart + seen };
-            let got = attend(heads, alone, &split, &[span]);
-            check::same_bits("alone", &got.0, &together.0[number * query * dim..][..query * dim]);
-            check::same_bits("log-sums alone", &got.1, &together.1[number * query..][..query]);
+        for kernel in check::row_invariant_kernels() {
+            // One stretch, and a prompt with its branch behind it and something between.
+            let flat = stored(heads, &k, &v, kernel);
+            let apart = padded(prompt) + gap * BLOCK;
+            let mut split = Keys::new(apart + own, heads, kernel, true);
+            split.write(&k, &v, &[Store { from: 0..prompt, to: 0 }, Store { from: prompt..rows, to: apart }]);
+            let together = attend(heads, &q, &flat, &[Span { queries: 0..queries, prefix: 0..0, own: 0..rows }]);
+            let over_a_tree = attend(heads, &q, &split, &[Span { queries: 0..queries, prefix: 0..prompt, own: apart..apart + own }]);
+            check::same_bits("over a tree", &over_a_tree.0, &together.0);
+            check::same_bits("log-sums over a tree", &over_a_tree.1, &together.1);
+            for (number, alone) in q.chunks(query * dim).enumerate() {
+                let seen = own - queries + number + 1;
+                let span = Span { queries: 0..1, prefix: 0..prompt, own: apart..apart + seen };
+                let got = attend(heads, alone, &split, &[span]);
+                check::same_bits("alone", &got.0, &together.0[number * query * dim..][..query * dim]);
+                check::same_bits("log-sums alone", &got.1, &together.1[number * query..][..query]);
+            }
         }
     }
 }

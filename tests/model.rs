@@ -74,7 +74,8 @@ pub fn hidden(model: &Model, sequences: &[(&[u32], Option<&Adapter>)]) -> Result
     }
     let call = Call { ids: &ids, positions: &positions, spans: &spans, stores: &stores, adapters: &adapters };
     let rows: Vec<u32> = (0..ids.len() as u32).collect();
-    Ok(model.forward(&call, &mut KeyValueStore::new(&model.architecture, to, model.kernel), &rows)?.to_vec())
+    let mut store = KeyValueStore::new(&model.architecture, to, model.kernel);
+    Ok(model.forward(&call, &mut store, &rows)?.to_vec())
 }
 
 /// Logits of whole sequences that share one forward call: [all rows, vocabulary].

@@ -332,7 +332,7 @@ proptest! {
 fn store(rows: usize) -> KeyValueStore {
     let config = check::json(&Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/golden/tiny/llama/config.json"));
     let architecture = Architecture::from_config(&config).unwrap();
-    KeyValueStore::new(&architecture, rows, check::f32_kernel())
+    KeyValueStore::new(&architecture, rows, Kernel::Gemm)
 }
 
 #[derive(Clone, Debug)]
