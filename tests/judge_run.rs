@@ -193,7 +193,7 @@ fn a_local_judge_shares_the_policys_model_and_states_its_probability() {
     let unloaded = judged(&panel, "Rome");
     assert!(unloaded.verdict.unwrap_err().contains("its model is loaded when"));
 
-    let load = |path: &Path| load_model(path.to_str().unwrap(), &Device::Cpu, &|_| {});
+    let load = |path: &Path| load_model(path.to_str().unwrap(), check::f32_kernel(), &|_| {});
     let error = panel.load(&|| load(&model()), &|_| {}).unwrap_err().to_string();
     assert!(error.contains("the context of the-policy is 256"), "{error}");
     let (roomy, tokenizer) = load(&roomy_model(folder.path())).unwrap();

@@ -9,12 +9,14 @@ use clap::{ArgGroup, Args};
 use super::Failure;
 use super::console::Console;
 use crate::config::Config;
+use crate::config::Dtype;
 use crate::event::Observer;
 use crate::inputs::load_model;
 use crate::judge::Panel;
 use crate::judge::answers::Answers;
 use crate::judge::gate::Patience;
 use crate::judge::options::JudgeOptions;
+use crate::ops::kernel::Kernel;
 
 const JUDGE: &str = "\
 Every row holds
@@ -95,7 +97,7 @@ impl Judge {
         let opened = || {
             let options = JudgeOptions::of(table)?;
             let panel = open(&options, source)?;
-            panel.load(&|| load_model(source, &candle_core::Device::Cpu, observer), observer)?;
+            panel.load(&|| load_model(source, Kernel::choose(Dtype::Auto, None)?, observer), observer)?;
             Ok((Arc::new(panel), options.dollars_per_million_tokens))
         };
         opened().map_err(|error| config.locate_within(&key, error))

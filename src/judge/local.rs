@@ -3,18 +3,19 @@
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use anyhow::{Context, Result, ensure};
-use candle_core::Device;
 use candor_environments::{Message, Verdict};
 
 use super::Question;
 use super::prompt::Style;
 use super::referee::Decision;
 use super::reply::LETTERS;
+use crate::config::Dtype;
 use crate::event::Observer;
 use crate::inputs::load_model;
 use crate::learner::completion_logprobs;
 use crate::learner::tree::{Branch, Tree};
 use crate::model::Model;
+use crate::ops::kernel::Kernel;
 use crate::tokenizer::Tokenizer;
 
 /// Gives the policy's base model, which exists once.
@@ -49,7 +50,8 @@ impl Local {
     pub fn load(&self, policy: PolicyBase, observer: Observer) -> Result<()> {
         let loaded = match self.is_policy {
             true => policy()?,
-            false => load_model(&self.source, &Device::Cpu, observer).context("environment.judge.model")?,
+            false => load_model(&self.source, Kernel::choose(Dtype::Auto, None)?, observer)
+                .context("environment.judge.model")?,
         };
         let (room, needed) = (loaded.0.architecture.context, prompt_ids("", &[], "", &loaded.1)?.len());
         ensure!(
