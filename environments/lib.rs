@@ -9,20 +9,28 @@
 //! * [`parsing`]: what a completion states: an answer and a probability, or why there is none;
 //! * [`scoring`]: proper scoring rules;
 //! * [`length`](mod@length): shaping of the completion's length;
+//! * [`losses`]: how tasks that carry their completions are learned from;
 //! * [`rows`]: data files, row by row;
-//! * [`boolq`]: the first built-in environment, with its rows read by `boolq_data`.
+//! * [`conversations`]: rows that carry completions;
+//! * [`boolq`]: the first built-in environment, with its rows read by `boolq_data`;
+//! * [`sft`], [`dpo`], [`implicit`]: environments whose tasks carry their completions.
 //!
 //! A new built-in environment is one file and one line of [`REGISTRY`].
 
 pub mod boolq;
 mod boolq_data;
 pub mod contract;
+pub mod conversations;
+pub mod dpo;
+pub mod implicit;
 pub mod judge;
 pub mod keys;
 pub mod length;
+pub mod losses;
 pub mod parsing;
 pub mod rows;
 pub mod scoring;
+pub mod sft;
 
 pub use contract::{
     Completion, Context, Environment, Examples, Finish, Load, Message, ParseStatus, Role, Score, ScoreError, Split,
@@ -32,4 +40,5 @@ pub use judge::{Judge, Verdict};
 pub use keys::KeyError;
 
 /// The built-in environments: the `name` in a config's `[[environment]]`, and what loads it.
-pub const REGISTRY: &[(&str, Load)] = &[("boolq", boolq::load)];
+pub const REGISTRY: &[(&str, Load)] =
+    &[("boolq", boolq::load), ("sft", sft::load), ("dpo", dpo::load), ("implicit", implicit::load)];

@@ -13,6 +13,7 @@
 //! * [`export`]: a model with its adapter merged, for other programs
 //! * [`selection`]: which tasks a step takes
 //! * [`rollout`]: tasks are sampled and scored, and become groups
+//! * [`given`]: tasks that carry their completions become trees
 //! * [`scorers`]: completions are scored as they end
 //! * [`advantage`]: the rewards of a group become advantages
 //! * [`objective`]: log-probabilities become a loss and its derivative, in plain floats
@@ -35,6 +36,7 @@ pub mod config;
 pub mod evaluation;
 pub mod event;
 pub mod export;
+pub mod given;
 pub mod heldout;
 pub mod inputs;
 pub mod learner;

@@ -54,9 +54,7 @@ impl Logprob {
             ids.extend(model.tokenizer.end_of_turn().filter(|_| is_chat));
             ensure!(!ids.is_empty(), "field `completion`: there are no tokens");
             check_room(&model, prompt_ids.len(), ids.len())?;
-            let (behavior_t, mask_t) = (vec![0.0; ids.len()], vec![true; ids.len()]);
-            let branch = Branch { rollout: 0, ids, behavior_t, mask_t, advantage: 0.0 };
-            Ok(Tree { name: file.display().to_string(), prompt_ids, branches: vec![branch] })
+            Ok(Tree { name: file.display().to_string(), prompt_ids, branches: vec![Branch::demonstration(ids)] })
         })?;
         Ok(Self { policy: model.policy(adapter, &Device::Cpu, observer)?, rows })
     }

@@ -183,8 +183,7 @@ fn sampler_and_learner_agree_on_packed_weights() {
         let requests = [sampler::request(0, 20, 3), sampler::request(1, 7, 2)];
         let mut local = LocalSampler::new(model.clone(), tokenizer);
         for one in sampler::sample(&mut local, &requests, Some(&adapter), &sampler::settings(12, 1.0)) {
-            let (behavior_t, mask_t) = (vec![0.0; one.ids.len()], vec![true; one.ids.len()]);
-            let branch = Branch { rollout: 0, ids: one.ids.clone(), behavior_t, mask_t, advantage: 0.0 };
+            let branch = Branch::demonstration(one.ids.clone());
             let prompt_ids = requests[one.group].prompt_ids.clone();
             let tree = Tree { name: "tree".into(), prompt_ids, branches: vec![branch] };
             let learner = completion_logprobs(&model, Some(&adapter), &[tree], 4096, 1.0).unwrap();

@@ -171,14 +171,7 @@ fn the_learner_recomputes_the_sampled_log_probabilities() {
                 })
                 .collect();
             for Generation { group, ids, .. } in &generations {
-                let (behavior_t, mask_t) = (vec![0.0; ids.len()], vec![true; ids.len()]);
-                trees[*group].branches.push(Branch {
-                    rollout: 0,
-                    ids: ids.clone(),
-                    behavior_t,
-                    mask_t,
-                    advantage: 1.0,
-                });
+                trees[*group].branches.push(Branch::demonstration(ids.clone()));
             }
             let behavior = completion_logprobs(&model, adapter, &trees, 128, temperature).unwrap();
             let untempered = completion_logprobs(&model, adapter, &trees, 1024, 1.0).unwrap();
