@@ -7,7 +7,7 @@ use std::path::Path;
 
 use candor::config::{Config, Endpoint};
 use candor_environments::length::Length;
-use candor_environments::{boolq, keys};
+use candor_environments::{boolq, dpo, implicit, keys, sft};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use syn::{Attribute, Expr, ExprLit, Field, GenericArgument, Item, Lit, Meta, PathArguments, Type, Variant};
@@ -16,15 +16,19 @@ use toml::{Table, Value};
 use crate::config::{SMALL, reference};
 
 /// The files whose types are read from a config.
-const SOURCES: [&str; 8] = [
+const SOURCES: [&str; 12] = [
     "src/config/mod.rs",
     "src/config/sections.rs",
     "src/advantage.rs",
     "src/objective/mod.rs",
     "src/objective/policy.rs",
     "environments/boolq.rs",
+    "environments/dpo.rs",
+    "environments/implicit.rs",
     "environments/length.rs",
+    "environments/losses.rs",
     "environments/scoring.rs",
+    "environments/sft.rs",
 ];
 
 const INTRODUCTION: &str = "# Every key of a config\n\n\
@@ -43,8 +47,11 @@ fn types() -> BTreeMap<String, Item> {
     for source in SOURCES {
         let text = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join(source)).unwrap();
         for item in syn::parse_file(&text).unwrap().items {
+            // Every environment calls its own keys so.
+            let module = source.rsplit_once('/').map_or(source, |(_, file)| file.trim_end_matches(".rs"));
+            let qualified = |name: String| if name == "Options" { format!("{module}::{name}") } else { name };
             let (name, attributes) = match &item {
-                Item::Struct(item) => (item.ident.to_string(), &item.attrs),
+                Item::Struct(item) => (qualified(item.ident.to_string()), &item.attrs),
                 Item::Enum(item) => (item.ident.to_string(), &item.attrs),
                 _ => continue,
             };
@@ -263,8 +270,16 @@ impl<'a> Page<'a> {
         self.heading(&heading, &docs(&item.attrs));
         self.keys(&kind, &all.within(&name), 0);
         if kind == "Environment" {
-            self.heading("`[[environment]]` of BoolQ", "Beside `name = \"boolq\"`:");
-            self.keys("Options", &Defaults::of::<boolq::Options>("source = \"\""), 0);
+            let least = "source = \"\"";
+            for (name, heading, defaults) in [
+                ("boolq", "BoolQ", Defaults::of::<boolq::Options>(least)),
+                ("sft", "SFT", Defaults::of::<sft::Options>(least)),
+                ("dpo", "DPO", Defaults::of::<dpo::Options>(least)),
+                ("implicit", "implicit calibration", Defaults::of::<implicit::Options>(least)),
+            ] {
+                self.heading(&format!("`[[environment]]` of {heading}"), &format!("Beside `name = \"{name}\"`:"));
+                self.keys(&format!("{name}::Options"), &defaults, 0);
+            }
         }
     }
 
@@ -346,9 +361,14 @@ fn the_page_holds_the_contracts_keys_and_defaults() {
     let more: Vec<&str> = found.keys().map(String::as_str).filter(|key| !wanted.contains_key(*key)).collect();
     let known = [
         "batch.long_prompts",
+        "environment.beta",
         "environment.examples",
         "environment.exclude_shared_passages",
+        "environment.lambda",
         "environment.length.weight",
+        "environment.lm_on_correct_only",
+        "environment.loss",
+        "environment.smoothing",
         "epochs",
         "evaluation.environment",
         "learner.delta",
