@@ -205,6 +205,7 @@ impl Environment for Boolq {
             flags: answer.flags,
             answer: answer.range,
             train_on: None,
+            judge: None,
         })
     }
 }

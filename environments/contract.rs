@@ -11,7 +11,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::losses::{Implicit, Preference};
-use crate::{Judge, keys};
+use crate::{Judge, Judgment, keys};
 
 /// Builds an environment from its table in the config. Errors name the option, or the file and row, that is wrong.
 pub type Load = fn(&Context) -> anyhow::Result<Box<dyn Environment>>;
@@ -107,6 +107,11 @@ pub trait Environment: Send + Sync {
     /// their standard deviation then teach overconfidence (SCIENCE 3.6), and a run that does so is warned.
     fn rewards_probabilities(&self) -> bool {
         false
+    }
+
+    /// What kind of task this is, as (`topic`, `History`): evaluations are broken down by it. The default says nothing.
+    fn labels(&self, _index: usize) -> Vec<(&'static str, String)> {
+        Vec::new()
     }
 
     /// Whether completions are compared with each other. If so, the engine waits for a whole group and calls
@@ -238,8 +243,11 @@ pub struct Score {
     pub flags: Vec<&'static str>,
     /// Byte range of the answer in the completion's text: token confidence is taken there.
     pub answer: Option<Range<usize>>,
-    /// Byte range of the text that may receive gradient; `None`: all of it.
+    /// Byte range of the text that may receive gradient; `None`: all of it; an empty one: none, so that the rollout only
+    /// counts for its group's mean.
     pub train_on: Option<Range<usize>>,
+    /// What the judge said, where one was asked.
+    pub judge: Option<Judgment>,
 }
 
 /// Whether a completion stated a confidence (SCIENCE 2.1).
@@ -260,12 +268,12 @@ pub enum ParseStatus {
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 pub enum ScoreError {
     /// The judge gave no verdict: often transient, and never a wrong answer.
-    #[error("judge: no verdict after {attempts} attempts: {cause}")]
+    #[error("judge: {judgment}")]
     Judge {
-        /// How often it was asked.
-        attempts: usize,
-        /// What the last attempt ended with.
-        cause: String,
+        /// Who was asked, how often, and what it ended with.
+        judgment: Judgment,
+        /// How the completion was read before the judge was asked.
+        parse: ParseStatus,
     },
     /// The environment cannot score this: asking again will not help.
     #[error("environment: {0}")]

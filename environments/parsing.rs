@@ -58,7 +58,7 @@ pub struct YesNoAnswer {
 }
 
 /// A number as people write one, with or without a leading digit.
-const NUMBER: &str = r"[+-]?(?:\d+(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d+)?";
+pub(crate) const NUMBER: &str = r"[+-]?(?:\d+(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d+)?";
 
 /// `[answer:] YES with 90% probability` and its looser forms. The word boundaries keep "casino with 5%" from being a NO.
 static STATEMENT: LazyLock<Regex> = LazyLock::new(|| {
@@ -82,9 +82,9 @@ static CONTINUED: LazyLock<Regex> =
 static PROBABILITY_WORD: LazyLock<Regex> = LazyLock::new(|| constant("(?i)with|at|probab|confid|certain"));
 
 /// Flags that strict reading does not accept.
-const REFUSED_WHEN_STRICT: [&str; 3] = ["loose_format", "no_percent", "conflict"];
+pub(crate) const REFUSED_WHEN_STRICT: [&str; 4] = ["loose_format", "no_percent", "rescaled", "conflict"];
 
-fn constant(pattern: &str) -> Regex {
+pub(crate) fn constant(pattern: &str) -> Regex {
     Regex::new(pattern).expect("the patterns are constants, and the tests use each")
 }
 

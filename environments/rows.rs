@@ -13,12 +13,14 @@ use parquet::record::{Field, Row};
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 
+use crate::csv;
+
 /// A longer line is no row; it would have to be held in memory whole.
 const LONGEST_LINE: u64 = 64 << 20;
 
 /// Calls `visit` with each row of a file and its index, which counts from 0. The name's end says what the file is:
-/// `.parquet`, `.gz` for gzipped JSON lines, and JSON lines otherwise, whose blank lines are no rows. Bytes that a
-/// parquet file does not mark as text are text where they are UTF-8, else base64.
+/// `.parquet`, `.csv` with a header, and JSON lines otherwise, whose blank lines are no rows; the last two may be gzipped,
+/// as `.gz`. Bytes that a parquet file does not mark as text are text where they are UTF-8, else base64.
 ///
 /// # Errors
 /// If the file cannot be read or a row is not a `T`; the message names the file, the line (from 1) or the row (from 0).
@@ -26,12 +28,31 @@ pub fn each_row<T: DeserializeOwned>(
     path: &Path,
     visit: impl FnMut(usize, T) -> anyhow::Result<()>,
 ) -> anyhow::Result<()> {
-    let file = File::open(path).with_context(|| path.display().to_string())?;
-    match path.extension().and_then(|extension| extension.to_str()) {
-        Some("parquet") => each_record(path, file, visit),
-        Some("gz") => each_line(path, BufReader::new(MultiGzDecoder::new(BufReader::new(file))), visit),
-        _ => each_line(path, BufReader::new(file), visit),
+    let (name, file) = (path.to_string_lossy(), File::open(path).with_context(|| path.display().to_string())?);
+    if name.ends_with(".parquet") {
+        return each_record(path, file, visit);
     }
+    let file = BufReader::new(file);
+    let (plain, reader): (&str, Box<dyn BufRead>) = match name.strip_suffix(".gz") {
+        Some(plain) => (plain, Box::new(BufReader::new(MultiGzDecoder::new(file)))),
+        None => (&name, Box::new(file)),
+    };
+    if plain.ends_with(".csv") { each_named(path, reader, visit) } else { each_line(path, reader, visit) }
+}
+
+/// The records of a CSV file.
+fn each_named<T: DeserializeOwned>(
+    path: &Path,
+    reader: impl BufRead,
+    mut visit: impl FnMut(usize, T) -> anyhow::Result<()>,
+) -> anyhow::Result<()> {
+    let mut index = 0;
+    let read = csv::each_record(reader, |record| {
+        let row = T::deserialize(Value::Object(record)).context("not the row expected")?;
+        index += 1;
+        visit(index - 1, row)
+    });
+    read.with_context(|| path.display().to_string())
 }
 
 /// The files of one split of a data set, in order: `NAME.jsonl`, `NAME.jsonl.gz` or `NAME.parquet`, else the shards

@@ -3,8 +3,8 @@
 //!
 //! [`Rule`] holds those that fit a question whose outcome does not depend on the model, as BoolQ's gold answer. Where the
 //! outcome is the model's own correctness, a rule needs a term that rewards being right, or being wrong on purpose with
-//! confidence 0 pays as much as being right with confidence 1 (SCIENCE 3.4): [`rlcr`], [`rlcr_code`] and
-//! [`rewarding_doubt`] have one.
+//! confidence 0 pays as much as being right with confidence 1 (SCIENCE 3.4): [`OwnRule`] holds those that have one, and
+//! those that need it.
 
 use serde::{Deserialize, Serialize};
 
@@ -58,6 +58,84 @@ impl Rule {
             Rule::BrierPm1 => -1.0,
             Rule::Brier | Rule::Log | Rule::Spherical => 0.0,
         }
+    }
+}
+
+/// A scoring rule of the confidence c in one's own answer, by its name in a config; y is 1 where the answer is correct.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum OwnRule {
+    /// y − (c − y)², in [−1, 1] (RLCR, Damani et al. 2025).
+    #[default]
+    Rlcr,
+    /// As RLCR's code: ½ for the format, ½ y, ½ (1 − (c − y)²); nothing without the format.
+    RlcrCode,
+    /// As Rewarding Doubt's code: a log score of c in tenths, +2.5 for a correct answer; −30 where c is no whole tenth.
+    RewardingDoubt,
+    /// 1 − (c − y)², in [0, 1], with `correctness_weight`.
+    Brier,
+    /// 1 − 2(c − y)², in [−1, 1], with `correctness_weight`.
+    BrierPm1,
+    /// 1 − ln clip(c_y, ε, 1 − ε) / ln ε with ε = 0.01, in [0, 1), with `correctness_weight`.
+    Log,
+    /// c_y / √(c² + (1 − c)²), in [0, 1], with `correctness_weight`.
+    Spherical,
+}
+
+impl OwnRule {
+    /// The rule for outcomes that do not depend on who states the probability, where this is one.
+    fn exogenous(self) -> Option<Rule> {
+        match self {
+            OwnRule::Rlcr | OwnRule::RlcrCode | OwnRule::RewardingDoubt => None,
+            OwnRule::Brier => Some(Rule::Brier),
+            OwnRule::BrierPm1 => Some(Rule::BrierPm1),
+            OwnRule::Log => Some(Rule::Log),
+            OwnRule::Spherical => Some(Rule::Spherical),
+        }
+    }
+
+    /// The name in a config and in a reward's parts.
+    pub fn name(self) -> &'static str {
+        match self {
+            OwnRule::Rlcr => "rlcr",
+            OwnRule::RlcrCode => "rlcr_code",
+            OwnRule::RewardingDoubt => "rewarding_doubt",
+            other => other.exogenous().map_or("", Rule::name),
+        }
+    }
+
+    /// The score of stating `c` for an answer that turned out to be correct or not.
+    pub fn score(self, c: f64, correct: bool) -> Result<f64, NotAProbability> {
+        match self {
+            OwnRule::Rlcr => rlcr(c, correct),
+            OwnRule::RlcrCode => rlcr_code(Some(c), correct),
+            OwnRule::RewardingDoubt => {
+                probability_of(c, correct)?;
+                let tenths = (10.0 * c).round();
+                Ok(rewarding_doubt(((10.0 * c - tenths).abs() < 1e-9).then_some(tenths as u32), correct))
+            }
+            other => other.exogenous().map_or(Err(NotAProbability(c)), |rule| rule.score(c, correct)),
+        }
+    }
+
+    /// The lowest score there is.
+    pub fn worst(self) -> f64 {
+        match self {
+            OwnRule::Rlcr => -1.0,
+            OwnRule::RlcrCode => 0.0,
+            OwnRule::RewardingDoubt => rewarding_doubt(None, false),
+            other => other.exogenous().map_or(0.0, Rule::worst),
+        }
+    }
+
+    /// What a correct answer has to earn beside the rule, so that being right pays whatever one's chance of it: minus the
+    /// least slope of the best expected score. `None` where the rule itself sees to it (SCIENCE 3.4).
+    pub fn needed_weight(self) -> Option<f64> {
+        self.exogenous().map(|rule| match rule {
+            Rule::Brier | Rule::Spherical => 1.0,
+            Rule::BrierPm1 => 2.0,
+            Rule::Log => ((1.0 - LOG_EPSILON) / LOG_EPSILON).ln() / -LOG_EPSILON.ln(),
+        })
     }
 }
 

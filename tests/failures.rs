@@ -147,7 +147,7 @@ fn batch(errors: &[bool]) -> Vec<Group> {
 
 fn no_score() -> Score {
     let (parts, metrics, flags) = (Vec::new(), Vec::new(), Vec::new());
-    Score { reward: 0.0, parts, metrics, parse: ParseStatus::Ok, flags, answer: None, train_on: None }
+    Score { reward: 0.0, parts, metrics, parse: ParseStatus::Ok, flags, answer: None, train_on: None, judge: None }
 }
 
 #[test]

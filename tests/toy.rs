@@ -13,7 +13,8 @@ use candor::event::Observer;
 use candor::setup::{Options, Run};
 use candor::train::{Outcome, train};
 use candor_environments::{
-    Completion, Context, Environment, Finish, Load, Message, ParseStatus, Score, ScoreError, Split, Target, Task,
+    Completion, Context, Environment, Finish, Judgment, Load, Message, ParseStatus, Score, ScoreError, Split, Target,
+    Task,
 };
 use serde::Deserialize;
 use serde_json::Value;
@@ -232,13 +233,21 @@ impl Environment for Toy {
         let mut parts = vec![("letters", letters / 12.0), ("length", -0.01 * completion.num_tokens as f64)];
         match behavior {
             Behavior::JudgeFails if self.number(index) % 4 < JUDGE_FAILS[index] => {
-                return Err(ScoreError::Judge { attempts: 3, cause: "connection reset".to_string() });
+                let judgment = Judgment {
+                    id: "toy:judge".to_string(),
+                    prompt_version: 1,
+                    verdict: Err("connection reset".to_string()),
+                    cached: false,
+                    attempts: 3,
+                    p_correct: None,
+                };
+                return Err(ScoreError::Judge { judgment, parse: ParseStatus::Ok });
             }
             Behavior::NotANumber if self.number(index).is_multiple_of(4) => parts.push(("odd", f64::NAN)),
             Behavior::Huge => parts.iter_mut().for_each(|(_, value)| *value *= 1e300),
             _ => {}
         }
-        let nowhere = completion.text.len()..completion.text.len();
+        let nowhere = completion.text.len()..completion.text.len() + 1;
         Ok(Score {
             reward: parts.iter().map(|(_, value)| value).sum(),
             parts,
@@ -247,6 +256,7 @@ impl Environment for Toy {
             flags: vec!["toy"],
             answer: None,
             train_on: (behavior == Behavior::TrainsOnNothing).then_some(nowhere),
+            judge: None,
         })
     }
 

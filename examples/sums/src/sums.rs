@@ -42,7 +42,7 @@ impl Environment for Sums {
             }
         };
         let (reward, parts, flags) = (outcome.1, vec![outcome], vec![]);
-        Ok(Score { reward, parts, metrics, parse, flags, answer: None, train_on: None })
+        Ok(Score { reward, parts, metrics, parse, flags, answer: None, train_on: None, judge: None })
     }
 
     fn examples(&self, index: usize) -> Option<Examples> {
