@@ -30,7 +30,7 @@ use crate::lexical::Lexical;
 use crate::parsing::{Mode, ParseOutcome};
 use crate::scoring::{NotAProbability, OwnRule};
 use crate::simpleqa_data::{self, Row};
-pub use crate::simpleqa_data::{gold, question};
+pub use crate::simpleqa_data::{gold, is_held_out, question};
 use crate::{
     Completion, Context, Environment, Examples as Completions, Judge, Judgment, KeyError, Message, Score, ScoreError,
     Split, Target, Task, Verdict,

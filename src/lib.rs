@@ -10,6 +10,7 @@
 //! * [`heldout`]: held-out tasks, completed and scored
 //! * [`prompts`], [`logprob`], [`sample`], [`chat`]: rows of prompts and conversations, and what a
 //!   model makes of them
+//! * [`prepare`]: from questions to what is trained on
 //! * [`export`]: a model with its adapter merged, for other programs
 //! * [`selection`]: which tasks a step takes
 //! * [`rollout`]: tasks are sampled and scored, and become groups
@@ -47,6 +48,7 @@ pub mod ops;
 pub mod peft;
 pub mod plan;
 pub mod policy;
+pub mod prepare;
 pub mod prompts;
 pub mod random;
 pub mod report;

@@ -33,6 +33,7 @@ mod objective_identities;
 mod ops;
 mod parsing;
 mod peft;
+mod prepare;
 mod program;
 mod published;
 mod quantized;

@@ -3,11 +3,13 @@
 //! * [`console`]: lines and progress bars
 //! * [`log`]: the log in the run folder
 //! * [`models`]: the commands on a model rather than on a config; [`chat`] is the one that talks
+//! * [`prepare`]: training data of questions
 
 mod chat;
 mod console;
 mod log;
 mod models;
+mod prepare;
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -75,6 +77,8 @@ enum Command {
     Sample(models::Sample),
     /// Talk with a model, line by line
     Chat(chat::Chat),
+    /// Make training data of questions: answers, verdicts, confidences, pairs
+    Prepare(prepare::Prepare),
     /// Merge an adapter into its model and write both as one
     Export(models::Export),
 }
@@ -84,6 +88,7 @@ impl Command {
     fn quiet(&self) -> bool {
         match self {
             Self::Train { input, .. } | Self::Eval { input, .. } | Self::Check { input } => input.quiet,
+            Self::Prepare(command) => command.quiet(),
             Self::Logprob(models::Logprob { base, .. })
             | Self::Sample(models::Sample { base, .. })
             | Self::Chat(chat::Chat { base, .. })
@@ -151,6 +156,7 @@ fn execute(command: &Command, environments: &[(&str, Load)], console: &Arc<Conso
         Command::Logprob(command) => command.run(&observer, console),
         Command::Sample(command) => command.run(&observer, console),
         Command::Chat(command) => command.run(&observer, console),
+        Command::Prepare(command) => command.run(&observer),
         Command::Export(command) => command.run(&observer),
     }
 }
