@@ -170,19 +170,17 @@ impl Config {
                 "\"start\" is the adapter of lora.start_from, which is not set; set it, or use \"base\"",
             );
         }
-        if self.lora.dropout > 0.0 {
-            return problem(
-                "lora.dropout",
-                "an environment that samples has no dropout in its sampler, so the ratio of learner and sampler would \
-                 be wrong; use 0.0",
-            );
-        }
         Ok(())
     }
 
     /// Keys of the contract whose code comes with a later version: refused, because ignoring them would be worse.
     fn check_offered(&self) -> Result<(), KeyError> {
         let later = [
+            (
+                self.lora.dropout > 0.0,
+                "lora.dropout",
+                "an environment that samples can have none, and elsewhere it is to come; use 0.0",
+            ),
             (
                 matches!(self.model.device, Device::Cuda(_)),
                 "model.device",
