@@ -8,7 +8,8 @@
 //! ```
 //!
 //! Δ is the log-ratio of policy and reference summed over the chosen completion, minus the same of the rejected one. Both begin
-//! alike, and there the gradient cancels: all that is learned is about the digits.
+//! alike, and there the gradient cancels: all that is learned is about the digits. Every pair counts the same: a `weight` in a row is
+//! for whoever selects among them.
 
 use anyhow::Context as _;
 use serde::{Deserialize, Serialize};

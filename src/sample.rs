@@ -25,6 +25,9 @@ pub enum Prompts<'a> {
     Made(&'a [Map<String, Value>]),
 }
 
+/// Is given each completion with its prompt's row.
+type Answered<'a> = dyn FnMut(&Map<String, Value>, &Generation) -> Result<()> + 'a;
+
 /// Prompts that are ready to be answered.
 pub struct Sample {
     policy: Policy,
@@ -87,11 +90,7 @@ impl Sample {
     ///
     /// # Errors
     /// If the device fails, or `answered` does.
-    pub fn each(
-        &self,
-        observer: Observer,
-        answered: &mut dyn FnMut(&Map<String, Value>, &Generation) -> Result<()>,
-    ) -> Result<()> {
+    pub fn each(&self, observer: Observer, answered: &mut Answered) -> Result<()> {
         let Self { policy: Policy { model, tokenizer, adapter }, prompts, samples, settings } = self;
         let (mut requests, mut owners) = (Vec::new(), Vec::new());
         for (index, prompt) in prompts.iter().enumerate() {

@@ -19,37 +19,7 @@ use tempfile::{TempDir, tempdir};
 
 use crate::program::Place;
 use crate::resume::{assert_same, left, resume, run_until, straight};
-use crate::toy::{changed, generations, lines, model, run, start};
-
-const BASE: &str = r#"
-name = "toy"
-steps = 6
-
-[lora]
-rank = 4
-alpha = 8.0
-
-[batch]
-prompts = 4
-group = 4
-micro_tokens = 256
-
-[sampling]
-max_tokens = 12
-stop = ["t", "7"]
-
-[learner]
-learning_rate = 2e-2
-schedule = "constant"
-warmup_steps = 0
-
-[evaluation]
-tasks = 0
-
-[checkpoint]
-every = 1
-keep = 100
-"#;
+use crate::toy::{BASE, changed, generations, lines, model, run, start};
 
 /// A folder with rows of every kind, and configs on them.
 struct Rows(TempDir);
@@ -72,7 +42,9 @@ impl Rows {
 
     /// A config on the environments of these names, `toy` among them; `base` may leave out the steps.
     fn config(&self, names: &[&str], changes: &str) -> Config {
-        let base = if changes.contains("epochs") { BASE.replace("steps = 6\n", "") } else { BASE.to_string() };
+        let source = model().display().to_string();
+        let base = changed(BASE, "batch.prompts = 4\nevaluation.tasks = 0", &source);
+        let base = if changes.contains("epochs") { base.replace("steps = 4\n", "") } else { base };
         let table = |name: &&str| match *name {
             "toy" => "[[environment]]\nname = \"toy\"\n".to_string(),
             name => {
@@ -81,7 +53,7 @@ impl Rows {
             }
         };
         let environments: String = names.iter().map(table).collect();
-        let text = changed(&base, &format!("{changes}\n{environments}"), &model().display().to_string());
+        let text = changed(&base, &format!("{changes}\n{environments}"), &source);
         Config::parse(&text, "given.toml").unwrap_or_else(|error| panic!("{error:#}\n{text}"))
     }
 }

@@ -130,10 +130,9 @@ proptest! {
     fn every_pair_points_toward_the_truth(stated in 0.0..=1.0, correct: bool, moderate: bool) {
         let targets = if moderate { Targets::MODERATE } else { Targets::BINARY };
         let y = f64::from(correct);
-        for pair in [Confidences::of_stated(stated, correct, targets), Confidences::mirrored(correct, targets).checked(correct)] {
-            if let Ok(Confidences { chosen, rejected }) = pair {
-                prop_assert!((chosen - y).abs() < (rejected - y).abs());
-            }
+        let pairs = [Confidences::of_stated(stated, correct, targets), Confidences::mirrored(correct, targets).checked(correct)];
+        for Confidences { chosen, rejected } in pairs.into_iter().flatten() {
+            prop_assert!((chosen - y).abs() < (rejected - y).abs());
         }
     }
 

@@ -107,15 +107,8 @@ fn by_rows(x: &Tensor, change: impl Fn(&mut [f32]) + Sync + Send) -> Result<Tens
 
 /// x · Φ(x), with the rational approximation of erf that Eigen uses in f32 (largest error 1e-7 of erf).
 fn gelu(x: f32) -> f32 {
-    const P: [f32; 7] = [
-        -2.726_142_2e-10,
-        2.770_681_4e-8,
-        -2.101_024e-6,
-        -5.692_506_4e-5,
-        -7.349_906_3e-4,
-        -2.954_599_8e-3,
-        -1.609_603_3e-2,
-    ];
+    const P: [f32; 7] =
+        [-2.726_142e-10, 2.770_681_4e-8, -2.101_024e-6, -5.692_506_4e-5, -7.349_906_3e-4, -2.954_6e-3, -1.609_603_3e-2];
     const Q: [f32; 5] = [-1.456_607_2e-5, -2.133_740_6e-4, -1.682_827e-3, -7.373_329e-3, -1.426_473_9e-2];
     let z = (x * std::f32::consts::FRAC_1_SQRT_2).clamp(-4.0, 4.0);
     let polynomial = |terms: &[f32]| terms.iter().fold(0.0, |sum, term| sum * (z * z) + term);

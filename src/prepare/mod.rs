@@ -97,7 +97,10 @@ impl Stage {
             })?,
             Self::SftNeighbors { .. } | Self::SftSampled | Self::DpoLevels => {
                 let mut all = Vec::new();
-                each_row(input, |_, object: Object| Ok(all.push(Judged::of(&object)?)))?;
+                each_row(input, |_, object: Object| {
+                    all.push(Judged::of(&object)?);
+                    Ok(())
+                })?;
                 self.of_all(&all, &mut writer, observer)?;
             }
         }
