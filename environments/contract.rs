@@ -10,6 +10,7 @@ use std::sync::Arc;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
+use crate::losses::{Implicit, Preference};
 use crate::{Judge, Judgment, keys};
 
 /// Builds an environment from its table in the config. Errors name the option, or the file and row, that is wrong.
@@ -84,6 +85,16 @@ pub trait Environment: Send + Sync {
             "task {} was sampled, but its environment scores nothing: it carries its own completions",
             self.task(index).id
         )))
+    }
+
+    /// How this environment's pairs are learned from, where its tasks carry a [`Target::Preference`].
+    fn preference(&self) -> Preference {
+        Preference::default()
+    }
+
+    /// How this environment's judged completions are learned from, where its tasks carry a [`Target::Judged`].
+    fn implicit(&self) -> Implicit {
+        Implicit::default()
     }
 
     /// A good and a bad completion of the task at `index`, which `candor check` scores to show that the better one

@@ -9,9 +9,11 @@
 //! * [`parsing`], [`confidence`]: what a completion states: an answer and a probability, or why there is none;
 //! * [`scoring`]: proper scoring rules;
 //! * [`length`](mod@length): shaping of the completion's length;
-//! * [`rows`], with `csv`: data files, row by row;
+//! * [`losses`]: how tasks that carry their completions are learned from;
+//! * [`rows`], with `csv`: data files, row by row; [`conversations`]: rows that carry completions;
 //! * [`boolq`]: yes/no questions with a passage, their rows read by `boolq_data`;
 //! * [`simpleqa`]: questions with short answers, their rows read by `simpleqa_data`;
+//! * [`sft`], [`dpo`], [`implicit`]: tasks that carry their completions;
 //! * [`lexical`], with [`quantities`]: the judge that needs neither a network nor a model.
 //!
 //! A new built-in environment is one file and one line of [`REGISTRY`].
@@ -20,15 +22,20 @@ pub mod boolq;
 mod boolq_data;
 pub mod confidence;
 pub mod contract;
+pub mod conversations;
 mod csv;
+pub mod dpo;
+pub mod implicit;
 pub mod judge;
 pub mod keys;
 pub mod length;
 pub mod lexical;
+pub mod losses;
 pub mod parsing;
 pub mod quantities;
 pub mod rows;
 pub mod scoring;
+pub mod sft;
 pub mod simpleqa;
 mod simpleqa_data;
 
@@ -40,4 +47,10 @@ pub use judge::{Judge, Judgment, Verdict};
 pub use keys::KeyError;
 
 /// The built-in environments: the `name` in a config's `[[environment]]`, and what loads it.
-pub const REGISTRY: &[(&str, Load)] = &[("boolq", boolq::load), ("simpleqa", simpleqa::load)];
+pub const REGISTRY: &[(&str, Load)] = &[
+    ("boolq", boolq::load),
+    ("simpleqa", simpleqa::load),
+    ("sft", sft::load),
+    ("dpo", dpo::load),
+    ("implicit", implicit::load),
+];

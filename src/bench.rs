@@ -12,7 +12,8 @@ use serde_json::{Value, json};
 use crate::config::{Dtype, Learner as LearnerSettings, Lora};
 use crate::event::Observer;
 use crate::inputs::{ModelFiles, Policy};
-use crate::learner::tree::{Branch, Tree};
+use crate::learner::portion::{Loss, Portion};
+use crate::learner::tree::{Branch, Signal, Tree};
 use crate::learner::{Learner, StepShape};
 use crate::model::{Architecture, Footprint, KeyValueStore, Model, Projection};
 use crate::ops::head;
@@ -150,10 +151,12 @@ impl Bench {
     fn learner(&self, sequences: usize, tokens: usize) -> Result<Value> {
         ensure!(tokens > 1, "a sequence has at least two tokens");
         // The prompt is one token, and the last token of a completion needs no row: as many rows as tokens.
-        let trees: Vec<Tree> = (0..sequences).map(|index| self.tree(index, 1, &[tokens])).collect();
+        let branch = |index: usize| Branch::demonstration(self.ids(1000 + index, tokens));
+        let trees = (0..sequences).map(|index| self.tree(index, 1, vec![branch(index)])).collect();
+        let portions = [Portion { loss: Loss::Demonstration, share: 1.0, trees }];
         let learner = self.new_learner()?;
         let faults = page_faults();
-        let seconds = self.timed(|| learner.gradient(&trees, &self.shape(tokens), &|_| {}).map(|_| ()))?;
+        let seconds = self.timed(|| learner.gradient(&portions, &self.shape(tokens), &|_| {}).map(|_| ()))?;
         let rows = sequences * tokens;
         Ok(json!({
             "measurement": "learner", "sequences": sequences, "tokens": tokens,
@@ -255,26 +258,20 @@ impl Bench {
         (0..len).map(|_| (stream.next_f64() * vocabulary) as u32).collect()
     }
 
-    fn tree(&self, index: usize, prompt: usize, completions: &[usize]) -> Tree {
-        let branch = |(rollout, &len): (usize, &usize)| {
-            let ids = self.ids(1000 + 100 * index + rollout, len);
-            let advantage = if rollout % 2 == 0 { 1.0 } else { -1.0 };
-            Branch { rollout, ids, behavior_t: vec![-1.0; len], mask_t: vec![true; len], advantage }
-        };
-        let branches = completions.iter().enumerate().map(branch).collect();
+    fn tree(&self, index: usize, prompt: usize, branches: Vec<Branch>) -> Tree {
         Tree { name: format!("bench-{index}"), prompt_ids: self.ids(index, prompt), branches }
     }
 
-    fn rolled_out(&self, shape: Shape, generations: &[Generation]) -> Vec<Tree> {
-        let mut trees: Vec<Tree> = (0..shape.prompts).map(|index| self.tree(index, shape.prompt, &[])).collect();
+    fn rolled_out(&self, shape: Shape, generations: &[Generation]) -> [Portion; 1] {
+        let mut trees: Vec<Tree> = (0..shape.prompts).map(|index| self.tree(index, shape.prompt, Vec::new())).collect();
         for Generation { group, rollout, ids, behavior_t, .. } in generations {
             let behavior_t = behavior_t.iter().copied().map(f64::from).collect();
             let advantage = if rollout % 2 == 0 { 1.0 } else { -1.0 };
-            let branch =
-                Branch { rollout: *rollout, ids: ids.clone(), behavior_t, mask_t: vec![true; ids.len()], advantage };
+            let signal = Signal::Reward { behavior_t, advantage };
+            let branch = Branch { rollout: *rollout, ids: ids.clone(), mask_t: vec![true; ids.len()], signal };
             trees[*group].branches.push(branch);
         }
-        trees
+        [Portion::sampled(trees)]
     }
 
     fn new_learner(&self) -> Result<Learner> {

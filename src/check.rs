@@ -8,6 +8,7 @@ use anyhow::{Context, Result};
 use candor_environments::{Completion, Examples, Finish, Message, ParseStatus, Score, ScoreError, Task};
 
 use crate::config::Config;
+use crate::given;
 use crate::inputs::{Inputs, ModelFiles};
 use crate::report::shown;
 use crate::scorers::{Scoring, no_panic};
@@ -33,14 +34,20 @@ impl Check {
     pub fn of(config: &Config, inputs: &Inputs) -> Result<Self> {
         let mut check = Self::default();
         check.model(&inputs.model);
-        for (index, source) in inputs.training.iter().enumerate() {
-            check.tasks(source, inputs.heldout.get(index));
+        let twin = |source: &Source, of: &[Source]| of.iter().position(|other| other.name == source.name);
+        for source in &inputs.training {
+            let sampled = source.samples()?;
+            check.tasks(source, twin(source, &inputs.heldout).map(|index| &inputs.heldout[index]), sampled);
             let chosen = choose_tasks(std::slice::from_ref(source), 1, config.seed, 0);
-            let task = chosen.first().context("there are no tasks")?.1;
-            check.prompt(&source.environment.task(task), &inputs.model.tokenizer)?;
-            check.scores(config, source, task, &inputs.model.tokenizer)?;
+            let index = chosen.first().context("there are no tasks")?.1;
+            let task = source.environment.task(index);
+            check.prompt(&task, &inputs.model.tokenizer)?;
+            match sampled {
+                true => check.scores(config, source, index, &inputs.model.tokenizer)?,
+                false => check.given(&task, &inputs.model.tokenizer)?,
+            }
         }
-        for source in inputs.heldout.iter().skip(inputs.training.len()) {
+        for source in inputs.heldout.iter().filter(|source| twin(source, &inputs.training).is_none()) {
             check.line(&source.name, format!("{} held-out tasks, none to train on", source.tasks.len()));
         }
         Ok(check)
@@ -78,13 +85,14 @@ impl Check {
     }
 
     /// Counts, and whether held-out tasks are really held out.
-    fn tasks(&mut self, source: &Source, twin: Option<&Source>) {
+    fn tasks(&mut self, source: &Source, twin: Option<&Source>, sampled: bool) {
         let all =
             |source: &Source| -> Vec<Task> { source.tasks.iter().map(|&task| source.environment.task(task)).collect() };
         let (training, heldout) = (all(source), twin.map(all).unwrap_or_default());
         let name = &source.name;
         let heldout_count = match twin {
             Some(_) => format!("{} held out", heldout.len()),
+            None if !sampled => "with their completions; nothing of it is evaluated".to_string(),
             None => "held-out ones not loaded (evaluation.tasks = 0)".to_string(),
         };
         self.line(name, format!("{} training tasks, {heldout_count}", training.len()));
@@ -135,6 +143,24 @@ impl Check {
                 task.id,
                 found.saturating_sub(own)
             ));
+        }
+        Ok(())
+    }
+
+    /// Shows the completions that a task carries, and how their tokens end.
+    fn given(&mut self, task: &Task, tokenizer: &Tokenizer) -> Result<()> {
+        let tree = given::tree(task, tokenizer)?;
+        for (text, branch) in given::completions(&task.target).iter().zip(&tree.branches) {
+            let ids = &branch.ids;
+            self.line("completion", format!("{} tokens: {text:?}", ids.len()));
+            let last = &ids[ids.len().saturating_sub(SHOWN)..];
+            self.line("  last", format!("{last:?}"));
+            self.line("", format!("{:?}", tokenizer.decode_with_special(last)));
+        }
+        if tokenizer.end_of_turn().is_none() {
+            self.odd(
+                "the chat template ends no turn with a token of its own, so these completions never teach to stop",
+            );
         }
         Ok(())
     }

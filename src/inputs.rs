@@ -15,6 +15,7 @@ use tracing::debug;
 use crate::advantage::AdvantageKind;
 use crate::config::{self, Config, Dtype, LongPrompts, Quantization};
 use crate::event::{Event, Observer};
+use crate::given;
 use crate::judge::Panel;
 use crate::judge::gate::Patience;
 use crate::judge::options::JudgeOptions;
@@ -150,12 +151,14 @@ pub struct Inputs {
     pub model: ModelFiles,
     /// What is trained on.
     pub training: Vec<Source>,
-    /// What is evaluated on: the held-out split of the training environments, in their order, then the others.
+    /// What is evaluated on: the held-out split of the training environments that sample, in their order, then the others.
     pub heldout: Vec<Source>,
     /// The adapter of `lora.start_from`.
     pub start: Option<Adapter>,
     /// The environments' judges; local ones still have to be given the model.
     pub judges: Vec<Arc<Panel>>,
+    /// Optimizer steps of the whole run.
+    pub steps: u64,
 }
 
 impl Inputs {
@@ -169,7 +172,18 @@ impl Inputs {
         let training = loader.load_all("environment", &config.environments, Split::Train)?;
         loader.check_training(&training)?;
         let heldout = if config.evaluation.tasks > 0 { loader.load_heldout()? } else { Vec::new() };
+        if config.evaluation.tasks > 0 && heldout.is_empty() {
+            observer(Event::Line(NOTHING_HELD_OUT));
+        }
         loader.fit(training, heldout)
+    }
+
+    /// Whether something is compared with a reference policy.
+    ///
+    /// # Errors
+    /// If an environment panics.
+    pub fn has_reference(&self, config: &Config) -> Result<bool> {
+        Ok(config.learner.kl > 0.0 || given::has_pairs(&self.training)?)
     }
 
     /// The same without anything to train on.
@@ -179,15 +193,22 @@ impl Inputs {
     pub fn for_evaluation(config: &Config, environments: &[(&str, Load)], observer: Observer) -> Result<Self> {
         let loader = Loader { config, environments, observer, judges: RefCell::default() };
         loader.check_names()?;
-        loader.fit(Vec::new(), loader.load_heldout()?)
+        let heldout = loader.load_heldout()?;
+        ensure!(!heldout.is_empty(), NOTHING_HELD_OUT);
+        loader.fit(Vec::new(), heldout)
     }
 }
+
+const NOTHING_HELD_OUT: &str = "nothing to evaluate on: every environment carries its completions; name one that samples \
+     under [[evaluation.environment]]";
 
 /// What a prompt and its completion must fit into.
 #[derive(Clone, Copy)]
 struct Room {
     tokens: usize,
     name: &'static str,
+    /// The model's context, whatever the smaller limit is.
+    context: usize,
 }
 
 /// More tasks than this are a mistake in counting them.
@@ -219,20 +240,43 @@ impl Loader<'_> {
             adapter.with_context(|| self.at("lora.start_from"))
         });
         let start = start.transpose()?;
-        let context = Room { tokens: model.architecture.context, name: "the model's context" };
-        let micro = Room { tokens: batch.micro_tokens, name: "batch.micro_tokens" };
+        let tokens = model.architecture.context;
+        let context = Room { tokens, name: "the model's context", context: tokens };
+        let micro = Room { tokens: batch.micro_tokens, name: "batch.micro_tokens", ..context };
         let room = if micro.tokens < context.tokens { micro } else { context };
         let completion = ("sampling.max_tokens", sampling.max_tokens);
         self.leave_out_long_prompts(&mut training, &model.tokenizer, room, completion)?;
         let completion = ("evaluation.max_tokens", evaluation.max_tokens);
         self.leave_out_long_prompts(&mut heldout, &model.tokenizer, context, completion)?;
         let judges = self.judges.take().into_iter().map(|(_, judge)| judge).collect();
-        Ok(Inputs { model, training, heldout, start, judges })
+        let steps = self.steps(&training)?;
+        Ok(Inputs { model, training, heldout, start, judges, steps })
     }
 
-    /// The held-out split of every environment that is named.
+    /// Optimizer steps: as configured, or as many as every environment needs for its passes, the last one filled up.
+    fn steps(&self, training: &[Source]) -> Result<u64> {
+        let Config { steps, epochs, batch, learner, .. } = self.config;
+        let Some(epochs) = *epochs else { return Ok(*steps) };
+        let weights: Vec<f64> = training.iter().map(|source| source.weight).collect();
+        let needed =
+            |(source, share): (&Source, usize)| (epochs * source.tasks.len() as u64).div_ceil(share.max(1) as u64);
+        let steps = training.iter().zip(shares(&weights, batch.prompts)).map(needed).max().unwrap_or(0);
+        let warmup = learner.warmup_steps;
+        if warmup >= steps && warmup > config::Learner::default().warmup_steps {
+            let text = format!("{warmup} steps of warm-up leave none of the {steps} in epochs = {epochs}; lower it");
+            return Err(self.config.locate(KeyError::new("learner.warmup_steps", text)));
+        }
+        Ok(steps)
+    }
+
+    /// The held-out split of every environment that is named and samples: a given completion is not the model's to be scored.
     fn load_heldout(&self) -> Result<Vec<Source>> {
-        let mut heldout = self.load_all("environment", &self.config.environments, Split::Heldout)?;
+        let mut heldout = Vec::new();
+        for source in self.load_all("environment", &self.config.environments, Split::Heldout)? {
+            if source.samples()? {
+                heldout.push(source);
+            }
+        }
         let others = &self.config.evaluation.environments;
         for (index, mut other) in
             self.load_all("evaluation.environment", others, Split::Heldout)?.into_iter().enumerate()
@@ -338,13 +382,18 @@ impl Loader<'_> {
         let weights: Vec<f64> = sources.iter().map(|source| source.weight).collect();
         let prompts = batch.prompts;
         for (index, (share, source)) in shares(&weights, prompts).into_iter().zip(sources).enumerate() {
-            let Source { name, environment, tasks, .. } = source;
+            let Source { name, environment, .. } = source;
             ensure!(
                 share > 0,
                 "{}: its share of {prompts} prompts rounds to none; raise it or batch.prompts",
                 self.at(&format!("environment.{index}.weight"))
             );
-            let sampled = no_panic(name, tasks[0], || environment.task(tasks[0]))?.target == Target::Reward;
+            let sampled = source.samples()?;
+            if sampled && self.config.epochs.is_some() {
+                let text =
+                    format!("counts passes over tasks that carry their completions, but {name} samples; set steps");
+                return Err(self.config.locate(KeyError::new("epochs", text)));
+            }
             ensure!(
                 !sampled || batch.group >= 2,
                 "{}: {} rollout of a prompt has nothing to be compared with, so {name} would teach nothing; use at least 2",
@@ -362,7 +411,8 @@ impl Loader<'_> {
         Ok(())
     }
 
-    /// Leaves out the tasks whose prompt and the longest completion exceed the room, or refuses them, as the config says.
+    /// Leaves out the tasks whose prompt and the longest completion exceed the room, or refuses them, as the config says. The
+    /// completions that a task carries are counted as they are.
     fn leave_out_long_prompts(
         &self,
         sources: &mut [Source],
@@ -370,12 +420,27 @@ impl Loader<'_> {
         room: Room,
         (key, longest): (&str, usize),
     ) -> Result<()> {
-        let why = format!("leaves no room for {key} = {longest} within {} = {}", room.name, room.tokens);
+        let (micro, context) = (self.config.batch.micro_tokens, room.context);
         let also = if room.name.contains('.') { format!(", raise {}", room.name) } else { String::new() };
-        for Source { name, environment, tasks, .. } in sources {
+        for source in sources {
+            let (key, why, remedy) = match source.samples()? {
+                true => {
+                    let why = format!("leaves no room for {key} = {longest} within {} = {}", room.name, room.tokens);
+                    (key, why, format!("lower it{also}"))
+                }
+                false => {
+                    let why = "with its completions exceeds batch.micro_tokens";
+                    let why = format!("{why} = {micro} or the model's context = {context}");
+                    ("batch.micro_tokens", why, "raise it".to_string())
+                }
+            };
+            let Source { name, environment, tasks, .. } = source;
             let fits = |&index: &usize| -> Result<bool> {
                 let task = no_panic(name, index, || environment.task(index))?;
-                let fits = tokenizer.prompt_fits(&task.prompt, room.tokens.saturating_sub(longest));
+                let fits = match task.target {
+                    Target::Reward => tokenizer.prompt_fits(&task.prompt, room.tokens.saturating_sub(longest)),
+                    _ => given::fits(&task, tokenizer, micro, context),
+                };
                 let fits = fits.with_context(|| format!("task {}", task.id))?;
                 ensure!(
                     fits || self.config.batch.long_prompts == LongPrompts::Skip,
@@ -390,7 +455,7 @@ impl Loader<'_> {
             tasks.retain(|_| fitting.next().unwrap_or(true));
             ensure!(
                 !tasks.is_empty(),
-                "{}: every prompt of {name} {why}; lower it{also}, or shorten the prompts",
+                "{}: every prompt of {name} {why}; {remedy}, or shorten the prompts",
                 self.at(key)
             );
             let left_out = all - tasks.len();

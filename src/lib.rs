@@ -10,9 +10,11 @@
 //! * [`heldout`]: held-out tasks, completed and scored
 //! * [`prompts`], [`logprob`], [`sample`], [`chat`]: rows of prompts and conversations, and what a
 //!   model makes of them
+//! * [`prepare`]: from questions to what is trained on
 //! * [`export`]: a model with its adapter merged, for other programs
 //! * [`selection`]: which tasks a step takes
 //! * [`rollout`]: tasks are sampled and scored, and become groups
+//! * [`given`]: tasks that carry their completions become trees
 //! * [`scorers`]: completions are scored as they end
 //! * [`judge`], [`grades`]: who decides whether an answer is right, and what all decisions amount to
 //! * [`advantage`]: the rewards of a group become advantages
@@ -38,6 +40,7 @@ pub mod config;
 pub mod evaluation;
 pub mod event;
 pub mod export;
+pub mod given;
 pub mod grades;
 pub mod heldout;
 pub mod inputs;
@@ -50,6 +53,7 @@ pub mod ops;
 pub mod peft;
 pub mod plan;
 pub mod policy;
+pub mod prepare;
 pub mod prompts;
 pub mod random;
 pub mod report;

@@ -62,9 +62,7 @@ impl Logprob {
             ids.extend(model.tokenizer.end_of_turn().filter(|_| is_chat));
             ensure!(!ids.is_empty(), "field `completion`: there are no tokens");
             check_room(&model, prompt_ids.len(), ids.len())?;
-            let (behavior_t, mask_t) = (vec![0.0; ids.len()], vec![true; ids.len()]);
-            let branch = Branch { rollout: 0, ids, behavior_t, mask_t, advantage: 0.0 };
-            Ok(Tree { name: file.display().to_string(), prompt_ids, branches: vec![branch] })
+            Ok(Tree { name: file.display().to_string(), prompt_ids, branches: vec![Branch::demonstration(ids)] })
         })?;
         Ok(Self { policy: model.policy(adapter, &Device::Cpu, observer)?, rows })
     }
@@ -94,7 +92,7 @@ impl Scored {
     fn new(token_ids: Vec<u32>, logprobs_t: &[f64], tokenizer: &Tokenizer) -> Self {
         let sum: f64 = logprobs_t.iter().sum();
         Self {
-            confidence: answer_confidence(&token_ids, logprobs_t, usize::MAX, tokenizer),
+            confidence: answer_confidence(&token_ids, logprobs_t, 0..usize::MAX, tokenizer),
             // They were computed in f32; as such they are short to write.
             logprobs: logprobs_t.iter().map(|&logprob| logprob as f32).collect(),
             sum,
@@ -104,12 +102,12 @@ impl Scored {
     }
 }
 
-/// The [`token_confidence`] of the tokens that spell the first `length` bytes of a completion's text: special tokens and the end
-/// of a turn are no part of an answer.
-pub fn answer_confidence(ids: &[u32], logprobs_t: &[f64], length: usize, tokenizer: &Tokenizer) -> Option<f64> {
+/// The [`token_confidence`] of the tokens that spell these bytes of a completion's text: special tokens and the end of a turn are no
+/// part of an answer.
+pub fn answer_confidence(ids: &[u32], logprobs_t: &[f64], bytes: Range<usize>, tokenizer: &Tokenizer) -> Option<f64> {
     let (_, ranges) = tokenizer.token_ranges(ids);
     let spells = |(id, range): (&u32, &Range<usize>)| {
-        !range.is_empty() && range.start < length && !tokenizer.end_tokens().contains(id)
+        !range.is_empty() && range.start < bytes.end && bytes.start < range.end && !tokenizer.end_tokens().contains(id)
     };
     let answer =
         ids.iter().zip(&ranges).zip(logprobs_t).filter_map(|(token, logprob)| spells(token).then_some(*logprob));

@@ -8,6 +8,7 @@ use std::fmt;
 use anyhow::Result;
 
 use crate::config::{Config, Reference};
+use crate::given;
 use crate::inputs::Inputs;
 use crate::learner::kept_layers;
 use crate::learner::tree::{Piece, batches, pieces};
@@ -86,33 +87,42 @@ impl Plan {
     pub fn of(config: &Config, inputs: &Inputs) -> Result<Self> {
         let program = resident_memory().unwrap_or(0) as usize;
         let Inputs { model, training, heldout, .. } = inputs;
-        let prompts = |sources: &[Source], chosen: &[Choice]| prompt_lengths(sources, chosen, &model.tokenizer);
+        let shapes = |sources: &[Source], chosen: &[Choice]| shapes(sources, chosen, &model.tokenizer);
         let mut work = Work::default();
         let mut prompt_tokens = Vec::new();
-        let looked = looked_at(config);
-        for step in 0..looked {
-            let lengths = prompts(training, &choose_tasks(training, config.batch.prompts, config.seed, step))?;
-            work.sample(&lengths, config.batch.group, &Settings::training(config, step));
-            work.learn(&lengths, config);
-            prompt_tokens.extend(lengths);
+        for step in 0..looked_at(config, inputs.steps) {
+            let shapes = shapes(training, &choose_tasks(training, config.batch.prompts, config.seed, step))?;
+            work.sample(&shapes, config.batch.group, &Settings::training(config, step));
+            work.learn(&shapes, config);
+            prompt_tokens.extend(shapes.iter().map(|shape| shape.prompt));
         }
         let held_out = choose_heldout(heldout, config.evaluation.tasks, config.seed);
-        work.sample(&prompts(heldout, &held_out)?, 1, &Settings::evaluation(config, 0));
-        let memory = work.memory(config, inputs, program);
-        Ok(Self { derived: derived(config, inputs, &prompt_tokens, held_out.len()), memory })
+        work.sample(&shapes(heldout, &held_out)?, 1, &Settings::evaluation(config, 0));
+        let memory = work.memory(config, inputs, program)?;
+        Ok(Self { derived: derived(config, inputs, &prompt_tokens, held_out.len())?, memory })
     }
 }
 
 /// Steps whose prompts are looked at.
-fn looked_at(config: &Config) -> u64 {
-    config.steps.min(PROMPTS.div_ceil(config.batch.prompts) as u64)
+fn looked_at(config: &Config, steps: u64) -> u64 {
+    steps.min(PROMPTS.div_ceil(config.batch.prompts) as u64)
 }
 
-/// Tokens of the prompt of every chosen task.
-fn prompt_lengths(sources: &[Source], chosen: &[Choice], tokenizer: &Tokenizer) -> Result<Vec<usize>> {
-    let length =
-        |&(source, task): &Choice| Ok(tokenizer.prompt_ids(&sources[source].environment.task(task).prompt)?.len());
-    chosen.iter().map(length).collect()
+/// Lengths of a task in tokens.
+struct Shape {
+    prompt: usize,
+    /// Those of the completions that it carries; none where they are sampled.
+    given: Vec<usize>,
+}
+
+/// The lengths of every chosen task.
+fn shapes(sources: &[Source], chosen: &[Choice], tokenizer: &Tokenizer) -> Result<Vec<Shape>> {
+    let shape = |&(source, task): &Choice| {
+        let tree = given::tree(&sources[source].environment.task(task), tokenizer)?;
+        let given = tree.branches.iter().map(|branch| branch.ids.len()).collect();
+        Ok(Shape { prompt: tree.prompt_ids.len(), given })
+    };
+    chosen.iter().map(shape).collect()
 }
 
 /// The largest of each kind of work that is met.
@@ -127,30 +137,37 @@ struct Work {
 }
 
 impl Work {
-    fn sample(&mut self, prompts: &[usize], rollouts: usize, settings: &Settings) {
+    fn sample(&mut self, shapes: &[Shape], rollouts: usize, settings: &Settings) {
+        let prompts: Vec<usize> =
+            shapes.iter().filter(|shape| shape.given.is_empty()).map(|shape| shape.prompt).collect();
         let groups = prompts.iter().map(|&prompt| group_rows(prompt, rollouts, settings));
         self.stored_rows = self.stored_rows.max(stored_rows(groups));
-        self.forward_rows = self.forward_rows.max(forward_rows(prompts, rollouts));
+        self.forward_rows = self.forward_rows.max(forward_rows(&prompts, rollouts));
         self.rollouts = self.rollouts.max(prompts.len() * rollouts);
     }
 
-    /// Packs a step as the learner does.
-    fn learn(&mut self, prompts: &[usize], config: &Config) {
+    /// Packs a step as the learner does, but for kinds of tasks, which the learner keeps apart.
+    fn learn(&mut self, shapes: &[Shape], config: &Config) {
         let (group, longest, budget) = (config.batch.group, config.sampling.max_tokens, config.batch.micro_tokens);
-        let cut = |&prompt: &usize| pieces(prompt, std::iter::repeat_n(longest, group), budget);
-        let all: Vec<Piece> = prompts.iter().flat_map(cut).collect();
-        let rows: Vec<usize> = all.iter().map(|piece| piece.rows).collect();
+        let mut all: Vec<(Piece, usize)> = Vec::new();
+        for Shape { prompt, given } in shapes {
+            let lengths = if given.is_empty() { vec![longest; group] } else { given.clone() };
+            let targets = |piece: &Piece| lengths[piece.branches.clone()].iter().sum();
+            let cut = pieces(*prompt, lengths.iter().copied(), budget).into_iter();
+            all.extend(cut.map(|piece| (piece.clone(), targets(&piece))));
+        }
+        let rows: Vec<usize> = all.iter().map(|(piece, _)| piece.rows).collect();
         for batch in batches(&rows, budget) {
-            let branches: usize = all[batch.clone()].iter().map(|piece| piece.branches.len()).sum();
+            let branches: usize = all[batch.clone()].iter().map(|(piece, _)| piece.branches.len()).sum();
             self.micro_rows = self.micro_rows.max(rows[batch.clone()].iter().sum());
             // Every prompt and branch fills its last block of keys, half of it with nothing.
             self.key_rows =
                 self.key_rows.max(rows[batch.clone()].iter().sum::<usize>() + (batch.len() + branches) * BLOCK / 2);
-            self.targets = self.targets.max(branches * longest);
+            self.targets = self.targets.max(all[batch].iter().map(|(_, targets)| targets).sum());
         }
     }
 
-    fn memory(&self, config: &Config, inputs: &Inputs, program: usize) -> Memory {
+    fn memory(&self, config: &Config, inputs: &Inputs, program: usize) -> Result<Memory> {
         let architecture = &inputs.model.architecture;
         let width = |projection: &Projection| {
             let (wide, narrow) = architecture.dimensions(*projection);
@@ -158,11 +175,11 @@ impl Work {
         };
         let adapter = architecture.layers.len() * config.lora.targets.iter().map(width).sum::<usize>();
         // Trained, its gradient (or, while sampling, the published copy) and two moments; the reference where there is one.
-        let reference = config.learner.kl > 0.0 && config.reference() == Reference::Start;
+        let reference = inputs.has_reference(config)? && config.reference() == Reference::Start;
         let copies = 4 + usize::from(reference);
         let Footprint { resident, layer, unpacked } = inputs.model.footprint;
         let blocks = rows::scratch(block_width(architecture), self.micro_rows);
-        Memory {
+        Ok(Memory {
             program,
             base: resident,
             layer: layer + unpacked,
@@ -173,7 +190,7 @@ impl Work {
             learning: FLOAT * (self.learning(architecture) + blocks),
             head: FLOAT * 3 * self.targets * architecture.hidden + head::bytes(architecture.hidden),
             loading: reading_bytes(),
-        }
+        })
     }
 
     /// Numbers alive in the backward pass of the last layer.
@@ -198,34 +215,43 @@ fn block_width(architecture: &Architecture) -> usize {
 }
 
 /// What follows from the config: a name and a sentence each.
-fn derived(config: &Config, inputs: &Inputs, prompt_tokens: &[usize], held_out: usize) -> Vec<String> {
-    let Config { steps, batch, sampling, evaluation, .. } = config;
-    let (rollouts, longest) = (batch.prompts * batch.group, sampling.max_tokens);
+fn derived(config: &Config, inputs: &Inputs, prompt_tokens: &[usize], held_out: usize) -> Result<Vec<String>> {
+    let (Config { batch, sampling, evaluation, .. }, steps) = (config, inputs.steps);
     let mut lengths = prompt_tokens.to_vec();
     lengths.sort_unstable();
     let at = |share: usize| lengths.get(share * lengths.len().saturating_sub(1) / 2).copied().unwrap_or(0);
-    let looked = looked_at(config);
-    let mut lines = vec![
-        format!(
-            "a step: {} prompts x {} rollouts = {rollouts} rollouts, at most {} completion tokens",
-            batch.prompts,
-            batch.group,
-            rollouts * longest
-        ),
-        format!("prompts: {} to {} tokens, median {} (the first {looked} steps)", at(0), at(2), at(1)),
-        format!("in all: {steps} steps, {} rollouts", *steps as u128 * rollouts as u128),
-    ];
+    let (mut lines, mut sampled) = (Vec::new(), 0);
     let weights: Vec<f64> = inputs.training.iter().map(|source| source.weight).collect();
-    for (Source { name, tasks, .. }, share) in inputs.training.iter().zip(shares(&weights, batch.prompts)) {
+    for (source, share) in inputs.training.iter().zip(shares(&weights, batch.prompts)) {
+        let Source { name, tasks, .. } = source;
+        sampled += if source.samples()? { share } else { 0 };
         let pass = tasks.len() as f64 / share as f64;
         lines.push(format!("{name}: {} training tasks, {share} a step: a pass takes {pass:.1} steps", tasks.len()));
     }
-    let between = (1..*steps).filter(|&step| is_due(evaluation.every, step)).count();
+    let rollouts = sampled * batch.group;
+    let longest = rollouts * sampling.max_tokens;
+    let step = match (sampled, batch.prompts - sampled) {
+        (0, given) => format!("a step: {given} tasks with their completions"),
+        (_, given) => {
+            let also = if given > 0 { format!(", and {given} tasks with theirs") } else { String::new() };
+            let rollouts = format!("{sampled} prompts x {} rollouts = {rollouts} rollouts", batch.group);
+            format!("a step: {rollouts}, at most {longest} completion tokens{also}")
+        }
+    };
+    let (looked, all) = (looked_at(config, steps), u128::from(steps) * rollouts as u128);
+    let sampled_in_all = if sampled > 0 { format!(", {all} rollouts") } else { String::new() };
+    let first = [
+        step,
+        format!("prompts: {} to {} tokens, median {} (the first {looked} steps)", at(0), at(2), at(1)),
+        format!("in all: {steps} steps{sampled_in_all}"),
+    ];
+    lines.splice(0..0, first);
+    let between = (1..steps).filter(|&step| is_due(evaluation.every, step)).count();
     lines.push(match held_out {
         0 => "evaluations: none".to_string(),
         tasks => format!("evaluations: {} of {tasks} held-out tasks, before, {between} between, after", between + 2),
     });
-    lines
+    Ok(lines)
 }
 
 impl fmt::Display for Plan {

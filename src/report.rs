@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 
 use crate::advantage::is_mixed;
 use crate::grades::Grades;
+use crate::learner::portion::{Loss, Portion};
 use crate::learner::{StepReport, StepShape};
 use crate::objective::Metrics;
 use crate::rollout::{Group, Rollout};
@@ -25,8 +26,10 @@ pub struct Timing {
 pub struct StepRecord<'a> {
     /// The step, from 0.
     pub step: u64,
-    /// Its batch, with advantages.
+    /// Its rollouts, with advantages.
     pub groups: &'a [Group],
+    /// What it learned from, by kind of tasks.
+    pub portions: &'a [Portion],
     /// What the learner did.
     pub report: &'a StepReport,
     /// How it did it.
@@ -90,7 +93,8 @@ impl StepRecord<'_> {
         for (name, value) in scores.flat_map(|score| score.metrics.iter().chain(&score.parts)) {
             environment.mean(name, *value, 1.0);
         }
-        let share = |count: usize, of: usize| count as f64 / of as f64;
+        let share = |count: usize, of: usize| (of > 0).then(|| count as f64 / of as f64);
+        let (given, given_tokens) = self.given();
         json!({
             "step": self.step,
             "reward": counts.mean_reward(),
@@ -102,11 +106,13 @@ impl StepRecord<'_> {
             "mean_tokens": share(counts.tokens, counts.rollouts),
             "environment": environment.values(),
             "grades": Grades::of_groups(self.groups),
+            "given_completions": given,
             "loss": self.report.loss,
+            "losses": self.report.losses,
             "grad_norm": self.report.grad_norm,
             "learning_rate": self.shape.learning_rate,
             "objective": self.report.metrics.values(),
-            "completion_tokens": counts.tokens,
+            "completion_tokens": counts.tokens + given_tokens,
             "learner_rows": self.report.tokens,
             "timing": {
                 "sampling_seconds": self.timing.sampling.as_secs_f64(),
@@ -116,23 +122,36 @@ impl StepRecord<'_> {
         })
     }
 
-    /// The line that a person reads while it runs, in 80 columns. The loss of an on-policy step is about zero by construction, so the
-    /// gradient norm stands in its place.
+    /// The completions that were given, and their tokens.
+    fn given(&self) -> (usize, usize) {
+        let given = self.portions.iter().filter(|portion| portion.loss != Loss::Reward);
+        let branches = given.flat_map(|portion| &portion.trees).flat_map(|tree| &tree.branches);
+        branches.fold((0, 0), |(count, tokens), branch| (count + 1, tokens + branch.ids.len()))
+    }
+
+    /// The line that a person reads while it runs, in 80 columns where one kind of tasks is trained on. The loss of an on-policy
+    /// step is about zero by construction, so the gradient norm stands in its place.
     pub fn to_line(&self, steps: u64) -> String {
         let counts = Counts::of(self.groups);
+        let (given, given_tokens) = self.given();
+        let mut line = format!("step {:>width$}/{steps}", self.step + 1, width = steps.to_string().len());
+        if !self.groups.is_empty() {
+            let (reward, parsed) = (counts.mean_reward(), counts.parse_rate().map(|rate| 100.0 * rate));
+            let (reward, parsed) = (shown(reward, 3), shown(parsed, 0));
+            line += &format!("  reward {reward:>6}  parsed {parsed:>3}%  mixed {}/{}", counts.mixed, self.groups.len());
+        }
+        for (kind, loss) in self.report.losses.iter().filter(|(kind, _)| **kind != Loss::Reward.name()) {
+            line += &format!("  {kind} loss {loss:.4}");
+        }
+        for (metric, words) in [("reward_margin", "margin"), ("reward_accuracy", "preferred")] {
+            let value = self.report.metrics.values().get(metric).copied();
+            line += &value.map(|value| format!("  {words} {value:.3}")).unwrap_or_default();
+        }
+        let completions = counts.rollouts + given;
+        let tokens = (completions > 0).then(|| (counts.tokens + given_tokens) as f64 / completions as f64);
         let seconds = self.timing.step.as_secs_f64();
-        format!(
-            "step {:>width$}/{steps}  reward {:>6}  parsed {:>3}%  mixed {}/{}  tokens {:.0}  grad {:.3}  {seconds:.*} s",
-            self.step + 1,
-            shown(counts.mean_reward(), 3),
-            shown(counts.parse_rate().map(|rate| 100.0 * rate), 0),
-            counts.mixed,
-            self.groups.len(),
-            counts.tokens as f64 / counts.rollouts as f64,
-            self.report.grad_norm,
-            if seconds < 10.0 { 1 } else { 0 },
-            width = steps.to_string().len(),
-        )
+        let decimals = if seconds < 10.0 { 1 } else { 0 };
+        line + &format!("  tokens {}  grad {:.3}  {seconds:.decimals$} s", shown(tokens, 0), self.report.grad_norm)
     }
 
     /// What to change when the first step shows that there is little to learn from.

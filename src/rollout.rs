@@ -10,7 +10,7 @@ use candor_environments::{Score, ScoreError, Target, Task};
 use tracing::debug;
 
 use crate::event::{Event, Observer};
-use crate::learner::tree::{Branch, Tree};
+use crate::learner::tree::{Branch, Signal, Tree};
 use crate::policy::Adapter;
 use crate::sampler::{Generation, Request, Sampler, Settings};
 use crate::scorers::{Ended, Scorers, Scoring, no_panic};
@@ -128,7 +128,7 @@ impl Collector<'_> {
         let task = no_panic(name, index, || environment.task(index))?;
         ensure!(
             task.target == Target::Reward,
-            "task {} of {name} carries its completion; this version trains on sampled ones only",
+            "task {} of {name} carries its completion, so there is nothing to sample",
             task.id
         );
         let labels = no_panic(name, index, || environment.labels(index))?;
@@ -204,7 +204,8 @@ pub fn trees(groups: &[Group], tokenizer: &Tokenizer) -> Result<Vec<Tree>> {
             };
             ensure!(mask_t.contains(&true), "task {}: the score trains on bytes that no token covers", group.task.id);
             let behavior_t = rollout.generation.behavior_t.iter().map(|&logprob| f64::from(logprob)).collect();
-            branches.push(Branch { rollout: rollout.generation.rollout, ids, behavior_t, mask_t, advantage });
+            let signal = Signal::Reward { behavior_t, advantage };
+            branches.push(Branch { rollout: rollout.generation.rollout, ids, mask_t, signal });
         }
         if !branches.is_empty() {
             let name = format!("task {}", group.task.id);

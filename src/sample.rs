@@ -21,7 +21,12 @@ pub enum Prompts<'a> {
     File(&'a Path),
     /// Texts on the command line.
     Written(&'a [String]),
+    /// Rows that were made of others.
+    Made(&'a [Map<String, Value>]),
 }
+
+/// Is given each completion with its prompt's row.
+type Answered<'a> = dyn FnMut(&Map<String, Value>, &Generation) -> Result<()> + 'a;
 
 /// Prompts that are ready to be answered.
 pub struct Sample {
@@ -56,6 +61,11 @@ impl Sample {
         };
         let prompts = match prompts {
             Prompts::File(path) => Prompt::read(path, &model, fitting)?,
+            Prompts::Made(rows) => {
+                let made = |row: &Map<String, Value>| Prompt::of(row.clone(), &model.tokenizer).and_then(fitting);
+                let place = |(index, row)| made(row).with_context(|| format!("row {index}"));
+                rows.iter().enumerate().map(place).collect::<Result<_>>()?
+            }
             Prompts::Written(texts) => texts.iter().map(written).collect::<Result<_>>()?,
         };
         Ok(Self { policy: model.policy(adapter, &Device::Cpu, observer)?, prompts, samples, settings })
@@ -67,6 +77,20 @@ impl Sample {
     /// # Errors
     /// If the device fails, or `answered` does.
     pub fn run(&self, observer: Observer, answered: &mut dyn FnMut(Map<String, Value>) -> Result<()>) -> Result<()> {
+        let Self { policy: Policy { tokenizer, .. }, settings, .. } = self;
+        self.each(observer, &mut |prompt, generation| answered(row(prompt, generation, tokenizer, settings)))
+    }
+
+    /// The tokenizer, and how completions are sampled.
+    pub fn reading(&self) -> (&Tokenizer, &Settings) {
+        (&self.policy.tokenizer, &self.settings)
+    }
+
+    /// Samples all completions and hands each to `answered` with its prompt's row, in the order of the prompts.
+    ///
+    /// # Errors
+    /// If the device fails, or `answered` does.
+    pub fn each(&self, observer: Observer, answered: &mut Answered) -> Result<()> {
         let Self { policy: Policy { model, tokenizer, adapter }, prompts, samples, settings } = self;
         let (mut requests, mut owners) = (Vec::new(), Vec::new());
         for (index, prompt) in prompts.iter().enumerate() {
@@ -88,7 +112,7 @@ impl Sample {
             while requests.get(next).is_some_and(|request| ended[next].len() == request.rollouts) {
                 let mut group = std::mem::take(&mut ended[next]);
                 group.sort_by_key(|generation| generation.rollout);
-                group.iter().try_for_each(|one| answered(row(owners[next], one, tokenizer, settings)))?;
+                group.iter().try_for_each(|one| answered(owners[next], one))?;
                 next += 1;
             }
             Ok(())
@@ -105,7 +129,7 @@ fn row(
 ) -> Map<String, Value> {
     let completion = generation.completion(tokenizer, settings);
     let untempered_t: Vec<f64> = generation.untempered_t.iter().copied().map(f64::from).collect();
-    let confidence = answer_confidence(&generation.ids, &untempered_t, completion.text.len(), tokenizer);
+    let confidence = answer_confidence(&generation.ids, &untempered_t, 0..completion.text.len(), tokenizer);
     let mut row = row.clone();
     for (name, value) in [
         ("completion", json!(completion.text)),

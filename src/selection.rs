@@ -2,9 +2,11 @@
 
 use std::sync::Arc;
 
-use candor_environments::Environment;
+use anyhow::Result;
+use candor_environments::{Environment, Target};
 
 use crate::random::{self, Purpose, SplitMix64};
+use crate::scorers::no_panic;
 
 /// A loaded environment and its share of every batch.
 pub struct Source {
@@ -23,6 +25,15 @@ impl Source {
     pub fn new(name: &str, weight: f64, environment: Arc<dyn Environment>) -> Self {
         let tasks = (0..environment.num_tasks()).collect();
         Self { name: name.to_string(), weight, environment, tasks }
+    }
+
+    /// Whether completions of its tasks are sampled, as far as its first task tells.
+    ///
+    /// # Errors
+    /// If the environment panics.
+    pub fn samples(&self) -> Result<bool> {
+        let Self { name, environment, tasks, .. } = self;
+        Ok(no_panic(name, tasks[0], || environment.task(tasks[0]))?.target == Target::Reward)
     }
 }
 

@@ -10,6 +10,7 @@ use candor_environments::Load;
 use crate::checkpoint;
 use crate::config::{Config, Reference};
 use crate::event::{Event, Observer};
+use crate::given::Given;
 use crate::inputs::Inputs;
 use crate::learner::Learner;
 use crate::model::Model;
@@ -47,8 +48,12 @@ pub struct Run {
     pub heldout: Vec<Source>,
     /// Who writes completions.
     pub sampler: Box<dyn Sampler>,
+    /// What makes trees of completions that tasks carry.
+    pub given: Given,
     /// Who learns from them.
     pub learner: Learner,
+    /// Optimizer steps of the whole run.
+    pub steps: u64,
     /// The step that comes next.
     pub next_step: u64,
 }
@@ -60,15 +65,17 @@ impl Run {
     /// If a source, the model, an environment or the run folder is not what the config says.
     pub fn prepare(config: Config, options: &Options) -> Result<Self> {
         RunFolder::check(options.results, &config, options.resume)?;
-        let Inputs { model, training, heldout, start, judges } =
-            Inputs::open(&config, options.environments, options.observer)?;
+        let inputs = Inputs::open(&config, options.environments, options.observer)?;
+        let compares = inputs.has_reference(&config)?;
+        let Inputs { model, training, heldout, start, judges, steps } = inputs;
         let tokenizer = model.tokenizer.clone();
         let model = model.load(&Device::Cpu, options.observer)?;
         let base = || Ok((model.clone(), tokenizer.clone()));
         judges.iter().try_for_each(|judge| judge.load(&base, options.observer))?;
-        let (folder, learner, next_step) = begin(&config, &model, start, options)?;
+        let (folder, learner, next_step) = begin(&config, &model, start, compares, options)?;
         let sampler = Box::new(LocalSampler::new(model, tokenizer.clone()));
-        Ok(Self { config, folder, tokenizer, training, heldout, sampler, learner, next_step })
+        let given = Given::default();
+        Ok(Self { config, folder, tokenizer, training, heldout, sampler, given, learner, steps, next_step })
     }
 }
 
@@ -77,6 +84,7 @@ fn begin(
     config: &Config,
     model: &Arc<Model>,
     start: Option<Adapter>,
+    compares: bool,
     options: &Options,
 ) -> Result<(RunFolder, Learner, u64)> {
     let (architecture, device) = (&model.architecture, &model.device);
@@ -84,10 +92,7 @@ fn begin(
         Some(adapter) => adapter,
         None => Adapter::initialize(architecture, &config.lora, config.seed, device)?,
     };
-    let reference = match config.reference() {
-        Reference::Start if config.learner.kl > 0.0 => Some(start.clone()),
-        Reference::Start | Reference::Base => None,
-    };
+    let reference = (compares && config.reference() == Reference::Start).then(|| start.clone());
     let learner = |adapter: &Adapter| Learner::new(model.clone(), adapter, reference, &config.learner);
     let newest = checkpoint::newest(&options.results.join(&config.name))?;
     let Some(newest) = newest.filter(|_| options.resume) else {

@@ -8,13 +8,14 @@ use anyhow::{Context, Result};
 use crate::advantage::advantages;
 use crate::checkpoint;
 use crate::event::{Event, Observer};
+use crate::given;
 use crate::heldout::HeldOut;
-use crate::learner::{StepShape, optimizer::learning_rate};
+use crate::learner::{StepShape, optimizer::learning_rate, portion::Portion};
 use crate::report::{self, StepRecord, Timing};
 use crate::rollout::{Collector, Group, Interrupted, SCORE_TIMEOUT, ScoreErrors, trees};
 use crate::run::RowSplit;
 use crate::sampler::Settings;
-use crate::selection::choose_tasks;
+use crate::selection::{Choice, choose_tasks};
 use crate::setup::Run;
 
 /// How a run ended without an error.
@@ -33,7 +34,7 @@ pub enum Outcome {
 /// The first error of any stage; the last checkpoint stays as it is.
 pub fn train(run: &mut Run, observer: Observer, interrupted: &AtomicBool) -> Result<Outcome> {
     let stop = || interrupted.load(Ordering::Relaxed);
-    let (steps, mut errors) = (run.config.steps, ScoreErrors::default());
+    let (steps, mut errors) = (run.steps, ScoreErrors::default());
     for step in run.next_step..steps {
         if (is_due(run.config.evaluation.every, step) || step == 0)
             && evaluate(run, step, observer, &mut errors, &stop)? == Outcome::Interrupted
@@ -43,16 +44,17 @@ pub fn train(run: &mut Run, observer: Observer, interrupted: &AtomicBool) -> Res
         }
         observer(Event::Progress { what: "steps", done: step as usize, total: steps as usize });
         let started = Instant::now();
-        let groups = collect(run, step, observer).with_context(|| format!("step {step}: sampling"))?;
+        let chosen = choose_tasks(&run.training, run.config.batch.prompts, run.config.seed, step);
+        let groups = collect(run, &chosen, step, observer).with_context(|| format!("step {step}: sampling"))?;
         let sampled = started.elapsed();
         run.folder.record_generations(RowSplit::Train, step, &groups)?;
         errors.observe(&groups)?;
 
         let shape = step_shape(run, step);
-        let trees = trees(&groups, &run.tokenizer)?;
-        let report = run.learner.step(&trees, &shape, observer).with_context(|| format!("step {step}"))?;
+        let portions = portions(run, &chosen, &groups).with_context(|| format!("step {step}"))?;
+        let report = run.learner.step(&portions, &shape, observer).with_context(|| format!("step {step}"))?;
         let timing = Timing { sampling: sampled, step: started.elapsed() };
-        let record = StepRecord { step, groups: &groups, report: &report, shape: &shape, timing };
+        let record = StepRecord { step, groups: &groups, portions: &portions, report: &report, shape: &shape, timing };
         run.folder.record_metrics(&record.to_json())?;
         observer(Event::Line(&record.to_line(steps)));
         if step == 0 {
@@ -77,11 +79,15 @@ fn save(run: &mut Run, next_step: u64) -> Result<()> {
     checkpoint::save(&run.folder.path, &run.config, &run.learner, next_step)
 }
 
-/// Samples and scores a step's rollouts, and gives them their advantages.
-fn collect(run: &mut Run, step: u64, observer: Observer) -> Result<Vec<Group>> {
+/// Samples and scores the rollouts of those chosen tasks that do not carry their completions, and gives them their
+/// advantages.
+fn collect(run: &mut Run, chosen: &[Choice], step: u64, observer: Observer) -> Result<Vec<Group>> {
     let Run { config, training, tokenizer, sampler, learner, .. } = run;
+    let sampled = given::to_sample(training, chosen)?;
+    if sampled.is_empty() {
+        return Ok(Vec::new());
+    }
     let adapter = learner.adapter().publish(step);
-    let chosen = choose_tasks(training, config.batch.prompts, config.seed, step);
     let collector = Collector {
         sources: training,
         tokenizer,
@@ -91,12 +97,19 @@ fn collect(run: &mut Run, step: u64, observer: Observer) -> Result<Vec<Group>> {
         stop: &|| false,
     };
     let settings = Settings::training(config, step);
-    let mut groups = collector.collect(&chosen, config.batch.group, &mut **sampler, Some(&adapter), &settings)?;
+    let mut groups = collector.collect(&sampled, config.batch.group, &mut **sampler, Some(&adapter), &settings)?;
     for group in &mut groups {
         let Some(advantages) = advantages(&group.rewards(), config.learner.advantage) else { continue };
         group.rollouts.iter_mut().zip(advantages).for_each(|(rollout, advantage)| rollout.advantage = advantage);
     }
     Ok(groups)
+}
+
+/// What a step learns from: its rollouts, and the completions that tasks carry.
+fn portions(run: &mut Run, chosen: &[Choice], groups: &[Group]) -> Result<Vec<Portion>> {
+    let Run { config, training, tokenizer, given, learner, .. } = run;
+    let sampled = trees(groups, tokenizer)?;
+    given.portions((training, chosen), sampled, learner, tokenizer, config.batch.micro_tokens)
 }
 
 /// Completes the held-out tasks with the adapter as it is after `step` steps, and records the rows: all of them or none.
@@ -108,7 +121,7 @@ fn evaluate(
     stop: &(dyn Fn() -> bool + Sync),
 ) -> Result<Outcome> {
     let Run { config, heldout, tokenizer, sampler, learner, folder, .. } = run;
-    if config.evaluation.tasks == 0 {
+    if heldout.is_empty() {
         return Ok(Outcome::Finished);
     }
     let adapter = learner.adapter().publish(step);
@@ -134,6 +147,6 @@ fn step_shape(run: &Run, step: u64) -> StepShape {
         micro_tokens: config.batch.micro_tokens,
         max_tokens: config.sampling.max_tokens,
         temperature: config.sampling.temperature,
-        learning_rate: learning_rate(&config.learner, step, config.steps),
+        learning_rate: learning_rate(&config.learner, step, run.steps),
     }
 }

@@ -8,7 +8,7 @@ use std::path::Path;
 use candor::config::{Config, Endpoint};
 use candor::judge::options::JudgeOptions;
 use candor_environments::length::Length;
-use candor_environments::{boolq, keys, simpleqa};
+use candor_environments::{boolq, dpo, implicit, keys, sft, simpleqa};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use syn::{Attribute, Expr, ExprLit, Field, GenericArgument, Item, Lit, Meta, PathArguments, Type, Variant};
@@ -17,7 +17,7 @@ use toml::{Table, Value};
 use crate::config::{SMALL, reference};
 
 /// The files whose types are read from a config.
-const SOURCES: [&str; 12] = [
+const SOURCES: [&str; 16] = [
     "src/config/mod.rs",
     "src/config/sections.rs",
     "src/advantage.rs",
@@ -28,8 +28,12 @@ const SOURCES: [&str; 12] = [
     "src/judge/prompt.rs",
     "environments/boolq.rs",
     "environments/simpleqa.rs",
+    "environments/dpo.rs",
+    "environments/implicit.rs",
     "environments/length.rs",
+    "environments/losses.rs",
     "environments/scoring.rs",
+    "environments/sft.rs",
 ];
 
 const INTRODUCTION: &str = "# Every key of a config\n\n\
@@ -48,13 +52,11 @@ fn types() -> BTreeMap<String, Item> {
     for source in SOURCES {
         let text = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join(source)).unwrap();
         for item in syn::parse_file(&text).unwrap().items {
+            // Every environment calls its own keys so.
+            let module = source.rsplit_once('/').map_or(source, |(_, file)| file.trim_end_matches(".rs"));
+            let qualified = |name: String| if name == "Options" { format!("{module}::{name}") } else { name };
             let (name, attributes) = match &item {
-                // Every environment has its own.
-                Item::Struct(item) if item.ident == "Options" => {
-                    let file = Path::new(source).file_stem().unwrap().to_string_lossy();
-                    (format!("{file}::Options"), &item.attrs)
-                }
-                Item::Struct(item) => (item.ident.to_string(), &item.attrs),
+                Item::Struct(item) => (qualified(item.ident.to_string()), &item.attrs),
                 Item::Enum(item) => (item.ident.to_string(), &item.attrs),
                 _ => continue,
             };
@@ -276,10 +278,17 @@ impl<'a> Page<'a> {
         self.heading(&heading, &docs(&item.attrs));
         self.keys(&kind, &all.within(&name), 0);
         if kind == "Environment" {
-            self.heading("`[[environment]]` of BoolQ", "Beside `name = \"boolq\"`:");
-            self.keys("boolq::Options", &Defaults::of::<boolq::Options>("source = \"\""), 0);
-            self.heading("`[[environment]]` of SimpleQA", "Beside `name = \"simpleqa\"`:");
-            self.keys("simpleqa::Options", &Defaults::of::<simpleqa::Options>("source = \"\""), 0);
+            let least = "source = \"\"";
+            for (name, heading, defaults) in [
+                ("boolq", "BoolQ", Defaults::of::<boolq::Options>(least)),
+                ("simpleqa", "SimpleQA", Defaults::of::<simpleqa::Options>(least)),
+                ("sft", "SFT", Defaults::of::<sft::Options>(least)),
+                ("dpo", "DPO", Defaults::of::<dpo::Options>(least)),
+                ("implicit", "implicit calibration", Defaults::of::<implicit::Options>(least)),
+            ] {
+                self.heading(&format!("`[[environment]]` of {heading}"), &format!("Beside `name = \"{name}\"`:"));
+                self.keys(&format!("{name}::Options"), &defaults, 0);
+            }
             let Some(Item::Struct(judge)) = self.types.get("JudgeOptions") else { panic!("judges have no keys") };
             self.heading("`[environment.judge]`", &docs(&judge.attrs));
             self.keys("JudgeOptions", &Defaults::of::<JudgeOptions>(""), 0);
@@ -365,6 +374,7 @@ fn the_page_holds_the_contracts_keys_and_defaults() {
     let more: Vec<&str> = found.keys().map(String::as_str).filter(|key| !wanted.contains_key(*key)).collect();
     let known = [
         "batch.long_prompts",
+        "environment.beta",
         "environment.correctness_waiver",
         "environment.correctness_weight",
         "environment.examples",
@@ -384,8 +394,12 @@ fn the_page_holds_the_contracts_keys_and_defaults() {
         "environment.judge.style",
         "environment.judge.timeout_seconds",
         "environment.judge.tokens_per_minute",
+        "environment.lambda",
         "environment.length.weight",
+        "environment.lm_on_correct_only",
+        "environment.loss",
         "environment.mask",
+        "environment.smoothing",
         "epochs",
         "evaluation.environment",
         "learner.delta",

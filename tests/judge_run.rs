@@ -10,7 +10,6 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
-use candle_core::Device;
 use candor::config::Config;
 use candor::inputs::load_model;
 use candor::judge::Panel;
@@ -24,7 +23,7 @@ use candor_environments::Finish;
 use serde_json::{Value, json};
 use tempfile::{TempDir, tempdir};
 
-use crate::check::close;
+use crate::check::{self, close};
 use crate::judge_server::{Answer, Seen, Server, judged, says, short, variable};
 use crate::program::{CANDOR, Place};
 use crate::toy::{lines, model, rows_of, within};

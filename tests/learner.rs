@@ -6,7 +6,8 @@ use std::sync::Arc;
 use candle_core::{DType, Device, Tensor};
 use candor::config::{Dtype, Learner as Settings, Lora, Schedule};
 use candor::learner::optimizer::learning_rate;
-use candor::learner::tree::{Branch, Tree};
+use candor::learner::portion::Portion;
+use candor::learner::tree::{Branch, Signal, Tree};
 use candor::learner::{Learner, StepShape, completion_logprobs};
 use candor::model::Model;
 use candor::objective::{KlEstimator, LossMean};
@@ -32,7 +33,8 @@ pub fn shape() -> StepShape {
 }
 
 fn branch(ids: &[u32], advantage: f64) -> Branch {
-    Branch { rollout: 0, ids: ids.to_vec(), behavior_t: vec![0.0; ids.len()], mask_t: vec![true; ids.len()], advantage }
+    let signal = Signal::Reward { behavior_t: vec![0.0; ids.len()], advantage };
+    Branch { signal, ..Branch::demonstration(ids.to_vec()) }
 }
 
 /// A sequence whose every token but the first is to be imitated: supervised fine-tuning is advantage 1 on policy.
@@ -44,7 +46,15 @@ pub fn imitation(ids: &[u32]) -> Tree {
 pub fn on_policy(model: &Model, adapter: &Adapter, trees: &mut [Tree]) {
     let logprobs = completion_logprobs(model, Some(adapter), trees, 4096, 1.0).unwrap();
     let branches = trees.iter_mut().flat_map(|tree| &mut tree.branches);
-    branches.zip(logprobs).for_each(|(branch, logprobs)| branch.behavior_t = logprobs);
+    branches.zip(logprobs).for_each(|(branch, logprobs)| *behavior_t(branch) = logprobs);
+}
+
+/// What the sampler said of a sampled completion.
+pub fn behavior_t(branch: &mut Branch) -> &mut Vec<f64> {
+    match &mut branch.signal {
+        Signal::Reward { behavior_t, .. } => behavior_t,
+        other => panic!("{other:?} was not sampled"),
+    }
 }
 
 fn open(folder: &Path) -> Arc<Model> {
@@ -58,7 +68,13 @@ fn golden_adapters() -> Vec<(std::path::PathBuf, &'static str)> {
 }
 
 pub fn gradient(learner: &Learner, trees: &[Tree], shape: &StepShape) -> Vec<Vec<f64>> {
-    learner.gradient(trees, shape, &|_| {}).unwrap().gradients.iter().map(values).collect()
+    learner
+        .gradient(&[Portion::sampled(trees.to_vec())], shape, &|_| {})
+        .unwrap()
+        .gradients
+        .iter()
+        .map(values)
+        .collect()
 }
 
 #[test]
@@ -71,7 +87,7 @@ fn golden_gradients_equal_peft() {
         let mut trees = [imitation(&a)];
         on_policy(&model, &adapter, &mut trees);
         let place = format!("{} {name}", folder.display());
-        check::all_close(&place, &trees[0].branches[0].behavior_t, &values(&golden["logps_a"]), 1e-4);
+        check::all_close(&place, behavior_t(&mut trees[0].branches[0]), &values(&golden["logps_a"]), 1e-4);
         let learner = Learner::new(model.clone(), &adapter, None, &settings()).unwrap();
         let got = gradient(&learner, &trees, &shape());
         for ((tensor, _), got) in adapter.tensors().iter().zip(&got) {
@@ -92,8 +108,8 @@ fn golden_trajectory_of_ten_adamw_steps() {
         for (step, want) in steps.as_array().unwrap().iter().enumerate() {
             let mut trees = [imitation(&ids(&logits["ids_a"])), imitation(&ids(&logits["ids_b"]))];
             on_policy(&model, learner.adapter(), &mut trees);
-            let all: Vec<f64> = trees.iter().flat_map(|tree| tree.branches[0].behavior_t.clone()).collect();
-            let report = learner.step(&trees, &shape(), &|_| {}).unwrap();
+            let all: Vec<f64> = trees.iter_mut().flat_map(|tree| behavior_t(&mut tree.branches[0]).clone()).collect();
+            let report = learner.step(&[Portion::sampled(trees.to_vec())], &shape(), &|_| {}).unwrap();
             let place = format!("{} {name} step {step}", folder.display());
             check::close(&place, -all.iter().sum::<f64>() / all.len() as f64, want["loss"].as_f64().unwrap(), 1e-4);
             check::close(&place, report.grad_norm, want["grad_norm_before_clip"].as_f64().unwrap(), 1e-3);
@@ -148,7 +164,9 @@ fn golden_grpo_runs_of_trl() {
         for (step, want) in trace["steps"].as_array().unwrap().iter().enumerate() {
             let mut trees = trl_trees(want);
             on_policy(&model, learner.adapter(), &mut trees);
-            let report = learner.step(&trees, &StepShape { max_tokens, ..shape() }, &|_| {}).unwrap();
+            let report = learner
+                .step(&[Portion::sampled(trees.to_vec())], &StepShape { max_tokens, ..shape() }, &|_| {})
+                .unwrap();
             let place = format!("{name} step {step}");
             check::close(&place, report.loss, want["loss"].as_f64().unwrap(), 1e-5);
             check::close(&place, report.grad_norm, trace["logs"][step]["grad_norm"].as_f64().unwrap(), 1e-4);
@@ -201,7 +219,7 @@ fn forest(model: &Model, adapter: &Adapter) -> Vec<Tree> {
     let mut trees = vec![tree(0, 9, &[4, 1, 7]), tree(1, 33, &[5, 40]), tree(2, 1, &[3, 2, 2, 6])];
     on_policy(model, adapter, &mut trees);
     for (index, branch) in trees.iter_mut().flat_map(|tree| &mut tree.branches).enumerate() {
-        branch.behavior_t.iter_mut().for_each(|logprob| *logprob += 0.05 * (index as f64 % 3.0 - 1.0));
+        behavior_t(branch).iter_mut().for_each(|logprob| *logprob += 0.05 * (index as f64 % 3.0 - 1.0));
     }
     trees
 }
@@ -239,7 +257,10 @@ fn a_completion_that_does_not_fit_is_named() {
     let Some((model, adapter)) = tiny("llama") else { return };
     let trees = forest(&model, &adapter);
     let learner = Learner::new(model, &adapter, None, &settings()).unwrap();
-    let error = learner.gradient(&trees, &StepShape { micro_tokens: 71, ..shape() }, &|_| {}).err().unwrap();
+    let error = learner
+        .gradient(&[Portion::sampled(trees.to_vec())], &StepShape { micro_tokens: 71, ..shape() }, &|_| {})
+        .err()
+        .unwrap();
     assert!(error.to_string().contains("group 1, rollout 1"), "{error}");
 }
 
@@ -249,7 +270,7 @@ fn the_gradient_equals_finite_differences() {
     for (model, adapter) in UNLIKE.into_iter().filter_map(tiny) {
         let trees = forest(&model, &adapter);
         let learner = Learner::new(model.clone(), &adapter, None, &settings()).unwrap();
-        let gradients = learner.gradient(&trees, &shape(), &|_| {}).unwrap().gradients;
+        let gradients = learner.gradient(&[Portion::sampled(trees.to_vec())], &shape(), &|_| {}).unwrap().gradients;
         let loss = |scale: f64| {
             let moved = adapter
                 .tensors()
@@ -258,7 +279,7 @@ fn the_gradient_equals_finite_differences() {
                 .map(|((name, tensor), gradient)| (name, (tensor + (gradient * scale).unwrap()).unwrap()));
             let moved = like_tiny(&model, moved);
             let learner = Learner::new(model.clone(), &moved, None, &settings()).unwrap();
-            learner.gradient(&trees, &shape(), &|_| {}).unwrap().report.loss
+            learner.gradient(&[Portion::sampled(trees.to_vec())], &shape(), &|_| {}).unwrap().report.loss
         };
         let square: f64 = gradients.iter().map(|g| values(g).iter().map(|x| x * x).sum::<f64>()).sum();
         let step = 2e-3 / square.sqrt();
@@ -318,7 +339,7 @@ fn a_gradient_that_is_not_finite_is_an_error() {
     let trees = forest(&model, &adapter);
     let mut learner = Learner::new(model, &broken, None, &settings()).unwrap();
     let before: Vec<Tensor> = learner.adapter().tensors().into_iter().map(|(_, t)| t.copy().unwrap()).collect();
-    assert!(learner.step(&trees, &shape(), &|_| {}).is_err());
+    assert!(learner.step(&[Portion::sampled(trees.to_vec())], &shape(), &|_| {}).is_err());
     for ((name, after), before) in learner.adapter().tensors().iter().zip(before) {
         assert!(
             values(after).iter().zip(values(&before)).all(|(a, b)| a.to_bits() == b.to_bits()),

@@ -10,6 +10,7 @@ use anyhow::Result;
 use candle_core::{Device, Tensor};
 use candor::config::{Lora, Projection};
 use candor::learner::Learner;
+use candor::learner::portion::Portion;
 use candor::model::{Call, KeyValueStore, Model};
 use candor::ops::attention::Span;
 use candor::ops::buffer;
@@ -189,7 +190,7 @@ fn nothing_is_read_that_an_earlier_call_left() {
                 let mut trees = [learner::imitation(ids)];
                 learner::on_policy(&model, &good, &mut trees);
                 let learner = Learner::new(model.clone(), adapter, None, &learner::settings()).unwrap();
-                let gradients = learner.gradient(&trees, &learner::shape(), &|_| {});
+                let gradients = learner.gradient(&[Portion::sampled(trees.into())], &learner::shape(), &|_| {});
                 let gradients =
                     gradients.map(|gradient| gradient.gradients.iter().flat_map(values).collect::<Vec<f64>>());
                 (hidden(&model, &[(ids, Some(adapter))]).unwrap(), gradients.ok())

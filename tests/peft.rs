@@ -100,32 +100,30 @@ fn a_run_that_starts_from_a_peft_adapter_samples_with_it() {
     let environments = &[("toy", toy::load as Load)];
     let options = Options { results: results.path(), resume: false, environments, observer: &|_| {} };
     let mut run = Run::prepare(toy::config(&changes), &options).unwrap();
-    let sampled = sampled(&mut run);
+    let (sampled, behavior) = sampled(&mut run);
     let model = Model::open(&toy::model(), check::f32_kernel()).unwrap();
     let adapter = peft::load(&folder, &model.architecture, &lora, &Device::Cpu).unwrap();
     let want = completion_logprobs(&model, Some(&adapter), &sampled, 4096, 1.0).unwrap();
     let base = completion_logprobs(&model, None, &sampled, 4096, 1.0).unwrap();
-    let behavior = sampled.iter().flat_map(|tree| &tree.branches).map(|branch| branch.behavior_t.clone());
-    for ((behavior, want), base) in behavior.zip(want).zip(base) {
+    for ((behavior, want), base) in behavior.into_iter().zip(want).zip(base) {
         check::all_close("log-probabilities", &behavior, &want, 1e-4);
         assert!(behavior.iter().zip(base).any(|(with, without)| (with - without).abs() > 1e-2));
     }
 }
 
-/// What the run's sampler makes with the run's adapter at its first step.
-fn sampled(run: &mut Run) -> Vec<Tree> {
+/// What the run's sampler makes with the run's adapter at its first step, and the log-probabilities that it told.
+fn sampled(run: &mut Run) -> (Vec<Tree>, Vec<Vec<f64>>) {
     let request = candor::sampler::Request { name: "one".into(), prompt_ids: (5..25).collect(), rollouts: 4 };
     let settings = candor::sampler::Settings::training(&run.config, 0);
-    let mut branches = Vec::new();
+    let (mut branches, mut behavior) = (Vec::new(), Vec::new());
     let adapter = run.learner.adapter().publish(0);
     let requests = [request.clone()];
     run.sampler
         .sample(&requests, Some(&adapter), &settings, &mut |one| {
-            let behavior_t: Vec<f64> = one.behavior_t.iter().copied().map(f64::from).collect();
-            let mask_t = vec![true; one.ids.len()];
-            branches.push(Branch { rollout: one.rollout, ids: one.ids, behavior_t, mask_t, advantage: 0.0 });
+            behavior.push(one.behavior_t.iter().copied().map(f64::from).collect());
+            branches.push(Branch::demonstration(one.ids));
             Ok(())
         })
         .unwrap();
-    vec![Tree { name: request.name, prompt_ids: request.prompt_ids, branches }]
+    (vec![Tree { name: request.name, prompt_ids: request.prompt_ids, branches }], behavior)
 }

@@ -72,11 +72,10 @@ fn golden_smollm2_logits_continuations_and_adapter() {
     let (adapter, _) = adapter(&model, &banana);
     let golden = check::json(&banana.join("golden.json"));
     let completion = ids(&golden["completion_ids"]);
-    let (behavior_t, mask_t) = (vec![0.0; completion.len()], vec![true; completion.len()]);
     let tree = Tree {
         name: "banana".into(),
         prompt_ids: ids(&golden["prompt_ids"]),
-        branches: vec![Branch { rollout: 0, ids: completion, behavior_t, mask_t, advantage: 0.0 }],
+        branches: vec![Branch::demonstration(completion)],
     };
     let got = completion_logprobs(&model, Some(&adapter), &[tree], 4096, 1.0).unwrap();
     check::all_close("banana", &got[0], &check::floats(&golden["completion_logps_with_adapter"]), 1e-4);

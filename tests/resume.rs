@@ -19,7 +19,7 @@ const CHANGES: &str = "steps = 5\nevaluation.every = 2\ncheckpoint.every = 2\nle
 
 /// Everything that a finished run leaves, times excepted.
 #[derive(PartialEq)]
-struct Left {
+pub struct Left {
     adapter: Vec<u8>,
     moments: Vec<u8>,
     state: String,
@@ -28,7 +28,7 @@ struct Left {
     metrics: Vec<Value>,
 }
 
-fn left(results: &Path) -> Left {
+pub fn left(results: &Path) -> Left {
     let run = results.join("toy");
     let checkpoint = candor::checkpoint::newest(&run).unwrap().expect("there is a checkpoint");
     let mut metrics = lines(&run.join("metrics.jsonl"));
@@ -47,7 +47,7 @@ fn left(results: &Path) -> Left {
 }
 
 #[track_caller]
-fn assert_same(got: &Left, want: &Left, what: &str) {
+pub fn assert_same(got: &Left, want: &Left, what: &str) {
     for (index, (got, want)) in got.generations.lines().zip(want.generations.lines()).enumerate() {
         assert_eq!(got, want, "{what}: row {index}");
     }
@@ -59,7 +59,7 @@ fn assert_same(got: &Left, want: &Left, what: &str) {
 }
 
 /// The uninterrupted run, in which something was learned.
-fn straight(config: &Config) -> Left {
+pub fn straight(config: &Config) -> Left {
     let results = tempdir().unwrap();
     run(results.path(), config);
     let left = left(results.path());
@@ -68,7 +68,7 @@ fn straight(config: &Config) -> Left {
 }
 
 /// Runs or resumes until the step after which somebody presses ctrl-C.
-fn run_until(results: &Path, config: &Config, resume: bool, steps: u64) -> Outcome {
+pub fn run_until(results: &Path, config: &Config, resume: bool, steps: u64) -> Outcome {
     run_until_said(results, config, resume, &format!("step {steps}/"))
 }
 
@@ -91,7 +91,7 @@ fn run_until_said(results: &Path, config: &Config, resume: bool, beginning: &str
 }
 
 /// Resumes until the end; gives what it said.
-fn resume(results: &Path, config: &Config) -> Vec<String> {
+pub fn resume(results: &Path, config: &Config) -> Vec<String> {
     let said = Mutex::new(Vec::new());
     let observer = |event: Event| {
         if let Event::Line(line) = event {

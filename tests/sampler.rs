@@ -186,8 +186,7 @@ pub fn assert_learner_agrees(
         })
         .collect();
     for Generation { group, ids, .. } in &generations {
-        let (behavior_t, mask_t) = (vec![0.0; ids.len()], vec![true; ids.len()]);
-        trees[*group].branches.push(Branch { rollout: 0, ids: ids.clone(), behavior_t, mask_t, advantage: 1.0 });
+        trees[*group].branches.push(Branch::demonstration(ids.clone()));
     }
     let (exact, name) = (model.kernel.row_invariant(), format!("{:?}, temperature {temperature}", model.kernel));
     let behavior = completion_logprobs(model, adapter, &trees, 128, temperature).unwrap();

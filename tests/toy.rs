@@ -20,7 +20,7 @@ use serde::Deserialize;
 use serde_json::Value;
 
 /// What a test does not change. Stop strings make completions of different lengths.
-const BASE: &str = r#"
+pub const BASE: &str = r#"
 name = "toy"
 steps = 4
 

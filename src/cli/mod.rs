@@ -5,6 +5,7 @@
 //! * [`judge`]: files of answers
 //! * [`models`]: the commands on a model rather than on a config; [`chat`] is the one that talks, [`bench`] the one that
 //!   measures
+//! * [`prepare`]: training data of questions
 
 mod bench;
 mod chat;
@@ -12,6 +13,7 @@ mod console;
 mod judge;
 mod log;
 mod models;
+mod prepare;
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -81,6 +83,8 @@ enum Command {
     Sample(models::Sample),
     /// Talk with a model, line by line
     Chat(chat::Chat),
+    /// Make training data of questions: answers, verdicts, confidences, pairs
+    Prepare(prepare::Prepare),
     /// Merge an adapter into its model and write both as one
     Export(models::Export),
     /// Measure how fast this machine samples and learns, as JSON lines
@@ -93,6 +97,7 @@ impl Command {
         match self {
             Self::Train { input, .. } | Self::Eval { input, .. } | Self::Check { input } => input.quiet,
             Self::Judge(judge::Judge { quiet, .. }) => *quiet,
+            Self::Prepare(command) => command.quiet(),
             Self::Logprob(models::Logprob { base, .. })
             | Self::Sample(models::Sample { base, .. })
             | Self::Chat(chat::Chat { base, .. })
@@ -162,6 +167,7 @@ fn execute(command: &Command, environments: &[(&str, Load)], console: &Arc<Conso
         Command::Logprob(command) => command.run(&observer, console),
         Command::Sample(command) => command.run(&observer, console),
         Command::Chat(command) => command.run(&observer, console),
+        Command::Prepare(command) => command.run(&observer),
         Command::Export(command) => command.run(&observer),
         Command::Bench(command) => command.run(&observer, console),
     }

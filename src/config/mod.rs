@@ -29,7 +29,8 @@ pub struct Config {
     /// Optimizer steps.
     #[serde(default = "default_steps")]
     pub steps: u64,
-    /// Passes over the tasks, in place of `steps`, where every task carries its completions.
+    /// Passes over the tasks, in place of `steps`, where every task carries its completions; the last step is filled up from the
+    /// pass after.
     pub epochs: Option<u64>,
     /// The frozen base model.
     pub model: Model,
@@ -89,6 +90,11 @@ impl Config {
     }
 
     fn of(layers: Layers) -> Result<Config> {
+        let written = |key: &str| layers.root.get(key).is_some();
+        if written("steps") && written("epochs") {
+            let problem = KeyError::new("epochs", "stands in place of `steps`, which is set too; remove one of them");
+            return Err(layers.places.locate(&problem));
+        }
         let mut config: Config =
             keys::typed(layers.root).map_err(|problem| layers.places.locate(&names::explained(problem)))?;
         config.places = layers.places;
@@ -121,7 +127,12 @@ impl Config {
     /// # Errors
     /// A value that TOML cannot hold, such as a seed above 2⁶³ − 1; no loaded config has one.
     pub fn to_toml(&self) -> Result<String> {
-        toml::to_string(self).context("cannot write the config as TOML")
+        let written = "cannot write the config as TOML";
+        let mut table = toml::Table::try_from(self).context(written)?;
+        if self.epochs.is_some() {
+            table.remove("steps");
+        }
+        toml::to_string(&table).context(written)
     }
 
     /// The policy that the KL term is taken to: as configured, else the starting adapter where there is one.

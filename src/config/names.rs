@@ -12,7 +12,7 @@ use crate::objective::Importance;
 const ELSEWHERE: &[(&[&str], &str)] = &[
     (&["run_name", "experiment_name", "output_dir"], "here it is `name`; the run's folder is results/<name>/"),
     (&["max_steps", "total_training_steps", "num_steps"], "here it is `steps`"),
-    (&["num_train_epochs", "total_epochs", "num_epochs"], "here it is `steps`: optimizer steps"),
+    (&["num_train_epochs", "total_epochs", "num_epochs"], "here it is `epochs`, or `steps`: optimizer steps"),
     (&["random_seed", "data_seed"], "here it is `seed`"),
     (
         &["model_name", "model_name_or_path", "pretrained_model_name_or_path", "base_model", "pretrain", "tokenizer"],

@@ -37,6 +37,7 @@ impl Config {
     fn check_counts(&self) -> Result<(), KeyError> {
         let counts = [
             ("steps", self.steps, 1),
+            ("epochs", self.epochs.unwrap_or(1), 1),
             ("lora.rank", self.lora.rank as u64, 1),
             ("batch.prompts", self.batch.prompts as u64, 1),
             ("batch.group", self.batch.group as u64, 1),
@@ -156,7 +157,7 @@ impl Config {
         }
         // The default is left alone: a run of few steps did not ask for it.
         let (warmup, steps) = (learner.warmup_steps, self.steps);
-        if warmup >= steps && warmup > Learner::default().warmup_steps {
+        if self.epochs.is_none() && warmup >= steps && warmup > Learner::default().warmup_steps {
             return problem(
                 "learner.warmup_steps",
                 format!("{warmup} steps of warm-up leave none of steps = {steps} for the peak; lower it"),
@@ -168,20 +169,17 @@ impl Config {
                 "\"start\" is the adapter of lora.start_from, which is not set; set it, or use \"base\"",
             );
         }
-        if self.lora.dropout > 0.0 {
-            return problem(
-                "lora.dropout",
-                "an environment that samples has no dropout in its sampler, so the ratio of learner and sampler would \
-                 be wrong; use 0.0",
-            );
-        }
         Ok(())
     }
 
     /// Keys of the contract whose code comes with a later version: refused, because ignoring them would be worse.
     fn check_offered(&self) -> Result<(), KeyError> {
         let later = [
-            (self.epochs.is_some(), "epochs", "counts passes over tasks that carry their completions; set steps"),
+            (
+                self.lora.dropout > 0.0,
+                "lora.dropout",
+                "an environment that samples can have none, and elsewhere it is to come; use 0.0",
+            ),
             (
                 matches!(self.model.device, Device::Cuda(_)),
                 "model.device",

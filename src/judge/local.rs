@@ -82,8 +82,7 @@ impl Local {
         let prompt_ids = prompt_ids(text, gold, answer, tokenizer)?;
         let branch = |letter: &str| {
             let ids = tokenizer.encode(letter)?;
-            let (behavior_t, mask_t) = (vec![0.0; ids.len()], vec![true; ids.len()]);
-            Ok(Branch { rollout: 0, ids, behavior_t, mask_t, advantage: 0.0 })
+            Ok(Branch::demonstration(ids))
         };
         let branches = LETTERS.into_iter().map(branch).collect::<Result<Vec<_>>>()?;
         let (rows, room) = (

@@ -4,11 +4,14 @@
 //! the objective's coefficients ∂L/∂ℓ, and a backward pass that recomputes one layer at a time.
 //!
 //! * [`tree`]: trees, and how they are packed into micro-batches
+//! * [`portion`]: trees of one kind of tasks, and what is minimized on them
 //! * [`optimizer`]: AdamW, clipping, schedules
 
 pub mod optimizer;
+pub mod portion;
 pub mod tree;
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use anyhow::Result;
@@ -18,12 +21,13 @@ use tracing::debug;
 use crate::config::Learner as Settings;
 use crate::event::{Event, Observer};
 use crate::model::{Architecture, Attended, Call, Model, Projection};
-use crate::objective::{Counts, KlEstimator, Metrics, PolicyGradient, Sampled, Sequence, policy_gradient};
+use crate::objective::{Counts, Metrics};
 use crate::ops::buffer::{self, Buffer};
 use crate::ops::head::{log_probabilities, log_probabilities_backward};
 use crate::ops::keys::Keys;
 use crate::policy::Adapter;
 use optimizer::AdamW;
+use portion::{Loss, Portion};
 use tree::{MicroBatch, Tree, pack};
 
 /// The adapter being trained, its optimizer, and the frozen policies that it is compared with.
@@ -33,7 +37,7 @@ pub struct Learner {
     adapter: Adapter,
     /// AdamW's moments and count.
     pub optimizer: AdamW,
-    /// What `learner.kl` compares with; `None` is the base model.
+    /// What `learner.kl` and preference pairs compare with; `None` is the base model.
     reference: Option<Adapter>,
 }
 
@@ -55,6 +59,8 @@ pub struct StepShape {
 pub struct StepReport {
     /// The step's loss: about zero for an on-policy step with centered advantages; the gradient is not.
     pub loss: f64,
+    /// The loss of each kind of tasks, before its share.
+    pub losses: BTreeMap<&'static str, f64>,
     /// L2 norm of the gradient before clipping.
     pub grad_norm: f64,
     /// Rows that went through forward and backward.
@@ -95,8 +101,8 @@ impl Learner {
     ///
     /// # Errors
     /// If a completion does not fit, a number is not finite, or the device fails. Nothing is updated then.
-    pub fn step(&mut self, trees: &[Tree], shape: &StepShape, observer: Observer) -> Result<StepReport> {
-        let StepGradient { mut gradients, mut report } = self.gradient(trees, shape, observer)?;
+    pub fn step(&mut self, portions: &[Portion], shape: &StepShape, observer: Observer) -> Result<StepReport> {
+        let StepGradient { mut gradients, mut report } = self.gradient(portions, shape, observer)?;
         let names = self.adapter.tensors();
         report.grad_norm =
             optimizer::clip(&mut gradients, self.settings.max_grad_norm, |index| names[index].0.clone())?;
@@ -107,25 +113,30 @@ impl Learner {
         Ok(report)
     }
 
-    /// The gradient of the loss over all trees; micro-batches only change how it is summed up.
+    /// The gradient of the loss over all portions; micro-batches only change how it is summed up.
     ///
     /// # Errors
     /// As [`Learner::step`].
-    pub fn gradient(&self, trees: &[Tree], shape: &StepShape, observer: Observer) -> Result<StepGradient> {
-        let masks = trees.iter().flat_map(|tree| tree.branches.iter().map(|branch| branch.mask_t.as_slice()));
-        let counts = Counts::of(masks, shape.max_tokens);
+    pub fn gradient(&self, portions: &[Portion], shape: &StepShape, observer: Observer) -> Result<StepGradient> {
         let tensors = tensors(&self.adapter);
         let mut gradients: Vec<Vec<f32>> = tensors.iter().map(|tensor| vec![0.0; tensor.elem_count()]).collect();
-        let mut report = StepReport { loss: 0.0, grad_norm: 0.0, tokens: 0, metrics: Metrics::default() };
-        let micro_batches = pack(trees, shape.micro_tokens)?;
-        let (mut done, total) = (0, micro_batches.len() * self.model.architecture.layers.len());
+        let mut report =
+            StepReport { loss: 0.0, losses: BTreeMap::new(), grad_norm: 0.0, tokens: 0, metrics: Metrics::default() };
+        let packed = portions.iter().map(|portion| Ok((portion, pack(&portion.trees, shape.micro_tokens)?)));
+        let packed = packed.collect::<Result<Vec<_>>>()?;
+        let layers = self.model.architecture.layers.len();
+        let (mut done, total) =
+            (0, layers * packed.iter().map(|(_, micro_batches)| micro_batches.len()).sum::<usize>());
         let mut layer_done = || {
             done += 1;
             observer(Event::Progress { what: "learning", done, total });
         };
-        for micro in &micro_batches {
-            debug!(rows = micro.ids.len(), branches = micro.branches.len(), "micro-batch");
-            self.accumulate(micro, shape, &counts, &mut gradients, &mut report, &mut layer_done)?;
+        for (portion, micro_batches) in packed {
+            let counts = portion.counts(portions, shape.max_tokens);
+            for micro in &micro_batches {
+                debug!(rows = micro.ids.len(), branches = micro.branches.len(), "micro-batch");
+                self.accumulate(micro, (portion, &counts), shape, &mut gradients, &mut report, &mut layer_done)?;
+            }
         }
         // The sampler needs other sizes.
         buffer::release();
@@ -137,8 +148,8 @@ impl Learner {
     fn accumulate(
         &self,
         micro: &MicroBatch,
+        (portion, counts): (&Portion, &Counts),
         shape: &StepShape,
-        counts: &Counts,
         gradients: &mut [Vec<f32>],
         report: &mut StepReport,
         layer_done: &mut dyn FnMut(),
@@ -146,37 +157,33 @@ impl Learner {
         let model = &*self.model;
         let (inputs, last) = self.layer_inputs(micro)?;
         let hidden = model.final_norm(&model.select(&last, &micro.predicting));
-        let logits = model.logits(shape.temperature);
+        let temperature = portion.temperature(shape.temperature);
+        let logits = model.logits(temperature);
         let head = log_probabilities(&hidden, model.head(), &micro.targets, logits)?;
         let logprobs_t = floats(&head.logprobs);
-        let compared = self.settings.kl > 0.0;
-        let reference =
-            compared.then(|| logprobs(&self.model, self.reference.as_ref(), micro, shape.temperature)).transpose()?;
-        let sampled = micro.branches.iter().map(|(branch, range)| Sampled {
-            sequence: Sequence {
-                logprobs_t: &logprobs_t[range.clone()],
-                reference_t: reference.as_ref().map(|reference| &reference[range.clone()]),
-                mask_t: &branch.mask_t,
-            },
-            behavior_t: &branch.behavior_t,
-            advantage: branch.advantage,
-        });
-        let objective = policy_gradient(&sampled.collect::<Vec<_>>(), &self.policy_gradient(), counts)?;
-        let coefficients = objective.coefficients.concat().into_iter().map(|w| w as f32).collect::<Vec<_>>();
+        let compared = self.settings.kl > 0.0 && portion.loss == Loss::Reward;
+        let kl_t = compared.then(|| logprobs(model, self.reference.as_ref(), micro, temperature)).transpose()?;
+        let objective = portion.objective(&micro.branches, &logprobs_t, kl_t.as_deref(), &self.settings, counts)?;
+        let scaled = objective.coefficients.concat().into_iter().map(|w| (portion.share * w) as f32);
+        let coefficients: Vec<f32> = scaled.collect();
         let d_hidden = log_probabilities_backward(&hidden, model.head(), &micro.targets, logits, &head, &coefficients);
         let seed = model.select_backward(&last, &micro.predicting, &d_hidden);
         self.backward_layers(micro, inputs, seed, gradients, layer_done)?;
-        report.loss += objective.loss;
+        report.loss += portion.share * objective.loss;
+        *report.losses.entry(portion.loss.name()).or_default() += objective.loss;
         report.tokens += micro.ids.len();
         report.metrics.merge(objective.metrics);
         report.metrics.mean("entropy", head.entropies().map(f64::from).sum(), head.logprobs.len() as f64);
         Ok(())
     }
 
-    fn policy_gradient(&self) -> PolicyGradient {
-        let Settings { policy_loss, ratio, clip, delta, loss_mean, importance, kl, kl_estimator, .. } = self.settings;
-        let kl_estimator = kl_estimator.unwrap_or(KlEstimator::K3);
-        PolicyGradient { policy_loss, ratio, clip, delta, loss_mean, importance, kl, kl_estimator }
+    /// The reference's log-probability of every token of one tree's completions. A tree is computed alone, so the numbers do
+    /// not depend on when it was its turn.
+    ///
+    /// # Errors
+    /// If a completion does not fit into `micro_tokens`, or the device fails.
+    pub fn reference_logprobs(&self, tree: &Tree, micro_tokens: usize) -> Result<Vec<Vec<f64>>> {
+        completion_logprobs(&self.model, self.reference.as_ref(), std::slice::from_ref(tree), micro_tokens, 1.0)
     }
 
     /// The input of every layer with what attention did there, as far as there is room, and the output of the last.

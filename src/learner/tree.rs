@@ -17,6 +17,13 @@ pub struct Tree {
     pub branches: Vec<Branch>,
 }
 
+impl Tree {
+    /// The rows that it takes in a micro-batch: the last token of a branch predicts nothing, so it needs none.
+    pub fn rows(&self) -> usize {
+        self.prompt_ids.len() + self.branches.iter().map(|branch| branch.ids.len() - 1).sum::<usize>()
+    }
+}
+
 /// One completion, with one entry per token in every list.
 #[derive(Clone, Debug)]
 pub struct Branch {
@@ -24,12 +31,41 @@ pub struct Branch {
     pub rollout: usize,
     /// Its tokens.
     pub ids: Vec<u32>,
-    /// The sampler's log-probability of each token.
-    pub behavior_t: Vec<f64>,
     /// Which tokens receive gradient.
     pub mask_t: Vec<bool>,
-    /// The advantage of its tokens.
-    pub advantage: f64,
+    /// What is learned from it.
+    pub signal: Signal,
+}
+
+/// What is known of a completion beside its tokens, by the target of its task.
+#[derive(Clone, Debug)]
+pub enum Signal {
+    /// It was sampled and scored.
+    Reward {
+        /// The sampler's log-probability of each token.
+        behavior_t: Vec<f64>,
+        /// The advantage of its tokens.
+        advantage: f64,
+    },
+    /// It is to be imitated.
+    Demonstration,
+    /// It is one of a pair.
+    Preference {
+        /// The reference's log-probability of each token.
+        reference_t: Vec<f64>,
+    },
+    /// It was judged.
+    Judged {
+        /// Whether it is right.
+        correct: bool,
+    },
+}
+
+impl Branch {
+    /// A completion that is given, all of whose tokens are to be imitated.
+    pub fn demonstration(ids: Vec<u32>) -> Self {
+        Self { rollout: 0, mask_t: vec![true; ids.len()], ids, signal: Signal::Demonstration }
+    }
 }
 
 /// The rows of one forward and backward pass, and what they predict.

@@ -2,22 +2,12 @@
 //! completion's own likelihood p = exp(mean ℓ) toward whether it is correct (SCIENCE 5.4, 6.4).
 
 use anyhow::{Context as _, Result, ensure};
-use serde::{Deserialize, Serialize};
+use candor_environments::losses::{Implicit, JudgedLoss};
 
 use super::{Counts, LossMean, Objective, Sequence, sum};
 
 /// The steepest slope by mean ℓ with which the log form pushes a wrong completion down (SCIENCE 6.4).
 const STEEPEST: f64 = 5.0;
-
-/// How a completion's likelihood p is pulled toward its correctness y.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum JudgedLoss {
-    /// λ(p − y)².
-    Mse,
-    /// −λ[y ln p + (1 − y) ln(1 − p)], continued as a straight line in ln p where its slope would exceed 5.
-    Log,
-}
 
 /// A completion that was judged.
 #[derive(Clone, Copy, Debug)]
@@ -26,17 +16,6 @@ pub struct Judged<'a> {
     pub sequence: Sequence<'a>,
     /// Whether it is correct.
     pub correct: bool,
-}
-
-/// The settings of [`judged`].
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Implicit {
-    /// The form of the calibration term.
-    pub loss: JudgedLoss,
-    /// Its weight.
-    pub lambda: f64,
-    /// Leave the likelihood of wrong completions out: otherwise a small λ goes on raising it.
-    pub lm_on_correct_only: bool,
 }
 
 /// Supervised fine-tuning: −ℓ under the given mean; `counts` are those of the whole step.
@@ -80,14 +59,6 @@ pub fn judged(batch: &[Judged], settings: &Implicit, counts: &Counts) -> Result<
         objective.metrics.mean(name, mean_logprob.exp(), 1.0);
     }
     Ok(objective)
-}
-
-impl Implicit {
-    /// Fails on settings that mean nothing.
-    pub fn check(&self) -> Result<()> {
-        ensure!(self.lambda > 0.0 && self.lambda.is_finite(), "lambda is {}; it must be above 0", self.lambda);
-        Ok(())
-    }
 }
 
 /// The calibration term and its derivative by the mean log-probability x = ln p.

@@ -13,13 +13,14 @@ mod preference;
 use anyhow::{Result, ensure};
 use serde::{Deserialize, Serialize};
 
-pub use imitation::{Implicit, Judged, JudgedLoss, demonstration, judged};
+pub use candor_environments::losses::{Implicit, JudgedLoss, Preference, PreferenceLoss};
+pub use imitation::{Judged, demonstration, judged};
 pub use metrics::Metrics;
 pub use policy::{
     Importance, ImportanceLevel, ImportanceMode, KlEstimator, PolicyGradient, PolicyLoss, Ratio, Sampled,
     policy_gradient,
 };
-pub use preference::{Pair, Preference, PreferenceLoss, preference};
+pub use preference::{Pair, preference};
 
 /// The tokens of one completion; all slices have one entry per token.
 #[derive(Clone, Copy, Debug)]
