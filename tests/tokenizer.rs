@@ -390,6 +390,20 @@ fn bad_templates_are_explained() {
     }
 }
 
+/// Also where the tokenizer adds BOS: a token that begins every text asks nothing. Told before anything is sampled.
+#[test]
+fn an_empty_prompt_is_refused_with_and_without_bos() {
+    let hi = [Message::user("hi")];
+    for (adds_bos, template) in [(false, ""), (true, ""), (true, "{{ bos_token }}"), (false, "{{ bos_token }}")] {
+        let config = json!({"bos_token": "<|endoftext|>", "add_bos_token": adds_bos, "chat_template": template});
+        let tokenizer = load(&[("tokenizer_config.json", &config.to_string())]).unwrap();
+        assert_error(tokenizer.prompt_ids(&hi).map(drop), &["the chat template makes an empty prompt"]);
+        if template.is_empty() {
+            assert_error(tokenizer.prompt_fits(&hi, 100).map(drop), &["the chat template makes an empty prompt"]);
+        }
+    }
+}
+
 #[test]
 fn bad_folders_are_explained() {
     assert_error(

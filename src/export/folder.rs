@@ -12,24 +12,15 @@ use crate::event::Observer;
 use crate::inputs::ModelFiles;
 use crate::model::{Architecture, Weights};
 use crate::run::write_whole;
+use crate::source::MODEL_FILES;
 use crate::tensors;
 use crate::tokenizer::Tokenizer;
 
 /// The most bytes of weights in one file, as the hub has them.
 pub const SHARD: u64 = 5_000_000_000;
 
-/// What is copied from a folder if it is there.
-const COPIED: [&str; 9] = [
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "chat_template.jinja",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-];
+/// What only others read a tokenizer from.
+const FOR_OTHERS: [&str; 3] = ["tokenizer.model", "vocab.json", "merges.txt"];
 
 /// Refuses what `config.json` has no words for.
 pub(super) fn check(model: &ModelFiles) -> Result<()> {
@@ -107,7 +98,7 @@ fn shards(tensors: Vec<(String, Vec<usize>)>, size: u64, limit: u64) -> Vec<Vec<
 fn describe(export: &Export, path: &Path) -> Result<Value> {
     let ModelFiles { weights, architecture, tokenizer, .. } = &export.model;
     let Some(metadata) = weights.metadata() else {
-        for name in COPIED.iter().filter(|name| weights.path().join(name).exists()) {
+        for name in MODEL_FILES.iter().chain(&FOR_OTHERS).filter(|name| weights.path().join(name).exists()) {
             // Its text and not its permissions: the hub's cache is read-only.
             let text = fs::read(weights.path().join(name)).with_context(|| format!("{name}: cannot read"))?;
             write_whole(&path.join(name), &text)?;

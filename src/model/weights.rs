@@ -1,6 +1,6 @@
 //! Weights by their Hugging Face names, from a GGUF file or a folder of safetensors, converted once.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fs::File;
 use std::io::BufReader;
 use std::path::{Path, PathBuf};
@@ -11,9 +11,9 @@ use candle_core::quantized::gguf_file::{Content, TensorInfo, Value as Metadata};
 use candle_core::{Device, Tensor};
 
 use super::architecture::{Architecture, Projection};
-use super::gguf;
 use super::safetensors::Safetensors;
 use super::stored::Stored;
+use super::{Model, gguf};
 use crate::config::Quantization;
 use crate::ops::quantized::Weight;
 use crate::source::single_file;
@@ -97,6 +97,31 @@ impl Weights {
             Self::Gguf { content, .. } => Some(&content.metadata),
             Self::Folder { .. } => None,
         }
+    }
+
+    /// Refuses tensors of layers that such a model does not have: they would be left out, and another model would run than
+    /// the one that the file holds. What lies outside the layers, such as a copy of a tied head, may be there.
+    ///
+    /// # Errors
+    /// If there is one; the message names the first.
+    pub fn check_layers(&self, architecture: &Architecture) -> Result<()> {
+        let tensors = Model::tensors(architecture)?.into_iter();
+        let (names, known): (Vec<&str>, HashSet<String>) = match self {
+            Self::Gguf { content, .. } => (
+                content.tensor_infos.keys().map(String::as_str).collect(),
+                tensors.map(|(name, _)| gguf_name(&name, architecture)).collect(),
+            ),
+            Self::Folder { tensors: files, .. } => (files.names(), tensors.map(|(name, _)| name).collect()),
+        };
+        let in_layer = |name: &str| name.starts_with("model.layers.") || name.starts_with("blk.");
+        // Rotary frequencies, which older checkpoints carry, follow from the description.
+        let left_out = |name: &&str| in_layer(name) && !known.contains(*name) && !name.ends_with("rotary_emb.inv_freq");
+        let Some(name) = names.into_iter().filter(left_out).min() else { return Ok(()) };
+        let (path, layers) = (self.path().display(), architecture.layers.len());
+        bail!(
+            "{path}: tensor {name} would be left out: the model's description, of {layers} layers, has no place for it; use \
+             the description that was made for these weights"
+        )
     }
 
     /// How many numbers all tensors hold.

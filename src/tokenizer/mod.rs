@@ -181,7 +181,7 @@ impl Tokenizer {
     /// Token ids of a rendered chat. BOS alone is no prompt.
     fn rendered_ids(&self, rendered: &str) -> Result<Vec<u32>> {
         let ids = self.text_prompt_ids(rendered)?;
-        let empty = rendered.is_empty() || ids.is_empty();
+        let empty = ids.iter().all(|id| Some(*id) == self.bos);
         ensure!(!empty, "the chat template makes an empty prompt of these messages");
         Ok(ids)
     }
