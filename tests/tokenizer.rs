@@ -43,7 +43,7 @@ pub fn tiny() -> Tokenizer {
 }
 
 /// A folder with the tiny `tokenizer.json`, a plain `tokenizer_config.json`, and `files` over them.
-fn folder_with(files: &[(&str, &str)]) -> TempDir {
+pub fn folder_with(files: &[(&str, &str)]) -> TempDir {
     let folder = tempfile::tempdir().unwrap();
     let tokenizer_json = fs::read_to_string(tiny_folder().join("tokenizer.json")).unwrap();
     let plain =

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use anyhow::{Context, Result, bail, ensure};
 use candle_core::quantized::gguf_file::{Content, TensorInfo, Value as Metadata};
 use candle_core::{Device, Tensor};
+use serde_json::Value;
 
 use super::architecture::{Architecture, Projection};
 use super::safetensors::Safetensors;
@@ -82,11 +83,7 @@ impl Weights {
                     .with_context(|| path.display().to_string())
             }
             Self::Folder { path, .. } => {
-                let file = path.join("config.json");
-                let text =
-                    std::fs::read_to_string(&file).with_context(|| format!("{}: cannot read", file.display()))?;
-                let config = serde_json::from_str(&text).with_context(|| format!("{}: not json", file.display()))?;
-                Architecture::from_config(&config).with_context(|| path.display().to_string())
+                Architecture::from_config(&config(path)?).with_context(|| path.display().to_string())
             }
         }
     }
@@ -201,6 +198,16 @@ impl Weights {
         };
         matrix.with_context(|| format!("{}: tensor {name}", self.path().display()))
     }
+}
+
+/// The `config.json` of a folder.
+///
+/// # Errors
+/// If it cannot be read or is not JSON.
+pub fn config(folder: &Path) -> Result<Value> {
+    let file = folder.join("config.json");
+    let text = std::fs::read_to_string(&file).with_context(|| format!("{}: cannot read", file.display()))?;
+    serde_json::from_str(&text).with_context(|| format!("{}: not json", file.display()))
 }
 
 /// What a GGUF file's header says of the tensor of this Hugging Face name.
