@@ -10,6 +10,7 @@ use candle_core::Device;
 use crate::config::Config;
 use crate::event::Observer;
 use crate::inputs::{Inputs, Policy};
+use crate::peft;
 use crate::policy::Adapter;
 use crate::rollout::{Collector, Group, SCORE_TIMEOUT, ScoreErrors};
 use crate::run::{Row, RowSplit};
@@ -66,6 +67,8 @@ impl Evaluation {
     /// If anything that the config names, or the adapter, is not what it should be.
     pub fn prepare(config: Config, adapter: Option<&Path>, options: &Options) -> Result<Self> {
         ensure!(config.evaluation.tasks > 0, "evaluation.tasks is 0, so there is nothing to evaluate; raise it");
+        // A slip in its name is told before anything is fetched.
+        adapter.map(peft::described).transpose().context("--adapter")?;
         let Inputs { model, heldout, judges, .. } =
             Inputs::for_evaluation(&config, options.environments, options.observer)?;
         let Policy { model, tokenizer, adapter } = model.policy(adapter, &Device::Cpu, options.observer)?;

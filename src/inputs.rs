@@ -48,13 +48,15 @@ impl ModelFiles {
     /// Opens a model from a source string, as `model.source` is.
     ///
     /// # Errors
-    /// If the source cannot be had, a tensor is missing or has the wrong shape, or the tokenizer is not this model's.
+    /// If the source cannot be had, a tensor is missing, has the wrong shape or no place in the model, or the tokenizer is not
+    /// this model's.
     pub fn open(source: &str, observer: Observer) -> Result<Self> {
         let path = resolve(source, Kind::Model, observer)?;
         let weights = Weights::open(&path)?;
         let architecture = weights.architecture()?;
         let kernel = Kernel::choose(Dtype::Auto, None)?;
         let footprint = Model::footprint(&weights, &architecture, None, kernel)?;
+        weights.check_layers(&architecture)?;
         let tokenizer = match weights.metadata() {
             Some(metadata) => Tokenizer::from_gguf(metadata),
             None => Tokenizer::from_folder(&path),

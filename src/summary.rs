@@ -4,11 +4,12 @@
 
 use std::collections::BTreeMap;
 use std::fmt::{self, Write};
-use std::fs;
 use std::path::Path;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
+use candor_environments::rows::each_row;
 use serde::Serialize;
+use serde::de::DeserializeOwned;
 use serde_json::Value;
 
 use crate::evaluation::{
@@ -173,11 +174,13 @@ fn compare(rows: &[Row]) -> Result<Vec<Comparison>> {
     Ok(comparisons)
 }
 
-fn read_lines<T: serde::de::DeserializeOwned>(path: &Path) -> Result<Vec<T>> {
-    let text = fs::read_to_string(path).with_context(|| format!("{}: cannot read", path.display()))?;
-    let parse =
-        |(number, line)| serde_json::from_str(line).with_context(|| format!("{}: line {}", path.display(), number + 1));
-    text.lines().enumerate().map(parse).collect()
+fn read_lines<T: DeserializeOwned>(path: &Path) -> Result<Vec<T>> {
+    let mut rows = Vec::new();
+    each_row(path, |_, row| {
+        rows.push(row);
+        Ok(())
+    })?;
+    Ok(rows)
 }
 
 /// The table of one evaluation, by environment; `policy` says who answered.

@@ -91,10 +91,13 @@ pub fn same_bits(name: &str, got: &[f32], want: &[f32]) {
     }
 }
 
-/// [`close`] over two lists of the same length.
+/// [`close`] over two lists of the same length; says how far apart they are to whoever runs with `--nocapture`.
 #[track_caller]
+#[expect(clippy::print_stdout, reason = "shown only where it is asked for")]
 pub fn all_close(name: &str, got: &[f64], want: &[f64], tolerance: f64) {
     assert_eq!(got.len(), want.len(), "{name}: lengths differ");
+    let largest = got.iter().zip(want).map(|(got, want)| (got - want).abs()).fold(0.0, f64::max);
+    println!("{name}: the largest difference is {largest:.1e}");
     for (index, (got, want)) in got.iter().zip(want).enumerate() {
         close(&format!("{name}[{index}]"), *got, *want, tolerance);
     }

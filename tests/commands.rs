@@ -157,7 +157,8 @@ fn an_evaluation_prints_a_table_and_leaves_nothing() {
     place.finish(&[]);
     let ended = place.candor(&["eval", "run.toml", "--adapter", "results/tiny/checkpoints/step-000003"]);
     assert!(ended.code == Some(0) && ended.stdout.contains("adapter"), "{}", ended.stderr);
-    let ended = place.candor(&["eval", "run.toml", "--adapter", "nowhere"]);
+    // Before anything else that is named is looked for.
+    let ended = place.candor(&["eval", "run.toml", "--adapter", "nowhere", "--set", "environment.0.source=gone"]);
     assert_eq!(ended.code, Some(2));
     assert!(ended.stderr.contains("error: --adapter: nowhere/adapter_config.json: cannot read"), "{}", ended.stderr);
     let ended = place.candor(&["eval", "run.toml", "--set", "evaluation.tasks=0"]);

@@ -1,16 +1,19 @@
 //! `candor export`: merged weights, read again by our own loader, are the model with its adapter; whatever it was read from.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use candle_core::Device;
+use candle_core::quantized::gguf_file::{Content, Value};
 use candor::export::{Dtype, Export, SHARD, Settings};
 use candor::model::{Model, Weights};
 use candor::policy::Adapter;
 use candor::tokenizer::Tokenizer;
+use serde_json::json;
 
 use crate::check;
-use crate::family::gguf;
+use crate::family::{changed, gguf};
 use crate::model::{adapter, ids, logits, tensors, tiny_models, values};
 use crate::program::Place;
 
@@ -98,7 +101,7 @@ fn a_gguf_file_becomes_a_merged_gguf_file_and_a_merged_folder() {
         let out = place.path().join("merged");
         let settings = settings(file.path(), Some(&path), &out);
         if folder.ends_with("llama3rope") {
-            let error = Export::prepare(&settings, &|_| {}).err().unwrap().to_string();
+            let error = format!("{:#}", Export::prepare(&settings, &|_| {}).err().unwrap());
             assert!(error.ends_with("export with --format gguf"), "{error}");
             continue;
         }
@@ -113,6 +116,46 @@ fn a_gguf_file_becomes_a_merged_gguf_file_and_a_merged_folder() {
         // What transformers goes by: the tokenizer itself puts BOS before a text, or it does not.
         let alone = tokenizers_encode(&out, "a");
         assert_eq!(alone, from_gguf.text_prompt_ids("a").unwrap(), "{name}");
+    }
+}
+
+/// Read again it is the merged model, and its metadata are what llama.cpp's converter writes: a key that only our reader
+/// understands, or heads that are not interleaved as other programs expect, would show.
+#[test]
+fn a_folder_becomes_a_merged_gguf_file() {
+    for folder in tiny_models() {
+        let (place, path) = (tempfile::tempdir().unwrap(), folder.join("adapter_lora"));
+        let (out, plain) = (place.path().join("merged.gguf"), place.path().join("plain.gguf"));
+        export(&settings(&folder, Some(&path), &out));
+        let golden = tensors(&folder.join("golden_lora.safetensors"));
+        let a = ids(&tensors(&folder.join("golden_logits.safetensors"))["ids_a"]);
+        let got = logits(&Model::open(&out, check::f32_kernel()).unwrap(), &[a], None);
+        check::all_close(&format!("{folder:?} as gguf"), &got, &values(&golden["logits_a"]), 1e-4);
+
+        export(&settings(&folder, None, &plain));
+        let reference = gguf(&folder);
+        let [ours, converted] = [plain.as_path(), reference.path()].map(|path| {
+            let mut file = fs::File::open(path).unwrap();
+            let content = Content::read(&mut file).unwrap();
+            let tensor = |name: &String| {
+                let tensor = content.tensor(&mut file, name, &Device::Cpu).unwrap();
+                (name.clone(), values(&tensor.dequantize(&Device::Cpu).unwrap()))
+            };
+            let tensors: BTreeMap<String, Vec<f64>> = content.tensor_infos.keys().map(tensor).collect();
+            (content.metadata, tensors)
+        });
+        // Whether BOS is added is the tokenizer's to say, which the reference made up.
+        for (key, value) in converted.0.iter().filter(|(key, _)| *key != "tokenizer.ggml.add_bos_token") {
+            let ours = ours.0.get(key).unwrap_or_else(|| panic!("{folder:?}: {key} is missing"));
+            match (ours, value) {
+                (Value::F32(ours), Value::F32(value)) => check::close(key, (*ours).into(), (*value).into(), 1e-6),
+                _ => assert_eq!(format!("{ours:?}"), format!("{value:?}"), "{folder:?}: {key}"),
+            }
+        }
+        assert!(ours.1.keys().eq(converted.1.keys()), "{folder:?}: {:?}", ours.1.keys());
+        for (name, value) in &converted.1 {
+            check::all_close(&format!("{folder:?} {name}"), &ours.1[name], value, 1e-6);
+        }
     }
 }
 
@@ -173,11 +216,19 @@ fn a_weight_too_large_for_the_format_is_named_and_nothing_is_left() {
 fn what_cannot_be_exported_is_refused_before_anything_is_written() {
     let place = Place::new("");
     fs::create_dir(place.path("there")).unwrap();
+    // GGUF knows no layers that see the whole sequence but every so often.
+    let Some(gemma) = check::golden("tiny/gemma3_text") else { return };
+    fs::create_dir(place.path("odd")).unwrap();
+    for entry in fs::read_dir(&gemma).unwrap().map(Result::unwrap).filter(|entry| entry.path().is_file()) {
+        fs::copy(entry.path(), place.path("odd").join(entry.file_name())).unwrap();
+    }
+    let [full, sliding] = ["full_attention", "sliding_attention"];
+    let config = changed(&gemma, &json!({"layer_types": [full, sliding, sliding, full]}));
+    fs::write(place.path("odd/config.json"), config.to_string()).unwrap();
     for (arguments, says) in [
         (&["model", "there"][..], "error: there exists already; it is never overwritten"),
         (&["model", "there/../there"], "exists already"),
-        (&["model", "new.gguf"], "a GGUF file is made of a GGUF file only; export with --format safetensors"),
-        (&["model", "new", "--format", "gguf"], "a GGUF file is made of a GGUF file only"),
+        (&["odd", "new.gguf"], "odd: it cannot be a GGUF file: GGUF has no words for all that config.json says"),
         (&["model", "new", "--format", "onnx"], "expected `safetensors` or `gguf`"),
         (&["model", "new", "--dtype", "q4_0"], "expected one of `f32`, `f16`, `bf16`"),
         (&["model", "new", "--adapter", "rows"], "error: --adapter: rows/adapter_config.json: cannot read"),

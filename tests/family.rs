@@ -17,7 +17,7 @@ use crate::model::{ids, logits, tensors, tiny_models, values};
 use crate::tokenizer_gguf;
 
 /// The description of a tiny model with some keys changed; null removes a key.
-fn changed(folder: &Path, changes: &Value) -> Value {
+pub fn changed(folder: &Path, changes: &Value) -> Value {
     let mut config = check::json(&folder.join("config.json"));
     let keys = config.as_object_mut().unwrap();
     for (key, value) in changes.as_object().unwrap() {

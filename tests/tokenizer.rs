@@ -43,7 +43,7 @@ pub fn tiny() -> Tokenizer {
 }
 
 /// A folder with the tiny `tokenizer.json`, a plain `tokenizer_config.json`, and `files` over them.
-fn folder_with(files: &[(&str, &str)]) -> TempDir {
+pub fn folder_with(files: &[(&str, &str)]) -> TempDir {
     let folder = tempfile::tempdir().unwrap();
     let tokenizer_json = fs::read_to_string(tiny_folder().join("tokenizer.json")).unwrap();
     let plain =
@@ -387,6 +387,20 @@ fn bad_templates_are_explained() {
     ] {
         let tokenizer = load(&[("chat_template.jinja", template)]).unwrap();
         assert_error(tokenizer.prompt_ids(&hi), &["does not render these messages", reason]);
+    }
+}
+
+/// Also where the tokenizer adds BOS: a token that begins every text asks nothing. Told before anything is sampled.
+#[test]
+fn an_empty_prompt_is_refused_with_and_without_bos() {
+    let hi = [Message::user("hi")];
+    for (adds_bos, template) in [(false, ""), (true, ""), (true, "{{ bos_token }}"), (false, "{{ bos_token }}")] {
+        let config = json!({"bos_token": "<|endoftext|>", "add_bos_token": adds_bos, "chat_template": template});
+        let tokenizer = load(&[("tokenizer_config.json", &config.to_string())]).unwrap();
+        assert_error(tokenizer.prompt_ids(&hi).map(drop), &["the chat template makes an empty prompt"]);
+        if template.is_empty() {
+            assert_error(tokenizer.prompt_fits(&hi, 100).map(drop), &["the chat template makes an empty prompt"]);
+        }
     }
 }
 

@@ -126,6 +126,58 @@ fn scored(folder: &Path) -> HashMap<String, Gguf> {
     metadata
 }
 
+/// Catches a kind of text splitting that is not the tokenizer's, and tokens of the wrong type, number or spelling.
+#[test]
+fn published_tokenizers_are_written_as_gguf() {
+    for (name, pre, rows) in
+        [("llama3_2", "llama-bpe", 128_256), ("qwen2_5", "qwen2", 151_936), ("gemma2", "default", 256_000)]
+    {
+        let Some(folder) = check::data(&format!("tokenizers/{name}")) else { continue };
+        let from_folder = Tokenizer::from_folder(&folder).unwrap();
+        let written = from_folder.in_gguf(&folder, rows).unwrap();
+        let list = |key: &str| match &written[&format!("tokenizer.ggml.{key}")] {
+            Gguf::Array(values) => values.iter().map(|value| format!("{value:?}")).collect::<Vec<_>>(),
+            other => panic!("{key} is {other:?}"),
+        };
+        assert_eq!(written["tokenizer.ggml.pre"].to_string().unwrap(), pre, "{name}");
+        assert_eq!((list("tokens").len(), list("token_type").len()), (rows, rows), "{name}");
+        let reference = if name == "gemma2" { scored(&folder) } else { metadata(&folder, pre) };
+        let Gguf::Array(tokens) = &reference["tokenizer.ggml.tokens"] else { panic!("tokens are a list") };
+        let tokens: Vec<String> = tokens.iter().map(|token| format!("{token:?}")).collect();
+        assert_eq!(list("tokens")[..tokens.len()], tokens, "{name}");
+        if name != "gemma2" {
+            let Gguf::Array(merges) = &reference["tokenizer.ggml.merges"] else { panic!("merges are a list") };
+            assert_eq!(list("merges"), merges.iter().map(|merge| format!("{merge:?}")).collect::<Vec<_>>(), "{name}");
+        }
+        let from_gguf = Tokenizer::from_gguf(&written).unwrap();
+        for text in TEXTS.iter().chain(&MORE_TEXTS) {
+            let ids = from_gguf.text_prompt_ids(text).unwrap();
+            assert_eq!(ids, from_folder.text_prompt_ids(text).unwrap(), "{name} {text:?}");
+            assert_eq!(from_gguf.decode(&ids), from_folder.decode(&ids), "{name} {text:?}");
+        }
+        let chat = [Message::user("why?")];
+        assert_eq!(from_gguf.prompt_ids(&chat).unwrap(), from_folder.prompt_ids(&chat).unwrap(), "{name}");
+        assert_eq!(from_gguf.end_tokens(), from_folder.end_tokens(), "{name}");
+    }
+}
+
+#[test]
+fn what_gguf_has_no_words_for_is_not_written() {
+    let text = std::fs::read_to_string(tiny_folder().join("tokenizer.json")).unwrap();
+    let mut described: Value = serde_json::from_str(&text).unwrap();
+    let written = |described: &Value, config: &str| {
+        let folder = crate::tokenizer::folder_with(&[
+            ("tokenizer.json", &described.to_string()),
+            ("generation_config.json", config),
+        ]);
+        Tokenizer::from_folder(folder.path()).unwrap().in_gguf(folder.path(), 320)
+    };
+    assert!(written(&described, "{}").is_ok());
+    assert_error(written(&described, r#"{"eos_token_id": [0, 1, 2, 3]}"#), &["4 end tokens", "3 keys"]);
+    described["normalizer"] = serde_json::json!({"type": "Lowercase"});
+    assert_error(written(&described, "{}"), &["splits text in none of the ways", "smollm, llama-bpe, qwen2, default"]);
+}
+
 #[test]
 fn gguf_kinds_cut_text_differently() {
     let tokens = ["<0>", "Ġ", "!", "=", "1", "2", "3", "4", "a", "12", "123", "1234", "Ġ!", "a!", "!=", "Ġa"];

@@ -4,17 +4,19 @@ use std::fs;
 use std::io::Cursor;
 use std::path::{Path, PathBuf};
 
-use candle_core::quantized::QTensor;
 use candle_core::quantized::gguf_file::{self, Content, Value};
+use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{DType, Device, Tensor};
+use candor::inputs::ModelFiles;
 use candor::model::{Weights, gguf};
 use serde_json::{Value as Json, json};
 use tempfile::{TempDir, tempdir};
 
 use crate::check;
 use crate::hostile::{TENSORS, assert_error, micro_folder, micro_gguf, micro_tensors};
-use crate::loading::KINDS;
+use crate::loading::{KINDS, write_gguf};
 use crate::model::values;
+use crate::toy;
 
 const ABSURD: [u64; 4] = [1 << 40, 1 << 60, i64::MAX as u64, u64::MAX];
 
@@ -288,6 +290,44 @@ fn shapes_come_from_headers() {
             &[stored.to_str().unwrap(), "lm_head.weight", "missing"],
         );
     }
+}
+
+/// Else a description of fewer layers, or of another family, would silently run another model. What older checkpoints and
+/// copies of tied heads hold beside the layers harms nothing.
+#[test]
+fn a_tensor_that_the_description_has_no_place_for_is_refused_by_name() {
+    let layer = "model.layers.0";
+    for (extra, part) in [
+        ("lm_head.weight".to_string(), None),
+        ("vision.blocks.0.weight".to_string(), None),
+        (format!("{layer}.self_attn.rotary_emb.inv_freq"), None),
+        (format!("{layer}.self_attn.q_proj.bias"), Some("would be left out")),
+        (format!("{layer}.self_attn.q_norm.weight"), Some("would be left out")),
+        ("model.layers.1.mlp.up_proj.weight".to_string(), Some("of 1 layers")),
+        ("model.layers.10.mlp.up_proj.weight".to_string(), Some("of 1 layers")),
+    ] {
+        let folder = micro_folder(DType::F32);
+        let mut tensors = micro_tensors();
+        tensors.push((extra.clone(), Tensor::ones(4, DType::F32, &Device::Cpu).unwrap()));
+        candle_core::safetensors::save(&tensors.into_iter().collect(), folder.path().join("model.safetensors"))
+            .unwrap();
+        let opened = ModelFiles::open(folder.path().to_str().unwrap(), &|_| {}).map(drop);
+        match part {
+            None => opened.unwrap(),
+            Some(part) => assert_error(opened, &[folder.path().to_str().unwrap(), &format!("tensor {extra} "), part]),
+        }
+    }
+    let folder = tempdir().unwrap();
+    let file = folder.path().join("m.gguf");
+    write_gguf(&toy::model(), GgmlDType::F32, &file);
+    ModelFiles::open(file.to_str().unwrap(), &|_| {}).map(drop).unwrap();
+    let (mut bytes, key) = (fs::read(&file).unwrap(), b"llama.block_count");
+    let layers = bytes.windows(key.len()).position(|window| window == key).unwrap() + key.len() + 4;
+    assert_eq!(bytes[layers], 4);
+    bytes[layers] = 3;
+    fs::write(&file, bytes).unwrap();
+    let opened = ModelFiles::open(file.to_str().unwrap(), &|_| {}).map(drop);
+    assert_error(opened, &[file.to_str().unwrap(), "tensor blk.3.attn_k.weight ", "of 3 layers"]);
 }
 
 /// The micro model in two files, and the index that says so.

@@ -141,7 +141,7 @@ impl Sample {
 const EXPORT: &str = "\
 Weights become W + scale * B * A, computed in f32 and then written as --dtype.
 A folder holds safetensors, config.json and the tokenizer's files, for
-transformers and vLLM. A GGUF file is made of a GGUF file only; vectors stay f32.";
+transformers and vLLM; a GGUF file is for llama.cpp, its vectors stay f32.";
 
 /// `candor export`.
 #[derive(Args)]

@@ -6,16 +6,20 @@
 mod folder;
 mod gguf;
 
+use std::collections::HashMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
+use candle_core::quantized::QTensor;
+use candle_core::quantized::gguf_file::Value as Metadata;
 use candle_core::{DType, Device, Tensor};
 use serde::Deserialize;
+use serde_json::Value;
 
 use crate::event::{Event, Observer};
 use crate::inputs::ModelFiles;
-use crate::model::{Model, Projection};
+use crate::model::{Architecture, Model, Projection};
 use crate::policy::Adapter;
 
 pub use folder::SHARD;
@@ -73,9 +77,19 @@ pub struct Export {
     model: ModelFiles,
     adapter: Option<Adapter>,
     out: PathBuf,
-    format: Format,
+    form: Form,
+    /// How the written files are read: their weights stand in them accordingly.
+    written: Architecture,
     dtype: Dtype,
     shard: u64,
+}
+
+/// What is said beside the weights.
+enum Form {
+    /// In `config.json`.
+    Folder(Value),
+    /// By the file's metadata and the tensors that only it has.
+    Gguf(HashMap<String, Metadata>, Vec<(String, QTensor)>),
 }
 
 impl Export {
@@ -90,11 +104,12 @@ impl Export {
         let adapter = model.adapter(adapter, &Device::Cpu)?;
         let named = out.extension().is_some_and(|extension| extension == "gguf");
         let format = format.unwrap_or(if named { Format::Gguf } else { Format::Safetensors });
-        match format {
-            Format::Safetensors => folder::check(&model)?,
-            Format::Gguf => gguf::check(&model)?,
-        }
-        Ok(Self { model, adapter, out: out.into(), format, dtype, shard })
+        let described = match format {
+            Format::Safetensors => folder::describe(&model),
+            Format::Gguf => gguf::describe(&model),
+        };
+        let (form, written) = described.with_context(|| model.weights.path().display().to_string())?;
+        Ok(Self { model, adapter, out: out.into(), form, written, dtype, shard })
     }
 
     /// Writes everything under another name, and renames it when it is whole.
@@ -109,9 +124,9 @@ impl Export {
         if let Some(parent) = out.parent() {
             fs::create_dir_all(parent).with_context(|| format!("{}: cannot create", parent.display()))?;
         }
-        let written = match self.format {
-            Format::Safetensors => folder::write(&self, &unfinished, observer),
-            Format::Gguf => gguf::write(&self, &unfinished, observer),
+        let written = match &self.form {
+            Form::Folder(config) => folder::write(&self, config, &unfinished, observer),
+            Form::Gguf(metadata, others) => gguf::write(&self, metadata, others, &unfinished, observer),
         };
         let renamed = written
             .and_then(|()| fs::rename(&unfinished, out).with_context(|| format!("{}: cannot create", out.display())));
@@ -127,25 +142,35 @@ impl Export {
         Model::tensors(&self.model.architecture)
     }
 
-    /// A tensor with the adapter's share, in f32.
+    /// A tensor with the adapter's share, in f32, as the written files have it.
+    ///
+    /// # Errors
+    /// If it cannot be read, or holds numbers that the number format cannot.
     fn merged(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
-        let ModelFiles { weights, architecture, .. } = &self.model;
-        let weight = weights.tensor(name, shape, architecture, &Device::Cpu)?;
-        let Some((adapter, (layer, projection))) = self.adapter.as_ref().zip(projection(name)) else {
-            return Ok(weight);
-        };
-        Ok(match adapter.delta(layer, projection)? {
-            Some(delta) => (weight + delta)?,
-            None => weight,
-        })
-    }
-
-    /// Refuses numbers that the chosen format cannot hold.
-    fn check_range(&self, name: &str, tensor: &Tensor) -> Result<()> {
+        let (Self { model: ModelFiles { weights, architecture, .. }, written, .. }, projection) =
+            (self, projection(name));
+        let mut tensor = weights.tensor(name, shape, architecture, &Device::Cpu)?;
+        let adapter = self.adapter.as_ref().zip(projection);
+        let delta = adapter.map(|(adapter, (layer, projection))| adapter.delta(layer, projection)).transpose()?;
+        if let Some(delta) = delta.flatten() {
+            tensor = (tensor + delta)?;
+        }
+        if name.ends_with("norm.weight") && architecture.norm_offset != written.norm_offset {
+            tensor = (tensor + (architecture.norm_offset - written.norm_offset))?;
+        }
+        // Where the files have no word for the scale of scores, the queries take it over.
+        let queries = if written.head_norms { "q_norm.weight" } else { "q_proj.weight" };
+        if name.ends_with(queries) && architecture.score_scale != written.score_scale {
+            tensor = (tensor * (architecture.score_scale / written.score_scale))?;
+        }
+        if written.interleaved && matches!(projection, Some((_, Projection::QProj | Projection::KProj))) {
+            let ((out, width), half) = (tensor.dims2()?, written.head_dim / 2);
+            tensor = tensor.reshape((out / (2 * half), 2, half, width))?.transpose(1, 2)?.reshape((out, width))?;
+        }
         let largest = tensor.abs()?.max_all()?.to_scalar::<f32>()?;
         let limit = if self.dtype == Dtype::F16 { 65504.0 } else { f32::MAX };
         ensure!(largest <= limit, "tensor {name} holds {largest}, more than {:?} can; use f32 or bf16", self.dtype);
-        Ok(())
+        Ok(tensor)
     }
 }
 

@@ -84,6 +84,8 @@ pub struct Architecture {
 pub struct AttentionKind {
     /// A token sees itself and this many tokens minus one before it; without a window, all before it.
     pub window: Option<usize>,
+    /// What the rotary frequencies were before scaling: base^(−2i / head_dim).
+    pub base: f64,
     /// Rotary frequencies, [head_dim / 2], scaling applied.
     pub frequencies: Vec<f64>,
 }
@@ -137,7 +139,7 @@ impl Architecture {
             let possible = value.is_none_or(|value| value.is_finite() && value > 0.0);
             ensure!(possible, "model description: {name} is {value:?}, not a positive number");
         }
-        for AttentionKind { window, frequencies } in &self.attention {
+        for AttentionKind { window, frequencies, .. } in &self.attention {
             ensure!(*window != Some(0), "model description: a sliding window of no tokens");
             let rotates = frequencies.iter().all(|frequency| frequency.is_finite() && *frequency > 0.0);
             ensure!(rotates, "model description: rotary frequencies {frequencies:?} are not positive numbers");

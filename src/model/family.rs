@@ -1,43 +1,40 @@
-//! The families of models that are known, and how `config.json` or GGUF metadata describe one of them.
+//! The families of models that are known, and how `config.json` describes one of them.
 //!
 //! A family is a row of [`FAMILIES`]: what its files leave unsaid. All else is read; what a file says and is not understood
-//! here is refused. GGUF metadata says the same as `config.json` in other words, so it is translated and read the same way.
-
-use std::collections::HashMap;
+//! here is refused. GGUF metadata says the same in other words, so `metadata` translates it and it is read the same way.
 
 use anyhow::{Context, Result, bail, ensure};
-use candle_core::quantized::gguf_file::Value as Metadata;
-use serde_json::{Value, json};
+use serde_json::Value;
 
 use super::architecture::{Architecture, AttentionKind};
 use crate::ops::gate::Activation;
 
 /// What the files of one family leave unsaid.
-struct Family {
+pub(super) struct Family {
     /// `model_type` of `config.json`.
-    config: &'static str,
+    pub(super) config: &'static str,
     /// What transformers calls the model in `architectures`.
-    class: &'static str,
+    pub(super) class: &'static str,
     /// `general.architecture` of GGUF files.
-    gguf: &'static str,
+    pub(super) gguf: &'static str,
     /// What all of Gemma has: norms on both sides of a block, their gains stored minus 1, embeddings multiplied with the
     /// root of their width, scores scaled by a number of their own, GELU, and a head that is the embedding table.
-    gemma: bool,
+    pub(super) gemma: bool,
     /// Scores and logits are capped; the caps are stated.
-    soft_caps: bool,
+    pub(super) soft_caps: bool,
     /// Queries and keys are normalized head by head.
-    head_norms: bool,
+    pub(super) head_norms: bool,
     /// Queries, keys and values have a bias.
-    biases: bool,
+    pub(super) biases: bool,
     /// Unless the file says otherwise, one layer in so many sees the whole sequence and the others a sliding window.
-    full_every: usize,
+    pub(super) full_every: usize,
     /// Layers with a sliding window have a rotary base of their own.
-    local_rope: bool,
+    pub(super) local_rope: bool,
     /// GGUF files interleave the halves of each head of queries and keys.
-    interleaved: bool,
+    pub(super) interleaved: bool,
     /// The number of layers of the one size whose scores are scaled by hidden / heads instead of the width of a head: a
     /// GGUF file does not say, llama.cpp goes by this number.
-    wide_scale_layers: Option<usize>,
+    pub(super) wide_scale_layers: Option<usize>,
 }
 
 const PLAIN: Family = Family {
@@ -83,14 +80,14 @@ const FAMILIES: [Family; 5] = [
 ];
 
 /// The family that a file names.
-fn find(place: &str, name: &str, known: impl Fn(&Family) -> &'static str) -> Result<&'static Family> {
+pub(super) fn find(place: &str, name: &str, known: impl Fn(&Family) -> &'static str) -> Result<&'static Family> {
     let all = || FAMILIES.iter().map(&known).collect::<Vec<_>>().join(", ");
     let found = FAMILIES.iter().find(|family| known(family) == name);
     found.with_context(|| format!("{place} {name:?} is not supported; supported: {}", all()))
 }
 
 /// The names of the two kinds of layers, in the order of their numbers in [`Architecture::layers`].
-const LAYER_TYPES: [&str; 2] = ["full_attention", "sliding_attention"];
+pub(super) const LAYER_TYPES: [&str; 2] = ["full_attention", "sliding_attention"];
 
 impl Architecture {
     /// Reads Hugging Face's `config.json`, as transformers 5 or an older one writes it.
@@ -115,8 +112,8 @@ impl Architecture {
         let sliding = layers.contains(&1);
         let kinds = LAYER_TYPES.iter().take(if sliding { 2 } else { 1 }).enumerate().map(|(kind, name)| {
             let window = if kind == 1 { Some(count(config, "sliding_window")?) } else { None };
-            let frequencies = frequencies(config, name, kind == 1 && family.local_rope, head_dim)?;
-            Ok(AttentionKind { window, frequencies })
+            let (base, frequencies) = rotation(config, name, kind == 1 && family.local_rope, head_dim)?;
+            Ok(AttentionKind { window, base, frequencies })
         });
         let scale = if family.gemma { number(config, "query_pre_attn_scalar")? } else { head_dim as f64 };
         let absent = |key: &str| config[key].is_null();
@@ -146,69 +143,6 @@ impl Architecture {
         }
         .checked()
     }
-
-    /// Reads the metadata of a GGUF file, and what only its tensors show: the size of the `vocabulary`, whether the head is
-    /// `tied`, and the `divisors` [head_dim / 2] of rotary frequencies.
-    ///
-    /// # Errors
-    /// If a key is missing or of the wrong type, or the model is of a family, or has a feature, that is not described here.
-    pub fn from_gguf(
-        metadata: &HashMap<String, Metadata>,
-        vocabulary: usize,
-        tied: bool,
-        divisors: Option<&[f32]>,
-    ) -> Result<Self> {
-        let family = family_of(metadata)?;
-        let config = translated(&Keys { metadata, family: family.gguf }, family, vocabulary, tied)?;
-        let read = Self::from_config(&config).context("gguf metadata, in config.json's words")?;
-        // Converters add the offset.
-        let mut architecture = Self { norm_offset: 0.0, interleaved: family.interleaved, ..read };
-        if let Some(divisors) = divisors {
-            for AttentionKind { frequencies, .. } in &mut architecture.attention {
-                let (found, needed) = (divisors.len(), frequencies.len());
-                ensure!(found == needed, "rope_freqs.weight has {found} values, a head of this model needs {needed}");
-                frequencies.iter_mut().zip(divisors).for_each(|(frequency, by)| *frequency /= f64::from(*by));
-            }
-        }
-        architecture.checked()
-    }
-
-    /// What `config.json` says of a GGUF file's model, so that transformers reads it too: what the family's class would have
-    /// by default is spelled out, and what older versions ask for stands beside what newer ones do.
-    ///
-    /// # Errors
-    /// As [`Architecture::from_gguf`].
-    pub fn config_of_gguf(metadata: &HashMap<String, Metadata>, vocabulary: usize, tied: bool) -> Result<Value> {
-        let family = family_of(metadata)?;
-        let mut config = translated(&Keys { metadata, family: family.gguf }, family, vocabulary, tied)?;
-        config["architectures"] = json!([family.class]);
-        let rope = LAYER_TYPES.map(|name| {
-            let mut rope = config["rope_parameters"][name].clone();
-            if rope["rope_type"].is_null() {
-                rope["rope_type"] = json!("default");
-            }
-            rope
-        });
-        let [full, local] = &rope;
-        config["rope_theta"] = full["rope_theta"].clone();
-        config["rope_scaling"] = if full["rope_type"] == "default" { Value::Null } else { full.clone() };
-        config["rope_parameters"] = full.clone();
-        if family.local_rope {
-            config["rope_local_base_freq"] = local["rope_theta"].clone();
-            config["rope_parameters"] = json!({LAYER_TYPES[0]: full, LAYER_TYPES[1]: local});
-        }
-        if family.full_every > 1 {
-            let types = layers(&config, family)?.into_iter().map(|kind| LAYER_TYPES[kind]);
-            config["layer_types"] = types.collect();
-        }
-        Ok(config)
-    }
-}
-
-/// The family that a GGUF file's metadata names.
-fn family_of(metadata: &HashMap<String, Metadata>) -> Result<&'static Family> {
-    let name = metadata.get("general.architecture").context("gguf metadata: `general.architecture` is missing")?;
-    find("gguf metadata: architecture", name.to_string()?, |family| family.gguf)
 }
 
 /// A whole number between 1 and 2²⁸.
@@ -242,7 +176,7 @@ fn cap(config: &Value, family: &Family, key: &str) -> Result<Option<f64>> {
 }
 
 /// The kind of every layer: 0 sees the whole sequence, 1 a sliding window.
-fn layers(config: &Value, family: &Family) -> Result<Vec<usize>> {
+pub(super) fn layers(config: &Value, family: &Family) -> Result<Vec<usize>> {
     let layers = count(config, "num_hidden_layers")?;
     ensure!(layers <= 1024, "config.json: {layers} layers");
     let slides = &config["use_sliding_window"];
@@ -267,10 +201,10 @@ fn layers(config: &Value, family: &Family) -> Result<Vec<usize>> {
     Ok(kinds)
 }
 
-/// Rotary frequencies of the layers of one type. transformers 5 keeps them in `rope_parameters`, one for all layers or one per
+/// Rotary base and frequencies of the layers of one type. transformers 5 keeps them in `rope_parameters`, one for all layers or one per
 /// type; older files in `rope_theta`, `rope_scaling`, and `rope_local_base_freq` for layers with a base of their `own`. A file
 /// with none of them is refused: 10000 would be a silent guess.
-fn frequencies(config: &Value, layer_type: &str, own: bool, head_dim: usize) -> Result<Vec<f64>> {
+fn rotation(config: &Value, layer_type: &str, own: bool, head_dim: usize) -> Result<(f64, Vec<f64>)> {
     let all = &config["rope_parameters"];
     let per_type = LAYER_TYPES.iter().any(|known| all[known].is_object());
     let (parameters, older_base) = match own {
@@ -288,11 +222,11 @@ fn frequencies(config: &Value, layer_type: &str, own: bool, head_dim: usize) -> 
     let base = base.with_context(|| format!("{}: neither `rope_theta` nor `{older_base}` is a number", place()))?;
     let plain = (0..head_dim / 2).map(|i| base.powf(-2.0 * i as f64 / head_dim as f64));
     let parameter = |key: &str| parameters[key].as_f64().with_context(|| format!("{}: no number `{key}`", place()));
-    match parameters["rope_type"].as_str().or(parameters["type"].as_str()) {
-        None | Some("default") => Ok(plain.collect()),
+    let frequencies = match parameters["rope_type"].as_str().or(parameters["type"].as_str()) {
+        None | Some("default") => plain.collect(),
         Some("linear") => {
             let factor = parameter("factor")?;
-            Ok(plain.map(|frequency| frequency / factor).collect())
+            plain.map(|frequency| frequency / factor).collect()
         }
         Some("llama3") => {
             let scaling = Llama3Scaling {
@@ -301,10 +235,11 @@ fn frequencies(config: &Value, layer_type: &str, own: bool, head_dim: usize) -> 
                 high: parameter("high_freq_factor")?,
                 original: parameter("original_max_position_embeddings")?,
             };
-            Ok(plain.map(|frequency| scaling.apply(frequency)).collect())
+            plain.map(|frequency| scaling.apply(frequency)).collect()
         }
         Some(other) => bail!("{}: type {other:?} is not supported; supported: default, linear, llama3", place()),
-    }
+    };
+    Ok((base, frequencies))
 }
 
 /// Llama 3's scaling: long wavelengths are divided by `factor`, short ones kept, those between interpolated.
@@ -327,107 +262,4 @@ impl Llama3Scaling {
             (1.0 - smooth) * frequency / self.factor + smooth * frequency
         }
     }
-}
-
-/// GGUF metadata, seen through the keys of one family.
-struct Keys<'a> {
-    metadata: &'a HashMap<String, Metadata>,
-    family: &'static str,
-}
-
-impl Keys<'_> {
-    fn optional(&self, key: &str) -> Option<(String, &Metadata)> {
-        let key = format!("{}.{key}", self.family);
-        self.metadata.get(&key).map(|value| (key, value))
-    }
-
-    fn number(&self, key: &str) -> Result<f64> {
-        let missing = || format!("gguf metadata: `{}.{key}` is missing", self.family);
-        self.optional_number(key)?.with_context(missing)
-    }
-
-    fn optional_number(&self, key: &str) -> Result<Option<f64>> {
-        let Some((key, value)) = self.optional(key) else { return Ok(None) };
-        let number = value.to_f32().map(f64::from).or_else(|_| value.to_u64().map(|whole| whole as f64));
-        Ok(Some(number.with_context(|| format!("gguf metadata: `{key}`"))?))
-    }
-
-    /// A size, as JSON.
-    fn count(&self, key: &str) -> Result<Value> {
-        let number = self.number(key)?;
-        ensure!(number.fract() == 0.0, "gguf metadata: `{}.{key}` is {number}, not a whole number", self.family);
-        Ok(json!(number as u64))
-    }
-}
-
-/// The rotary base that llama.cpp takes where a file has none; converters leave Gemma's out.
-const UNSTATED_BASE: f64 = 10_000.0;
-
-/// GGUF metadata in the words of `config.json`.
-fn translated(keys: &Keys, family: &Family, vocabulary: usize, tied: bool) -> Result<Value> {
-    let (hidden, heads) = (keys.number("embedding_length")?, keys.number("attention.head_count")?);
-    let head_dim = keys.optional_number("attention.key_length")?.or(keys.optional_number("rope.dimension_count")?);
-    let head_dim = head_dim.unwrap_or_else(|| (hidden / heads).floor());
-    for key in ["attention.value_length", "rope.dimension_count"] {
-        let other = keys.optional_number(key)?.filter(|other| *other != head_dim);
-        ensure!(other.is_none(), "gguf metadata: `{}.{key}` is {other:?}, a head's width is {head_dim}", family.gguf);
-    }
-    let layers = keys.count("block_count")?;
-    let wide = family.wide_scale_layers.is_some_and(|wide| layers == wide);
-    let mut config = json!({
-        "model_type": family.config,
-        "vocab_size": vocabulary,
-        "tie_word_embeddings": tied,
-        "hidden_size": keys.count("embedding_length")?,
-        "num_attention_heads": keys.count("attention.head_count")?,
-        "num_key_value_heads": keys.count("attention.head_count_kv")?,
-        "head_dim": head_dim as u64,
-        "intermediate_size": keys.count("feed_forward_length")?,
-        "num_hidden_layers": layers,
-        "max_position_embeddings": keys.count("context_length")?,
-        "rms_norm_eps": keys.number("attention.layer_norm_rms_epsilon")?,
-        "hidden_act": if family.gemma { "gelu_pytorch_tanh" } else { "silu" },
-        "rope_parameters": rope(keys, family)?,
-    });
-    if family.gemma {
-        let scalar = if wide { hidden / heads } else { head_dim };
-        // transformers takes whole numbers only.
-        config["query_pre_attn_scalar"] = if scalar.fract() == 0.0 { json!(scalar as u64) } else { json!(scalar) };
-    }
-    for (key, theirs) in [
-        ("attn_logit_softcapping", "attn_logit_softcapping"),
-        ("final_logit_softcapping", "final_logit_softcapping"),
-        ("sliding_window", "attention.sliding_window"),
-        ("sliding_window_pattern", "attention.sliding_window_pattern"),
-    ] {
-        let Some(value) = keys.optional_number(theirs)? else { continue };
-        let whole = key.starts_with("sliding");
-        ensure!(!whole || family.full_every > 1, "gguf metadata: `{}.{theirs}` is not supported", family.gguf);
-        config[key] = if whole { keys.count(theirs)? } else { json!(value) };
-    }
-    Ok(config)
-}
-
-/// `rope_parameters` by layer type, from GGUF metadata.
-fn rope(keys: &Keys, family: &Family) -> Result<Value> {
-    let base = match keys.optional_number("rope.freq_base")? {
-        None if family.gemma => UNSTATED_BASE,
-        _ => keys.number("rope.freq_base")?,
-    };
-    let local = keys.optional_number("rope.freq_base_swa")?;
-    let local = local.unwrap_or(if family.local_rope { UNSTATED_BASE } else { base });
-    ensure!(keys.optional("rope.scale_linear").is_none(), "gguf metadata: `rope.scale_linear` is not supported");
-    let kind = match keys.optional("rope.scaling.type") {
-        Some((_, kind)) => kind.to_string()?.as_str(),
-        None => "none",
-    };
-    let full = match kind {
-        "none" => json!({"rope_theta": base}),
-        "linear" => {
-            json!({"rope_theta": base, "rope_type": "linear", "factor": keys.number("rope.scaling.factor")?})
-        }
-        other => bail!("gguf metadata: rope scaling {other:?} is not supported; supported: none, linear"),
-    };
-    let sliding = if family.local_rope { json!({"rope_theta": local}) } else { full.clone() };
-    Ok(json!({LAYER_TYPES[0]: full, LAYER_TYPES[1]: sliding}))
 }

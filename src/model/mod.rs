@@ -4,7 +4,7 @@
 //! Rows are tokens, without batch dimension or padding: [`Call`] says which sequence each row continues.
 //!
 //! * [`architecture`]: what a decoder looks like
-//! * [`family`]: the families that are known, read from `config.json` or GGUF metadata
+//! * [`family`]: the families that are known, read from `config.json`; [`metadata`]: the same in GGUF's words
 //! * [`weights`]: tensors by name from safetensors or GGUF
 //! * [`gguf`], [`safetensors`]: the two kinds of files
 //! * [`stored`]: a tensor in a file, read in pieces
@@ -16,6 +16,7 @@ pub mod cache;
 pub mod family;
 pub mod gguf;
 mod layer;
+pub mod metadata;
 mod parts;
 pub mod safetensors;
 pub mod stored;

@@ -1,6 +1,6 @@
 //! Weights by their Hugging Face names, from a GGUF file or a folder of safetensors, converted once.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fs::File;
 use std::io::BufReader;
 use std::path::{Path, PathBuf};
@@ -8,11 +8,12 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail, ensure};
 use candle_core::quantized::gguf_file::{Content, TensorInfo, Value as Metadata};
 use candle_core::{Device, Tensor};
+use serde_json::Value;
 
 use super::architecture::{Architecture, Projection};
-use super::gguf;
 use super::safetensors::Safetensors;
 use super::stored::Stored;
+use super::{Model, gguf};
 use crate::config::Quantization;
 use crate::ops::kernel::Kernel;
 use crate::ops::panels::Panels;
@@ -83,11 +84,7 @@ impl Weights {
                     .with_context(|| path.display().to_string())
             }
             Self::Folder { path, .. } => {
-                let file = path.join("config.json");
-                let text =
-                    std::fs::read_to_string(&file).with_context(|| format!("{}: cannot read", file.display()))?;
-                let config = serde_json::from_str(&text).with_context(|| format!("{}: not json", file.display()))?;
-                Architecture::from_config(&config).with_context(|| path.display().to_string())
+                Architecture::from_config(&config(path)?).with_context(|| path.display().to_string())
             }
         }
     }
@@ -98,6 +95,31 @@ impl Weights {
             Self::Gguf { content, .. } => Some(&content.metadata),
             Self::Folder { .. } => None,
         }
+    }
+
+    /// Refuses tensors of layers that such a model does not have: they would be left out, and another model would run than
+    /// the one that the file holds. What lies outside the layers, such as a copy of a tied head, may be there.
+    ///
+    /// # Errors
+    /// If there is one; the message names the first.
+    pub fn check_layers(&self, architecture: &Architecture) -> Result<()> {
+        let tensors = Model::tensors(architecture)?.into_iter();
+        let (names, known): (Vec<&str>, HashSet<String>) = match self {
+            Self::Gguf { content, .. } => (
+                content.tensor_infos.keys().map(String::as_str).collect(),
+                tensors.map(|(name, _)| gguf_name(&name, architecture)).collect(),
+            ),
+            Self::Folder { tensors: files, .. } => (files.names(), tensors.map(|(name, _)| name).collect()),
+        };
+        let in_layer = |name: &str| name.starts_with("model.layers.") || name.starts_with("blk.");
+        // Rotary frequencies, which older checkpoints carry, follow from the description.
+        let left_out = |name: &&str| in_layer(name) && !known.contains(*name) && !name.ends_with("rotary_emb.inv_freq");
+        let Some(name) = names.into_iter().filter(left_out).min() else { return Ok(()) };
+        let (path, layers) = (self.path().display(), architecture.layers.len());
+        bail!(
+            "{path}: tensor {name} would be left out: the model's description, of {layers} layers, has no place for it; use \
+             the description that was made for these weights"
+        )
     }
 
     /// How many numbers all tensors hold.
@@ -186,6 +208,16 @@ impl Weights {
         let packed = stored.pack(form).map(Weight::Packed);
         packed.with_context(|| format!("{}: tensor {name}", self.path().display()))
     }
+}
+
+/// The `config.json` of a folder.
+///
+/// # Errors
+/// If it cannot be read or is not JSON.
+pub fn config(folder: &Path) -> Result<Value> {
+    let file = folder.join("config.json");
+    let text = std::fs::read_to_string(&file).with_context(|| format!("{}: cannot read", file.display()))?;
+    serde_json::from_str(&text).with_context(|| format!("{}: not json", file.display()))
 }
 
 /// What a GGUF file's header says of the tensor of this Hugging Face name.

@@ -37,7 +37,7 @@ pub struct Address {
 }
 
 /// What a model is read from, beside its weights.
-const MODEL_FILES: &[&str] = &[
+pub const MODEL_FILES: &[&str] = &[
     "config.json",
     "generation_config.json",
     "tokenizer.json",

@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
 
-pub use address::{Address, Kind};
+pub use address::{Address, Kind, MODEL_FILES};
 pub use hub::Hub;
 pub use repository::Listing;
 pub use transfer::Token;

@@ -18,8 +18,8 @@ use super::{Parts, sentencepiece};
 type Metadata = HashMap<String, Value>;
 
 /// One kind of `tokenizer.ggml.pre`, with what llama.cpp takes for granted about its files.
-struct PreTokenizer {
-    name: &'static str,
+pub(super) struct PreTokenizer {
+    pub(super) name: &'static str,
     /// Text is cut by these in turn; a match and what lies between two matches are pieces.
     splits: &'static [&'static str],
     /// Characters are composed first (Unicode's NFC).
@@ -44,7 +44,7 @@ const PLAIN: PreTokenizer = PreTokenizer {
 };
 
 /// The kinds we know.
-const PRE_TOKENIZERS: [PreTokenizer; 4] = [
+pub(super) const PRE_TOKENIZERS: [PreTokenizer; 4] = [
     PreTokenizer { name: "smollm", splits: &[r"\p{N}", GPT2], ..PLAIN },
     PreTokenizer { name: "llama-bpe", splits: &[LLAMA3], ignores_merges: true, adds_bos: true, ..PLAIN },
     PreTokenizer { name: "qwen2", splits: &[QWEN2], composes: true, ..PLAIN },
@@ -52,10 +52,10 @@ const PRE_TOKENIZERS: [PreTokenizer; 4] = [
 ];
 
 /// The token type of GGUF that most tokens have.
-const NORMAL: u32 = 1;
+pub(super) const NORMAL: u32 = 1;
 /// Token types of GGUF that are recognized inside text; control tokens are also left out when decoding.
-const CONTROL: u32 = 3;
-const USER_DEFINED: u32 = 4;
+pub(super) const CONTROL: u32 = 3;
+pub(super) const USER_DEFINED: u32 = 4;
 
 /// Reads the tokenizer, its special tokens and the chat template.
 pub(super) fn read(metadata: &Metadata) -> Result<Parts> {

@@ -1,14 +1,16 @@
 //! Text to token ids and back, chat messages to prompt ids, and the tokens that end a generation.
 //!
-//! Read from a Hugging Face folder or from a GGUF file's metadata. A token stands for bytes, not characters, so text
-//! and the byte range of each token come from one place ([`Tokenizer::token_ranges`]) and cannot disagree.
+//! Read from a Hugging Face folder or from a GGUF file's metadata, and written as the other of the two. A token stands for
+//! bytes, not characters, so text and the byte range of each token come from one place ([`Tokenizer::token_ranges`]) and cannot
+//! disagree.
 
+mod as_folder;
+mod as_gguf;
 mod folder;
 mod gguf;
 mod sentencepiece;
 mod spelling;
 mod template;
-mod written;
 
 use std::collections::{BTreeSet, HashMap};
 use std::ops::Range;
@@ -181,7 +183,7 @@ impl Tokenizer {
     /// Token ids of a rendered chat. BOS alone is no prompt.
     fn rendered_ids(&self, rendered: &str) -> Result<Vec<u32>> {
         let ids = self.text_prompt_ids(rendered)?;
-        let empty = rendered.is_empty() || ids.is_empty();
+        let empty = ids.iter().all(|id| Some(*id) == self.bos);
         ensure!(!empty, "the chat template makes an empty prompt of these messages");
         Ok(ids)
     }
