@@ -144,6 +144,15 @@ fn a_check_shows_a_prompt_and_what_canned_completions_earn() {
     let place = Place::new("sampling = { max_tokens = 40, stop = [] }");
     let ended = place.candor(&["check", "run.toml"]);
     assert!(ended.code == Some(0) && ended.stdout.ends_with("nothing odd\n"), "{}{}", ended.stdout, ended.stderr);
+    let folds = "no system role: instructions are put before the first question";
+    assert!(!ended.stdout.contains(folds), "{}", ended.stdout);
+    let template = place.path("model/chat_template.jinja");
+    let raises = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}";
+    let text = format!("{raises}{}", fs::read_to_string(&template).unwrap());
+    fs::remove_file(&template).unwrap();
+    fs::write(&template, text).unwrap();
+    let ended = place.candor(&["check", "run.toml"]);
+    assert!(ended.code == Some(0) && ended.stdout.contains(folds), "{}{}", ended.stdout, ended.stderr);
 }
 
 #[test]

@@ -92,10 +92,9 @@ fn golden_gemma3_270m_logits_and_continuations() {
         let prompt = ids(&row["prompt_ids"]);
         assert_eq!(tokenizer.encode(row["prompt"].as_str().unwrap()).unwrap(), prompt[1..], "after the BOS token");
         let last = last_logits(&model, prompt);
-        for pair in row["top20"].as_array().unwrap() {
-            let (id, want) = (pair[0].as_u64().unwrap() as usize, pair[1].as_f64().unwrap());
-            check::close(&format!("{} token {id}", row["prompt"]), last[id] - want, 0.0, TOLERANCE);
-        }
+        let off = |pair: &Value| last[pair[0].as_u64().unwrap() as usize] - pair[1].as_f64().unwrap();
+        let off: Vec<f64> = row["top20"].as_array().unwrap().iter().map(off).collect();
+        check::all_close(&format!("top 20 after {}", row["prompt"]), &off, &vec![0.0; off.len()], TOLERANCE);
     }
     assert_continues(&model, &tokenizer, &rows, "margins", TOLERANCE);
 }
