@@ -242,8 +242,11 @@ impl Bench {
         let sampling = self.sampling(shape.new);
         let groups = (0..shape.prompts).map(|_| group_rows(shape.prompt, shape.group, &sampling));
         let keys = KeyValueStore::bytes(&self.model.architecture, stored_rows(groups), self.model.kernel);
-        let (base, head, adapter) =
-            (self.footprint.resident, head::bytes(self.model.architecture.hidden), 4 * 4 * adapter);
+        let (base, head, adapter) = (
+            self.footprint.resident,
+            head::bytes(shape.prompts * shape.group * shape.new, self.model.architecture.hidden),
+            4 * 4 * adapter,
+        );
         let known = self.program as usize + base + adapter + keys + head;
         let activations = peak_memory().map(|peak| (peak as usize).saturating_sub(known));
         json!({

@@ -124,7 +124,8 @@ fn logprob(folder: Option<&Path>, question: &str, text: &str) -> f64 {
 fn dpo_moves_the_policy_from_the_worse_to_the_better() {
     let rows = Rows::new();
     for options in ["", "loss = \"smoothed\"\nsmoothing = 0.1", "loss = \"ipo\"", "loss = \"hinge\""] {
-        let mut config = rows.config(&["dpo"], "steps = 20\nbatch.prompts = 10\ncheckpoint.every = 0");
+        let mut config =
+            rows.config(&["dpo"], "model.dtype = \"f32\"\nsteps = 20\nbatch.prompts = 10\ncheckpoint.every = 0");
         config.environments[0].options.extend(options.parse::<toml::Table>().unwrap());
         let results = trained(&config);
         let metrics = metrics(results.path());

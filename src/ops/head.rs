@@ -24,13 +24,10 @@ pub struct Logits {
 /// Rows whose logits are computed together, and how many tokens of the vocabulary at a time.
 const ROWS: usize = 1024;
 const CHUNK: usize = 2048;
-/// The most logits that exist at once.
-pub const BLOCK: usize = ROWS * CHUNK;
-
-/// What a backward pass takes beside the hidden states, in bytes: a block of logits, also in half precision, and a part of the
-/// weight as it is there.
-pub const fn bytes(hidden: usize) -> usize {
-    6 * BLOCK + 4 * CHUNK * hidden
+/// What a backward pass over so many rows takes beside the hidden states, in bytes: a block of logits, also in half precision, and
+/// a part of the weight as it is there.
+pub fn bytes(rows: usize, hidden: usize) -> usize {
+    6 * rows.min(ROWS) * CHUNK + 4 * CHUNK * hidden
 }
 
 /// Calls `visit(rows, tokens, logits)` for every block of `hidden` [rows, width] against `weight` [vocabulary, width], in a
