@@ -34,10 +34,13 @@ pub fn floats(x: &Tensor) -> Vec<f32> {
     narrowed(x).flatten_all().unwrap().to_vec1().unwrap()
 }
 
+/// From the gradient of a value to those of its inputs.
+pub type Backward<'a> = Box<dyn Fn(&[f32]) -> Vec<Vec<f32>> + 'a>;
+
 /// What an operation returns: its value, and its backward: the gradients of all inputs, given that of the value.
 pub struct Computed<'a> {
     pub value: Vec<f32>,
-    pub backward: Box<dyn Fn(&[f32]) -> Vec<Vec<f32>> + 'a>,
+    pub backward: Backward<'a>,
 }
 
 /// Every difference is small beside the largest wanted value (or 0.1, where sums of terms of order 1 cancel).

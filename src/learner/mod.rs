@@ -186,8 +186,8 @@ impl Learner {
         completion_logprobs(&self.model, self.reference.as_ref(), std::slice::from_ref(tree), micro_tokens, 1.0)
     }
 
-    /// The input of every layer with what attention did there, as far as there is room, and the output of the last.
-    fn layer_inputs(&self, micro: &MicroBatch) -> Result<(Vec<(Buffer, Option<Attended>)>, Buffer)> {
+    /// The input of every layer, and the output of the last.
+    fn layer_inputs(&self, micro: &MicroBatch) -> Result<(Vec<LayerInput>, Buffer)> {
         let adapters = [(0..micro.ids.len(), Some(&self.adapter))];
         let call = call(micro, &adapters);
         let context = self.model.begin(&call)?;
@@ -206,7 +206,7 @@ impl Learner {
     fn backward_layers(
         &self,
         micro: &MicroBatch,
-        inputs: Vec<(Buffer, Option<Attended>)>,
+        inputs: Vec<LayerInput>,
         mut grad: Buffer,
         gradients: &mut [Vec<f32>],
         layer_done: &mut dyn FnMut(),
@@ -240,6 +240,9 @@ const KEPT: usize = 1 << 29;
 pub fn kept_layers(architecture: &Architecture, rows: usize) -> usize {
     (KEPT / (size_of::<f32>() * architecture.attention_width() * rows).max(1)).min(architecture.layers.len())
 }
+
+/// What a layer is computed from again, with what attention did there if there is room for it.
+type LayerInput = (Buffer, Option<Attended>);
 
 fn tensors(adapter: &Adapter) -> Vec<Tensor> {
     adapter.tensors().into_iter().map(|(_, tensor)| tensor).collect()

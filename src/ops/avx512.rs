@@ -122,6 +122,7 @@ fn lanes(columns: usize, vector: usize) -> __mmask16 {
     (((1u32 << count) - 1) & 0xffff) as __mmask16
 }
 
+#[expect(clippy::needless_range_loop, reason = "they are the numbers of rows and vectors in memory too")]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
 #[inline]
 unsafe fn tile<B: Number, const ROWS: usize, const VECTORS: usize>(operands: Operands<B>, columns: usize) {
@@ -189,6 +190,7 @@ pub(super) unsafe fn bf16_block(
     rows!(1 2 3 4 5 6 7 8 9 10 11 12)
 }
 
+#[expect(clippy::needless_range_loop, reason = "they are the numbers of rows and vectors in memory too")]
 #[target_feature(enable = "avx512f,avx512bf16")]
 #[inline]
 unsafe fn bf16_tile<const ROWS: usize>(
