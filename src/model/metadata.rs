@@ -121,7 +121,8 @@ impl Architecture {
     fn is_near(&self, other: &Self) -> bool {
         let numbers = |one: &Self| -> Vec<f64> {
             let frequencies = one.attention.iter().flat_map(|kind| kind.frequencies.clone());
-            frequencies.chain([one.norm_epsilon]).chain(one.score_cap).chain(one.logit_cap).collect()
+            let caps = [one.score_cap, one.logit_cap].map(Option::unwrap_or_default);
+            frequencies.chain(caps).chain([one.norm_epsilon]).collect()
         };
         let (ours, theirs) = (numbers(self), numbers(other));
         let near = |(ours, theirs): (&f64, &f64)| (ours - theirs).abs() <= 1e-6 * ours;
