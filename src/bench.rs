@@ -21,7 +21,7 @@ use crate::ops::kernel::Kernel;
 use crate::ops::panels::{Left, Panels, Threads};
 use crate::policy::Adapter;
 use crate::random::SplitMix64;
-use crate::report::{page_faults, peak_memory, resident_memory};
+use crate::record::{page_faults, peak_memory, resident_memory};
 use crate::sampler::local::LocalSampler;
 use crate::sampler::local::{group_rows, stored_rows};
 use crate::sampler::{Generation, Request, Sampler, Settings as Sampling};

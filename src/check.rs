@@ -10,7 +10,7 @@ use candor_environments::{Completion, Examples, Finish, Message, ParseStatus, Sc
 use crate::config::Config;
 use crate::given;
 use crate::inputs::{Inputs, ModelFiles};
-use crate::report::shown;
+use crate::record::shown;
 use crate::scorers::{Scoring, no_panic};
 use crate::selection::{Source, choose_tasks};
 use crate::tokenizer::Tokenizer;

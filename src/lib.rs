@@ -26,7 +26,7 @@
 //! * [`ops`]: fused operations with exact backward
 //! * [`tokenizer`]: text, tokens and the chat template
 //! * [`config`], [`source`], [`run`], [`checkpoint`], [`peft`], [`tensors`]: what is read, fetched and written
-//! * [`evaluation`], [`report`], [`summary`]: what came of it
+//! * [`evaluation`], [`record`], [`summary`]: what came of it
 //! * [`bench`]: how fast a machine samples and learns
 //! * [`random`], [`event`]: random numbers by counter, and what a run tells whoever watches
 
@@ -56,7 +56,7 @@ pub mod policy;
 pub mod prepare;
 pub mod prompts;
 pub mod random;
-pub mod report;
+pub mod record;
 pub mod rollout;
 pub mod run;
 pub mod sample;

@@ -16,7 +16,7 @@ use crate::model::stored::reading_bytes;
 use crate::model::{Architecture, Footprint, KeyValueStore, Projection};
 use crate::ops::keys::BLOCK;
 use crate::ops::{head, rows};
-use crate::report::{available_memory, resident_memory};
+use crate::record::{available_memory, resident_memory};
 use crate::sampler::Settings;
 use crate::sampler::local::{forward_rows, group_rows, stored_rows};
 use crate::selection::{Choice, Source, choose_heldout, choose_tasks, shares};

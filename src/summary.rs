@@ -16,7 +16,7 @@ use crate::evaluation::{
     Interval, Predictions, accuracy, auroc, base_rate_brier, brier, brier_skill, paired_bootstrap,
 };
 use crate::grades::Grades;
-use crate::report::{peak_memory, shown};
+use crate::record::{peak_memory, shown};
 use crate::run::{GENERATIONS, METRICS, Row, RowSplit};
 
 /// Seed of the bootstrap.

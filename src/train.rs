@@ -11,7 +11,7 @@ use crate::event::{Event, Observer};
 use crate::given;
 use crate::heldout::HeldOut;
 use crate::learner::{StepShape, optimizer::learning_rate, portion::Portion};
-use crate::report::{self, StepRecord, Timing};
+use crate::record::{self, StepRecord, Timing};
 use crate::rollout::{Collector, Group, Interrupted, SCORE_TIMEOUT, ScoreErrors, trees};
 use crate::run::RowSplit;
 use crate::sampler::Settings;
@@ -132,7 +132,7 @@ fn evaluate(
     };
     errors.observe(&groups)?;
     folder.record_generations(RowSplit::Eval, step, &groups)?;
-    observer(Event::Line(&report::evaluation_line(step, &groups)));
+    observer(Event::Line(&record::evaluation_line(step, &groups)));
     Ok(Outcome::Finished)
 }
 

@@ -4,7 +4,7 @@ use std::fmt;
 
 use candor_environments::Verdict;
 
-use crate::report::shown;
+use crate::record::shown;
 
 /// Counts of (grade by hand, the judge's grade).
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

@@ -255,7 +255,7 @@ impl fmt::Display for Graded {
             self;
         writeln!(f, "{} answers graded, {} without a verdict", grades.graded(), grades.errors)?;
         for (name, value, note) in grades.lines() {
-            writeln!(f, "{}", format!("  {name:<22} {:>8}  {note}", crate::report::shown(value, 3)).trim_end())?;
+            writeln!(f, "{}", format!("  {name:<22} {:>8}  {note}", crate::record::shown(value, 3)).trim_end())?;
         }
         f.write_str(&crate::summary::breakdown(by_label))?;
         let cost = dollars.map_or(String::new(), |dollars| format!(", {dollars:.4} dollars"));
