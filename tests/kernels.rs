@@ -205,7 +205,7 @@ impl Projection {
         let (wide, narrow) = self.weight.dims();
         let mut y = vec![f32::NAN; x.len() / narrow * wide];
         let linear =
-            Linear { weight: &self.weight, bias: Some(&self.bias), adapter: Some(&self.adapter), backward: false };
+            Linear { weight: &self.weight, bias: Some(&self.bias), adapter: Some(&self.adapter), mask: None, backward: false };
         let left = Left::new(x, narrow, self.weight.kernel());
         linear.apply_all(&left, linear.down(&left).as_ref(), &mut y, false, threads);
         y

@@ -29,7 +29,7 @@ pub fn settings() -> Settings {
 }
 
 pub fn shape() -> StepShape {
-    StepShape { micro_tokens: 4096, max_tokens: 64, temperature: 1.0, learning_rate: 1e-2 }
+    StepShape { micro_tokens: 4096, max_tokens: 64, temperature: 1.0, learning_rate: 1e-2, dropout: None }
 }
 
 fn branch(ids: &[u32], advantage: f64) -> Branch {
