@@ -98,14 +98,14 @@ pub const METRICS: [Metric; METRIC_COUNT] = [
     Metric { name: "aurc", title: "AURC", note: "area under risk-coverage", of: |p| Some(aurc(p)), ..ERROR },
     Metric {
         name: "accuracy_at_coverage_50",
-        title: "accuracy of surest 50%",
+        title: "accuracy, surest 50%",
         of: |p| Some(accuracy_at_coverage(p, 0.5)),
         headline: false,
         ..HEADLINE
     },
     Metric {
         name: "accuracy_at_coverage_80",
-        title: "accuracy of surest 80%",
+        title: "accuracy, surest 80%",
         of: |p| Some(accuracy_at_coverage(p, 0.8)),
         headline: false,
         ..HEADLINE

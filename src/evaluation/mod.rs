@@ -10,6 +10,7 @@
 //! * [`collapse`]: whether confidences still differ
 //! * [`answers`]: what the answers to questions state, parsed or not
 //! * [`measures`]: everything that is printed of a set of answers
+//! * [`comparison`]: two sets of answers to the same questions
 //! * [`posthoc`]: maps that make confidences calibrated, with [`logistic`] regression
 //! * [`routing`]: which answers to leave to a larger model
 
@@ -17,6 +18,7 @@ pub mod answers;
 pub mod binned;
 pub mod bootstrap;
 pub mod collapse;
+pub mod comparison;
 pub mod compatible;
 pub mod decomposition;
 pub mod logistic;

@@ -62,7 +62,7 @@ impl Kind {
 
 /// A fitted map.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(tag = "kind", rename_all = "snake_case", deny_unknown_fields)]
+#[serde(tag = "kind", rename_all = "snake_case")]
 pub enum Map {
     /// σ(l/T).
     Temperature {
