@@ -83,7 +83,7 @@ fn answer(results: &Path, question: &str) -> (String, Value) {
     let sample = Sample::prepare(&source, Prompts::Written(&questions), Some(&newest), 1, settings, &|_| {}).unwrap();
     let mut rows = Vec::new();
     sample
-        .run(&|_| {}, &mut |row| {
+        .run(None, &|_| {}, &mut |row| {
             rows.push(row);
             Ok(())
         })
