@@ -50,7 +50,8 @@ pub struct Row {
     /// What kind of task it is, such as its topic; only where the environment says.
     #[serde(default, skip_serializing_if = "Map::is_empty")]
     pub labels: Map<String, Value>,
-    /// The messages of the prompt.
+    /// The messages of the prompt; empty where a reported run leaves them out.
+    #[serde(default)]
     pub prompt: Vec<Message>,
     /// What the model wrote.
     pub completion: String,
@@ -74,6 +75,9 @@ pub struct Row {
     pub judge: Option<Value>,
     /// Mean log-probability of its tokens at temperature 1.
     pub mean_logprob: f64,
+    /// The geometric mean of the probabilities of its answer's tokens; only where the environment finds an answer.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub token_confidence: Option<f64>,
     /// Why there is no score.
     pub error: Option<String>,
 }
@@ -118,6 +122,7 @@ impl Row {
             flags: score.map(|score| score.flags.iter().map(|flag| flag.to_string()).collect()).unwrap_or_default(),
             judge: score.and_then(|score| score.judge.as_ref()).or(failed.map(|(judgment, _)| judgment)).map(said),
             mean_logprob: rollout.generation.mean_logprob(),
+            token_confidence: rollout.token_confidence,
             error: rollout.score.as_ref().err().map(ToString::to_string),
         }
     }

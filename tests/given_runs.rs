@@ -85,7 +85,7 @@ fn answer(results: &Path, question: &str) -> (String, Value) {
             .unwrap();
     let mut rows = Vec::new();
     sample
-        .run(&|_| {}, &mut |row| {
+        .run(None, &|_| {}, &mut |row| {
             rows.push(row);
             Ok(())
         })
