@@ -39,7 +39,7 @@ impl Grades {
     }
 
     /// The grades of a batch; `None` where no judge was asked.
-    pub fn of_groups(groups: &[Group]) -> Option<Self> {
+    pub fn of_groups(groups: &[&Group]) -> Option<Self> {
         let rows = Row::all(RowSplit::Train, 0, groups);
         Self::of(&rows.iter().collect::<Vec<_>>()).map(|(all, _)| all)
     }

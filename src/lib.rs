@@ -26,7 +26,7 @@
 //! * [`ops`]: fused operations with exact backward
 //! * [`tokenizer`]: text, tokens and the chat template
 //! * [`config`], [`source`], [`run`], [`checkpoint`], [`peft`], [`tensors`]: what is read, fetched and written
-//! * [`evaluation`], [`record`], [`summary`]: what came of it
+//! * [`evaluation`], [`metrics`], [`record`], [`summary`], [`tensorboard`]: what came of it
 //! * [`bench`]: how fast a machine samples and learns
 //! * [`random`], [`event`]: random numbers by counter, and what a run tells whoever watches
 
@@ -47,6 +47,7 @@ pub mod inputs;
 pub mod judge;
 pub mod learner;
 pub mod logprob;
+pub mod metrics;
 pub mod model;
 pub mod objective;
 pub mod ops;
@@ -66,6 +67,7 @@ pub mod selection;
 pub mod setup;
 pub mod source;
 pub mod summary;
+pub mod tensorboard;
 pub mod tensors;
 pub mod tokenizer;
 pub mod train;

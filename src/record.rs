@@ -1,23 +1,33 @@
-//! What a step says about itself: the row of `metrics.jsonl`, the line that a person reads, and advice after the first.
+//! What a step and an evaluation say about themselves: the row of `metrics.jsonl`, the line that a person reads, and advice
+//! after the first step.
 
+use std::borrow::Borrow;
+use std::collections::BTreeMap;
 use std::fs;
 use std::time::Duration;
 
+use anyhow::Result;
 use candor_environments::{Finish, ParseStatus};
-use serde_json::{Value, json};
 
 use crate::advantage::is_mixed;
 use crate::grades::Grades;
 use crate::learner::portion::{Loss, Portion};
 use crate::learner::{StepReport, StepShape};
+use crate::metrics::MetricsRow;
 use crate::objective::Metrics;
 use crate::rollout::{Group, Rollout};
+use crate::run::{Row, RowSplit};
+use crate::summary::Evaluated;
 
 /// How long the parts of a step took.
 #[derive(Clone, Copy, Debug)]
 pub struct Timing {
-    /// Sampling and scoring.
-    pub sampling: Duration,
+    /// Until the last completion.
+    pub sample: Duration,
+    /// From there until the last score.
+    pub score: Duration,
+    /// The learner.
+    pub learn: Duration,
     /// The whole step.
     pub step: Duration,
 }
@@ -38,6 +48,58 @@ pub struct StepRecord<'a> {
     pub timing: Timing,
 }
 
+/// Bytes of a GiB.
+pub const GIB: f64 = (1u64 << 30) as f64;
+
+/// The groups of a batch by environment.
+fn by_environment(groups: &[Group]) -> BTreeMap<&str, Vec<&Group>> {
+    let mut by_environment: BTreeMap<&str, Vec<&Group>> = BTreeMap::new();
+    groups.iter().for_each(|group| by_environment.entry(&group.environment).or_default().push(group));
+    by_environment
+}
+
+/// What is to be said of rollouts: of all, or of one environment's, whose name the `suffix` is.
+fn put_groups(row: &mut MetricsRow, suffix: &str, groups: &[&Group]) {
+    if groups.is_empty() {
+        return;
+    }
+    let counts = Counts::of(groups);
+    let rollouts = || groups.iter().flat_map(|group| &group.rollouts);
+    let share = |count: usize, of: usize| (of > 0).then(|| count as f64 / of as f64);
+    let mut put = |name: &str, value: Option<f64>| row.put(format!("{name}{suffix}"), value);
+    put("reward/mean", counts.mean_reward());
+    put("reward/std", standard_deviation(&rollouts().filter_map(Rollout::reward).collect::<Vec<_>>()));
+    put("frac_reward_zero_std", share(counts.flat, groups.len() - counts.dropped));
+    let advantages: Vec<f64> = rollouts().filter_map(|rollout| rollout.advantage).collect();
+    put("advantage/abs_mean", mean(&advantages.iter().map(|advantage| advantage.abs()).collect::<Vec<_>>()));
+    put("parse_rate", counts.parse_rate());
+    put("length/mean", share(counts.tokens, counts.rollouts));
+    put("length/clip_ratio", share(counts.cut, counts.rollouts));
+    let [mut parts, mut metrics] = [Metrics::default(), Metrics::default()];
+    for score in rollouts().filter_map(|rollout| rollout.score.as_ref().ok()) {
+        score.parts.iter().for_each(|(name, value)| parts.mean(name, *value, 1.0));
+        score.metrics.iter().for_each(|(name, value)| metrics.mean(name, *value, 1.0));
+    }
+    for (prefix, means) in [("parts", parts), ("metrics", metrics)] {
+        means.values().into_iter().for_each(|(name, value)| put(&format!("{prefix}/{name}"), Some(value)));
+    }
+    let grades = Grades::of_groups(groups).map(|grades| grades.to_json()).unwrap_or_default();
+    grades.into_iter().for_each(|(name, value)| row.put(format!("grades/{name}{suffix}"), value));
+    row.put(format!("score_errors{suffix}"), counts.rollouts - counts.scored);
+    row.put(format!("dropped_groups{suffix}"), counts.dropped);
+}
+
+fn mean(values: &[f64]) -> Option<f64> {
+    (!values.is_empty()).then(|| values.iter().sum::<f64>() / values.len() as f64)
+}
+
+/// Of a sample: over n − 1.
+fn standard_deviation(values: &[f64]) -> Option<f64> {
+    let mean = mean(values)?;
+    let squares = values.iter().map(|value| (value - mean).powi(2)).sum::<f64>();
+    (values.len() > 1).then(|| (squares / (values.len() - 1) as f64).sqrt())
+}
+
 /// Counts over the rollouts of a batch.
 struct Counts {
     rollouts: usize,
@@ -47,25 +109,26 @@ struct Counts {
     cut: usize,
     tokens: usize,
     mixed: usize,
+    /// Groups that were not dropped, though their rewards are all the same.
+    flat: usize,
     dropped: usize,
 }
 
 impl Counts {
-    fn of(groups: &[Group]) -> Self {
-        let all = || groups.iter().flat_map(|group| &group.rollouts);
+    fn of<G: Borrow<Group>>(groups: &[G]) -> Self {
+        let all = || groups.iter().flat_map(|group| &group.borrow().rollouts);
         let count = |f: fn(&Rollout) -> bool| all().filter(|rollout| f(rollout)).count();
+        let count_groups = |f: fn(&Group) -> bool| groups.iter().filter(|group| f((*group).borrow())).count();
         Self {
             rollouts: all().count(),
             scored: count(|rollout| rollout.score.is_ok()),
             reward: all().filter_map(Rollout::reward).sum(),
             parsed: count(|rollout| rollout.score.as_ref().is_ok_and(|score| score.parse == ParseStatus::Ok)),
             cut: count(|rollout| rollout.generation.finish == Finish::Length),
-            tokens: all().map(|rollout| rollout.generation.ids.len()).sum(),
-            mixed: groups.iter().filter(|group| is_mixed(&group.rewards())).count(),
-            dropped: groups
-                .iter()
-                .filter(|group| group.rollouts.iter().all(|rollout| rollout.advantage.is_none()))
-                .count(),
+            tokens: all().map(Rollout::tokens).sum(),
+            mixed: count_groups(|group| is_mixed(&group.rewards())),
+            flat: count_groups(|group| !group.is_dropped() && !is_mixed(&group.rewards())),
+            dropped: count_groups(Group::is_dropped),
         }
     }
 
@@ -84,42 +147,31 @@ pub fn shown(value: Option<f64>, decimals: usize) -> String {
 }
 
 impl StepRecord<'_> {
-    /// The row of `metrics.jsonl`. Everything under `timing` differs from run to run, nothing else does.
-    pub fn to_json(&self) -> Value {
-        let counts = Counts::of(self.groups);
-        let mut environment = Metrics::default();
-        let scores =
-            self.groups.iter().flat_map(|group| &group.rollouts).filter_map(|rollout| rollout.score.as_ref().ok());
-        for (name, value) in scores.flat_map(|score| score.metrics.iter().chain(&score.parts)) {
-            environment.mean(name, *value, 1.0);
+    /// The row of `metrics.jsonl`.
+    pub fn to_row(&self) -> MetricsRow {
+        let mut row = MetricsRow::new(RowSplit::Train, self.step);
+        put_groups(&mut row, "", &self.groups.iter().collect::<Vec<_>>());
+        for (environment, groups) in by_environment(self.groups) {
+            put_groups(&mut row, &format!("/{environment}"), &groups);
         }
-        let share = |count: usize, of: usize| (of > 0).then(|| count as f64 / of as f64);
+        let Self { report, shape, timing, .. } = self;
         let (given, given_tokens) = self.given();
-        json!({
-            "step": self.step,
-            "reward": counts.mean_reward(),
-            "parse_rate": counts.parse_rate(),
-            "mixed_groups": share(counts.mixed, self.groups.len()),
-            "dropped_groups": counts.dropped,
-            "score_errors": counts.rollouts - counts.scored,
-            "cut_share": share(counts.cut, counts.rollouts),
-            "mean_tokens": share(counts.tokens, counts.rollouts),
-            "environment": environment.values(),
-            "grades": Grades::of_groups(self.groups),
-            "given_completions": given,
-            "loss": self.report.loss,
-            "losses": self.report.losses,
-            "grad_norm": self.report.grad_norm,
-            "learning_rate": self.shape.learning_rate,
-            "objective": self.report.metrics.values(),
-            "completion_tokens": counts.tokens + given_tokens,
-            "learner_rows": self.report.tokens,
-            "timing": {
-                "sampling_seconds": self.timing.sampling.as_secs_f64(),
-                "step_seconds": self.timing.step.as_secs_f64(),
-                "peak_memory_bytes": peak_memory(),
-            },
-        })
+        let tokens = given_tokens + Counts::of(self.groups).tokens;
+        row.put("given_completions", given);
+        row.put("loss", report.loss);
+        report.losses.iter().for_each(|(kind, loss)| row.put(format!("loss/{kind}"), *loss));
+        row.put("grad_norm", report.grad_norm);
+        row.put("lr", shape.learning_rate);
+        report.metrics.values().into_iter().for_each(|(name, value)| row.put(name, value));
+        row.put("tokens/completion", tokens);
+        row.put("tokens/learner", report.tokens);
+        let Timing { sample, score, learn, step } = timing;
+        for (name, took) in [("sample", sample), ("score", score), ("learn", learn), ("step", step)] {
+            row.put(format!("time/{name}"), took.as_secs_f64());
+        }
+        row.put("perf/tokens_per_s", tokens as f64 / step.as_secs_f64());
+        row.put("perf/peak_gib", peak_memory().map(|bytes| bytes as f64 / GIB));
+        row
     }
 
     /// The completions that were given, and their tokens.
@@ -143,7 +195,7 @@ impl StepRecord<'_> {
         for (kind, loss) in self.report.losses.iter().filter(|(kind, _)| **kind != Loss::Reward.name()) {
             line += &format!("  {kind} loss {loss:.4}");
         }
-        for (metric, words) in [("reward_margin", "margin"), ("reward_accuracy", "preferred")] {
+        for (metric, words) in [("rewards/margins", "margin"), ("rewards/accuracies", "preferred")] {
             let value = self.report.metrics.values().get(metric).copied();
             line += &value.map(|value| format!("  {words} {value:.3}")).unwrap_or_default();
         }
@@ -178,6 +230,34 @@ impl StepRecord<'_> {
         }
         advice
     }
+}
+
+/// The row of `metrics.jsonl` after an evaluation, from its rows of `generations.jsonl`.
+///
+/// # Errors
+/// If a confidence is not in [0, 1].
+pub fn evaluation_row(step: u64, rows: &[Row], took: Duration) -> Result<MetricsRow> {
+    let mut metrics = MetricsRow::new(RowSplit::Eval, step);
+    let rows: Vec<&Row> = rows.iter().collect();
+    let mut put = |suffix: &str, evaluated: &Evaluated| {
+        let Evaluated { reward, accuracy, brier, brier_skill, auroc, .. } = *evaluated;
+        let parse_rate = (evaluated.tasks > 0).then(|| evaluated.parsed as f64 / evaluated.tasks as f64);
+        let named = [
+            ("reward", reward),
+            ("parse_rate", parse_rate),
+            ("accuracy", accuracy),
+            ("brier", brier),
+            ("bss", brier_skill),
+            ("auroc", auroc),
+        ];
+        named.into_iter().for_each(|(name, value)| metrics.put(format!("eval/{name}{suffix}"), value));
+    };
+    put("", &Evaluated::of(&rows)?);
+    for (environment, evaluated) in Evaluated::by_environment(&rows)? {
+        put(&format!("/{environment}"), &evaluated);
+    }
+    metrics.put("time/eval", took.as_secs_f64());
+    Ok(metrics)
 }
 
 /// The line after an evaluation.

@@ -3,7 +3,7 @@
 //! The sampler runs on the calling thread; each completion is handed to the scorers as it ends.
 
 use std::collections::{BTreeMap, VecDeque};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use candor_environments::{Score, ScoreError, Target, Task};
@@ -34,6 +34,11 @@ pub struct Rollout {
 }
 
 impl Rollout {
+    /// How many tokens were sampled.
+    pub fn tokens(&self) -> usize {
+        self.generation.ids.len()
+    }
+
     /// The reward, if there is a score.
     pub fn reward(&self) -> Option<f64> {
         self.score.as_ref().ok().map(|score| score.reward)
@@ -62,6 +67,22 @@ impl Group {
     pub fn rewards(&self) -> Vec<Option<f64>> {
         self.rollouts.iter().map(Rollout::reward).collect()
     }
+
+    /// Whether no rollout has an advantage: too few could be scored.
+    pub fn is_dropped(&self) -> bool {
+        self.rollouts.iter().all(|rollout| rollout.advantage.is_none())
+    }
+}
+
+/// What became of chosen tasks, and how long it took.
+#[derive(Debug, Default)]
+pub struct Collected {
+    /// One per task, in order.
+    pub groups: Vec<Group>,
+    /// Until the last completion.
+    pub sample: Duration,
+    /// From there until the last score.
+    pub score: Duration,
 }
 
 /// Somebody wanted to stop before all completions were there.
@@ -98,7 +119,8 @@ impl Collector<'_> {
         sampler: &mut dyn Sampler,
         adapter: Option<&Adapter>,
         settings: &Settings,
-    ) -> Result<Vec<Group>> {
+    ) -> Result<Collected> {
+        let started = Instant::now();
         let mut groups = choices.iter().map(|&choice| self.group(choice, adapter)).collect::<Result<Vec<_>>>()?;
         let request = |group: &Group| Request {
             name: format!("task {}", group.task.id),
@@ -111,16 +133,17 @@ impl Collector<'_> {
             Scoring { name: name.clone(), environment: environment.clone(), index }
         });
         let mut scorers = Scorers::start(scoring.collect());
-        let mut all = match self.sample(&requests, choices, sampler, adapter, settings, &mut scorers) {
-            Ok(()) => scorers.finish(choices.len() * rollouts, self.patience)?,
-            Err(error) => return Err(scorers.failure().unwrap_or(error)),
-        };
+        if let Err(error) = self.sample(&requests, choices, sampler, adapter, settings, &mut scorers) {
+            return Err(scorers.failure().unwrap_or(error));
+        }
+        let sample = started.elapsed();
+        let mut all = scorers.finish(choices.len() * rollouts, self.patience)?;
         all.sort_by_key(|(ended, _)| (ended.generation.group, ended.generation.rollout));
         for (Ended { generation, completion }, score) in all {
             let group = &mut groups[generation.group];
             group.rollouts.push(Rollout { generation, text: completion.text, score, advantage: None });
         }
-        Ok(groups)
+        Ok(Collected { groups, sample, score: started.elapsed() - sample })
     }
 
     fn group(&self, (source, index): Choice, adapter: Option<&Adapter>) -> Result<Group> {

@@ -1,7 +1,8 @@
-//! The run folder: `config.toml`, `generations.jsonl`, `metrics.jsonl`, written as things happen.
+//! The run folder: `config.toml`, `generations.jsonl`, `metrics.jsonl` and event files, written as things happen.
 //!
 //! Lines are appended whole and folders appear by renaming, so a kill at any instant leaves at worst a torn last line.
 
+use std::borrow::Borrow;
 use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
 use std::io::{BufWriter, Write};
@@ -13,7 +14,9 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
 use crate::config::Config;
+use crate::metrics::MetricsRow;
 use crate::rollout::{Group, Rollout};
+use crate::tensorboard::EventFile;
 
 /// Version of the rows of `generations.jsonl`.
 const SCHEMA: u64 = 1;
@@ -80,11 +83,11 @@ pub struct Row {
 
 impl Row {
     /// One row per rollout, in order.
-    pub fn all(split: RowSplit, step: u64, groups: &[Group]) -> Vec<Self> {
+    pub fn all<G: Borrow<Group>>(split: RowSplit, step: u64, groups: &[G]) -> Vec<Self> {
         let of_group = |(index, group): (usize, &Group)| {
             group.rollouts.iter().map(|rollout| Self::new(split, step, index, group, rollout)).collect::<Vec<_>>()
         };
-        groups.iter().enumerate().flat_map(of_group).collect()
+        groups.iter().map(Borrow::borrow).enumerate().flat_map(of_group).collect()
     }
 
     fn new(split: RowSplit, step: u64, group_index: usize, group: &Group, rollout: &Rollout) -> Self {
@@ -109,7 +112,7 @@ impl Row {
             prompt: group.task.prompt.clone(),
             completion: rollout.text.clone(),
             finish: rollout.generation.finish,
-            tokens: rollout.generation.ids.len(),
+            tokens: rollout.tokens(),
             reward: rollout.reward(),
             parts: score.map(|score| numbers(&score.parts)).unwrap_or_default(),
             advantage: rollout.advantage,
@@ -145,6 +148,7 @@ pub struct RunFolder {
     pub path: PathBuf,
     generations: Lines,
     metrics: Lines,
+    events: EventFile,
 }
 
 impl RunFolder {
@@ -188,7 +192,7 @@ impl RunFolder {
         made.with_context(|| format!("{}: cannot create", unfinished.display()))?;
         write_whole(&unfinished.join("config.toml"), config.to_toml()?.as_bytes())?;
         fs::rename(&unfinished, &path).with_context(|| format!("{}: cannot create", path.display()))?;
-        Self::open(path)
+        Self::open(path, None)
     }
 
     /// Opens a run again: rows of steps from `next_step` on, which the checkpoint does not contain, move to
@@ -204,30 +208,33 @@ impl RunFolder {
         for name in [GENERATIONS, METRICS] {
             notes.extend(cut_back(&path.join(name), next_step, &aside)?);
         }
-        Ok((Self::open(path)?, notes))
+        Ok((Self::open(path, Some(next_step))?, notes))
     }
 
-    fn open(path: PathBuf) -> Result<Self> {
+    fn open(path: PathBuf, resumed_at: Option<u64>) -> Result<Self> {
         let (generations, metrics) = (Lines::append(path.join(GENERATIONS))?, Lines::append(path.join(METRICS))?);
-        Ok(Self { path, generations, metrics })
+        let events = EventFile::create(&path, resumed_at)?;
+        Ok(Self { path, generations, metrics, events })
     }
 
     /// Appends one row per rollout.
     ///
     /// # Errors
     /// If the disk fails.
-    pub fn record_generations(&mut self, split: RowSplit, step: u64, groups: &[Group]) -> Result<()> {
-        Row::all(split, step, groups).iter().try_for_each(|row| self.generations.write(row))?;
+    pub fn record_generations(&mut self, rows: &[Row]) -> Result<()> {
+        rows.iter().try_for_each(|row| self.generations.write(row))?;
         self.generations.flush()
     }
 
-    /// Appends one object to `metrics.jsonl`.
+    /// Appends one object to `metrics.jsonl`, and its numbers to the event file.
     ///
     /// # Errors
     /// If the disk fails.
-    pub fn record_metrics(&mut self, row: &Value) -> Result<()> {
-        self.metrics.write(row)?;
-        self.metrics.flush()
+    pub fn record_metrics(&mut self, row: &MetricsRow) -> Result<()> {
+        self.metrics.write(&row.to_json())?;
+        self.metrics.flush()?;
+        let (step, scalars) = row.scalars();
+        self.events.scalars(step, &scalars)
     }
 
     /// Makes sure that everything written so far is on the disk: a checkpoint must not be newer than its rows.
@@ -236,7 +243,8 @@ impl RunFolder {
     /// If the disk fails.
     pub fn sync(&mut self) -> Result<()> {
         self.generations.sync()?;
-        self.metrics.sync()
+        self.metrics.sync()?;
+        self.events.sync()
     }
 }
 

@@ -17,7 +17,7 @@ use serde_json::{Value, json};
 use tempfile::tempdir;
 
 use crate::check::{self, close};
-use crate::toy::{JUDGE_FAILS, config, failure, generations, lines, model, rows_of, run, within};
+use crate::toy::{JUDGE_FAILS, config, failure, generations, model, rows_of, run, step_metrics, within};
 
 /// A toy of which only the behavior and perhaps the number of its tasks are not as usual.
 fn odd(behavior: &str) -> String {
@@ -108,9 +108,9 @@ fn rollouts_without_a_verdict_leave_their_groups_mean_and_groups_with_few_left_a
             assert_eq!(row["advantage"].is_null(), fails > 2, "{task}");
         }
     }
-    let metrics = &lines(&results.path().join("toy/metrics.jsonl"))[0];
+    let metrics = &step_metrics(&results.path().join("toy"))[0];
     assert_eq!((&metrics["score_errors"], &metrics["dropped_groups"]), (&10.into(), &2.into()));
-    close("reward", metrics["reward"].as_f64().unwrap(), rewards.iter().sum::<f64>() / 6.0, 1e-12);
+    close("reward", metrics["reward/mean"].as_f64().unwrap(), rewards.iter().sum::<f64>() / 6.0, 1e-12);
     assert!(metrics["grad_norm"].as_f64().unwrap() > 0.0);
 
     let error = odd_failure(&changes(2));
