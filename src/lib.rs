@@ -27,6 +27,7 @@
 //! * [`tokenizer`]: text, tokens and the chat template
 //! * [`config`], [`source`], [`run`], [`checkpoint`], [`peft`], [`tensors`]: what is read, fetched and written
 //! * [`evaluation`], [`metrics`], [`record`], [`summary`], [`tensorboard`]: what came of it
+//! * [`generations`]: recorded rollouts, read again
 //! * [`bench`]: how fast a machine samples and learns
 //! * [`random`], [`event`]: random numbers by counter, and what a run tells whoever watches
 
@@ -40,6 +41,7 @@ pub mod config;
 pub mod evaluation;
 pub mod event;
 pub mod export;
+pub mod generations;
 pub mod given;
 pub mod grades;
 pub mod heldout;

@@ -19,7 +19,7 @@ use crate::rollout::{Group, Rollout};
 use crate::tensorboard::EventFile;
 
 /// Version of the rows of `generations.jsonl`.
-const SCHEMA: u64 = 1;
+pub const SCHEMA: u64 = 1;
 
 /// Which tasks a row belongs to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -53,7 +53,8 @@ pub struct Row {
     /// What kind of task it is, such as its topic; only where the environment says.
     #[serde(default, skip_serializing_if = "Map::is_empty")]
     pub labels: Map<String, Value>,
-    /// The messages of the prompt.
+    /// The messages of the prompt; a kept slice may leave them out.
+    #[serde(default)]
     pub prompt: Vec<Message>,
     /// What the model wrote.
     pub completion: String,
