@@ -1,21 +1,19 @@
 //! What a step and an evaluation say about themselves: the row of `metrics.jsonl`, the line that a person reads, and advice
 //! after the first step.
 
-use std::borrow::Borrow;
 use std::collections::BTreeMap;
 use std::fs;
 use std::time::Duration;
 
 use anyhow::Result;
 use candor_environments::{Finish, ParseStatus};
+use serde_json::{Map, Value};
 
 use crate::advantage::is_mixed;
 use crate::grades::Grades;
 use crate::learner::portion::{Loss, Portion};
 use crate::learner::{StepReport, StepShape};
 use crate::metrics::MetricsRow;
-use crate::objective::Metrics;
-use crate::rollout::{Group, Rollout};
 use crate::run::{Row, RowSplit};
 use crate::summary::Evaluated;
 
@@ -36,8 +34,8 @@ pub struct Timing {
 pub struct StepRecord<'a> {
     /// The step, from 0.
     pub step: u64,
-    /// Its rollouts, with advantages.
-    pub groups: &'a [Group],
+    /// Its rollouts as `generations.jsonl` holds them, with advantages.
+    pub rows: &'a [Row],
     /// What it learned from, by kind of tasks.
     pub portions: &'a [Portion],
     /// What the learner did.
@@ -51,42 +49,44 @@ pub struct StepRecord<'a> {
 /// Bytes of a GiB.
 pub const GIB: f64 = (1u64 << 30) as f64;
 
-/// The groups of a batch by environment.
-fn by_environment(groups: &[Group]) -> BTreeMap<&str, Vec<&Group>> {
-    let mut by_environment: BTreeMap<&str, Vec<&Group>> = BTreeMap::new();
-    groups.iter().for_each(|group| by_environment.entry(&group.environment).or_default().push(group));
-    by_environment
+/// What is to be said of a step's rollouts: of all, and of each environment's.
+pub fn put_rollouts(metrics: &mut MetricsRow, rows: &[&Row]) {
+    put_rows(metrics, "", rows);
+    let mut by_environment: BTreeMap<&str, Vec<&Row>> = BTreeMap::new();
+    rows.iter().for_each(|row| by_environment.entry(&row.environment).or_default().push(row));
+    for (environment, rows) in by_environment {
+        put_rows(metrics, &format!("/{environment}"), &rows);
+    }
 }
 
-/// What is to be said of rollouts: of all, or of one environment's, whose name the `suffix` is.
-fn put_groups(row: &mut MetricsRow, suffix: &str, groups: &[&Group]) {
-    if groups.is_empty() {
+/// The same of some rollouts, under names that end in `suffix`.
+fn put_rows(metrics: &mut MetricsRow, suffix: &str, rows: &[&Row]) {
+    if rows.is_empty() {
         return;
     }
-    let counts = Counts::of(groups);
-    let rollouts = || groups.iter().flat_map(|group| &group.rollouts);
+    let counts = Counts::of(rows.iter().copied());
     let share = |count: usize, of: usize| (of > 0).then(|| count as f64 / of as f64);
-    let mut put = |name: &str, value: Option<f64>| row.put(format!("{name}{suffix}"), value);
+    let mut put = |name: &str, value: Option<f64>| metrics.put(format!("{name}{suffix}"), value);
     put("reward/mean", counts.mean_reward());
-    put("reward/std", standard_deviation(&rollouts().filter_map(Rollout::reward).collect::<Vec<_>>()));
-    put("frac_reward_zero_std", share(counts.flat, groups.len() - counts.dropped));
-    let advantages: Vec<f64> = rollouts().filter_map(|rollout| rollout.advantage).collect();
-    put("advantage/abs_mean", mean(&advantages.iter().map(|advantage| advantage.abs()).collect::<Vec<_>>()));
+    put("reward/std", standard_deviation(&rows.iter().filter_map(|row| row.reward).collect::<Vec<_>>()));
+    put("frac_reward_zero_std", share(counts.flat, counts.groups - counts.dropped));
+    put("advantage/abs_mean", mean(&rows.iter().filter_map(|row| row.advantage.map(f64::abs)).collect::<Vec<_>>()));
     put("parse_rate", counts.parse_rate());
     put("length/mean", share(counts.tokens, counts.rollouts));
     put("length/clip_ratio", share(counts.cut, counts.rollouts));
-    let [mut parts, mut metrics] = [Metrics::default(), Metrics::default()];
-    for score in rollouts().filter_map(|rollout| rollout.score.as_ref().ok()) {
-        score.parts.iter().for_each(|(name, value)| parts.mean(name, *value, 1.0));
-        score.metrics.iter().for_each(|(name, value)| metrics.mean(name, *value, 1.0));
+    for (kind, fields) in
+        [("parts", (|row| &row.parts) as fn(&Row) -> &Map<String, Value>), ("metrics", |row| &row.metrics)]
+    {
+        let mut values: BTreeMap<&str, Vec<f64>> = BTreeMap::new();
+        for (name, value) in rows.iter().flat_map(|row| fields(row)) {
+            values.entry(name).or_default().extend(value.as_f64());
+        }
+        values.into_iter().for_each(|(name, values)| put(&format!("{kind}/{name}"), mean(&values)));
     }
-    for (prefix, means) in [("parts", parts), ("metrics", metrics)] {
-        means.values().into_iter().for_each(|(name, value)| put(&format!("{prefix}/{name}"), Some(value)));
-    }
-    let grades = Grades::of_groups(groups).map(|grades| grades.to_json()).unwrap_or_default();
-    grades.into_iter().for_each(|(name, value)| row.put(format!("grades/{name}{suffix}"), value));
-    row.put(format!("score_errors{suffix}"), counts.rollouts - counts.scored);
-    row.put(format!("dropped_groups{suffix}"), counts.dropped);
+    let grades = Grades::of(rows).map(|(grades, _)| grades.to_json()).unwrap_or_default();
+    grades.into_iter().for_each(|(name, value)| metrics.put(format!("grades/{name}{suffix}"), value));
+    metrics.put(format!("score_errors{suffix}"), counts.rollouts - counts.scored);
+    metrics.put(format!("dropped_groups{suffix}"), counts.dropped);
 }
 
 fn mean(values: &[f64]) -> Option<f64> {
@@ -101,6 +101,7 @@ fn standard_deviation(values: &[f64]) -> Option<f64> {
 }
 
 /// Counts over the rollouts of a batch.
+#[derive(Default)]
 struct Counts {
     rollouts: usize,
     scored: usize,
@@ -108,6 +109,8 @@ struct Counts {
     parsed: usize,
     cut: usize,
     tokens: usize,
+    groups: usize,
+    /// Groups whose rewards differ.
     mixed: usize,
     /// Groups that were not dropped, though their rewards are all the same.
     flat: usize,
@@ -115,21 +118,26 @@ struct Counts {
 }
 
 impl Counts {
-    fn of<G: Borrow<Group>>(groups: &[G]) -> Self {
-        let all = || groups.iter().flat_map(|group| &group.borrow().rollouts);
-        let count = |f: fn(&Rollout) -> bool| all().filter(|rollout| f(rollout)).count();
-        let count_groups = |f: fn(&Group) -> bool| groups.iter().filter(|group| f((*group).borrow())).count();
-        Self {
-            rollouts: all().count(),
-            scored: count(|rollout| rollout.score.is_ok()),
-            reward: all().filter_map(Rollout::reward).sum(),
-            parsed: count(|rollout| rollout.score.as_ref().is_ok_and(|score| score.parse == ParseStatus::Ok)),
-            cut: count(|rollout| rollout.generation.finish == Finish::Length),
-            tokens: all().map(Rollout::tokens).sum(),
-            mixed: count_groups(|group| is_mixed(&group.rewards())),
-            flat: count_groups(|group| !group.is_dropped() && !is_mixed(&group.rewards())),
-            dropped: count_groups(Group::is_dropped),
+    fn of<'a>(rows: impl IntoIterator<Item = &'a Row>) -> Self {
+        let rows: Vec<&Row> = rows.into_iter().collect();
+        let mut counts = Self::default();
+        for row in &rows {
+            counts.rollouts += 1;
+            counts.scored += usize::from(row.error.is_none());
+            counts.reward += row.reward.unwrap_or(0.0);
+            counts.parsed += usize::from(row.error.is_none() && row.parse == Some(ParseStatus::Ok));
+            counts.cut += usize::from(row.finish == Finish::Length);
+            counts.tokens += row.tokens;
         }
+        for group in rows.chunk_by(|one, other| one.group == other.group) {
+            let mixed = is_mixed(&group.iter().map(|row| row.reward).collect::<Vec<_>>());
+            let dropped = group.iter().all(|row| row.advantage.is_none());
+            counts.groups += 1;
+            counts.mixed += usize::from(mixed);
+            counts.flat += usize::from(!mixed && !dropped);
+            counts.dropped += usize::from(dropped);
+        }
+        counts
     }
 
     fn mean_reward(&self) -> Option<f64> {
@@ -150,13 +158,10 @@ impl StepRecord<'_> {
     /// The row of `metrics.jsonl`.
     pub fn to_row(&self) -> MetricsRow {
         let mut row = MetricsRow::new(RowSplit::Train, self.step);
-        put_groups(&mut row, "", &self.groups.iter().collect::<Vec<_>>());
-        for (environment, groups) in by_environment(self.groups) {
-            put_groups(&mut row, &format!("/{environment}"), &groups);
-        }
+        put_rollouts(&mut row, &self.rows.iter().collect::<Vec<_>>());
         let Self { report, shape, timing, .. } = self;
         let (given, given_tokens) = self.given();
-        let tokens = given_tokens + Counts::of(self.groups).tokens;
+        let tokens = given_tokens + Counts::of(self.rows).tokens;
         row.put("given_completions", given);
         row.put("loss", report.loss);
         report.losses.iter().for_each(|(kind, loss)| row.put(format!("loss/{kind}"), *loss));
@@ -184,13 +189,13 @@ impl StepRecord<'_> {
     /// The line that a person reads while it runs, in 80 columns where one kind of tasks is trained on. The loss of an on-policy
     /// step is about zero by construction, so the gradient norm stands in its place.
     pub fn to_line(&self, steps: u64) -> String {
-        let counts = Counts::of(self.groups);
+        let counts = Counts::of(self.rows);
         let (given, given_tokens) = self.given();
         let mut line = format!("step {:>width$}/{steps}", self.step + 1, width = steps.to_string().len());
-        if !self.groups.is_empty() {
+        if !self.rows.is_empty() {
             let (reward, parsed) = (counts.mean_reward(), counts.parse_rate().map(|rate| 100.0 * rate));
             let (reward, parsed) = (shown(reward, 3), shown(parsed, 0));
-            line += &format!("  reward {reward:>6}  parsed {parsed:>3}%  mixed {}/{}", counts.mixed, self.groups.len());
+            line += &format!("  reward {reward:>6}  parsed {parsed:>3}%  mixed {}/{}", counts.mixed, counts.groups);
         }
         for (kind, loss) in self.report.losses.iter().filter(|(kind, _)| **kind != Loss::Reward.name()) {
             line += &format!("  {kind} loss {loss:.4}");
@@ -208,7 +213,7 @@ impl StepRecord<'_> {
 
     /// What to change when the first step shows that there is little to learn from.
     pub fn advice(&self) -> Vec<String> {
-        let counts = Counts::of(self.groups);
+        let counts = Counts::of(self.rows);
         let mut advice = Vec::new();
         if let Some(rate) = counts.parse_rate().filter(|rate| *rate < 0.05) {
             advice.push(format!(
@@ -220,12 +225,11 @@ impl StepRecord<'_> {
                 counts.rollouts
             ));
         }
-        if (counts.mixed as f64) < 0.3 * self.groups.len() as f64 {
+        if (counts.mixed as f64) < 0.3 * counts.groups as f64 {
             advice.push(format!(
                 "only {} of the first {} groups have rewards that differ, and only those teach: raise batch.group or \
                  sampling.temperature, or choose tasks that the model does not always fail or always solve",
-                counts.mixed,
-                self.groups.len()
+                counts.mixed, counts.groups
             ));
         }
         advice
@@ -261,13 +265,13 @@ pub fn evaluation_row(step: u64, rows: &[Row], took: Duration) -> Result<Metrics
 }
 
 /// The line after an evaluation.
-pub fn evaluation_line(step: u64, groups: &[Group]) -> String {
-    let counts = Counts::of(groups);
+pub fn evaluation_line(step: u64, rows: &[Row]) -> String {
+    let counts = Counts::of(rows);
     format!(
         "evaluation after {step} steps  reward {}  parsed {}%  ({} tasks)",
         shown(counts.mean_reward(), 3),
         shown(counts.parse_rate().map(|rate| 100.0 * rate), 0),
-        groups.len()
+        counts.groups
     )
 }
 

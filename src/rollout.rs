@@ -67,11 +67,6 @@ impl Group {
     pub fn rewards(&self) -> Vec<Option<f64>> {
         self.rollouts.iter().map(Rollout::reward).collect()
     }
-
-    /// Whether no rollout has an advantage: too few could be scored.
-    pub fn is_dropped(&self) -> bool {
-        self.rollouts.iter().all(|rollout| rollout.advantage.is_none())
-    }
 }
 
 /// What became of chosen tasks, and how long it took.

@@ -2,14 +2,13 @@
 //!
 //! Lines are appended whole and folders appear by renaming, so a kill at any instant leaves at worst a torn last line.
 
-use std::borrow::Borrow;
 use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
-use candor_environments::{Finish, Judgment, Message, ParseStatus, ScoreError};
+use candor_environments::{Finish, Judgment, Message, ParseStatus, Score, ScoreError};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
@@ -84,23 +83,15 @@ pub struct Row {
 
 impl Row {
     /// One row per rollout, in order.
-    pub fn all<G: Borrow<Group>>(split: RowSplit, step: u64, groups: &[G]) -> Vec<Self> {
+    pub fn all(split: RowSplit, step: u64, groups: &[Group]) -> Vec<Self> {
         let of_group = |(index, group): (usize, &Group)| {
             group.rollouts.iter().map(|rollout| Self::new(split, step, index, group, rollout)).collect::<Vec<_>>()
         };
-        groups.iter().map(Borrow::borrow).enumerate().flat_map(of_group).collect()
+        groups.iter().enumerate().flat_map(of_group).collect()
     }
 
     fn new(split: RowSplit, step: u64, group_index: usize, group: &Group, rollout: &Rollout) -> Self {
-        let score = rollout.score.as_ref().ok();
-        let failed = match &rollout.score {
-            Err(ScoreError::Judge { judgment, parse }) => Some((judgment, *parse)),
-            _ => None,
-        };
-        let numbers = |pairs: &[(&'static str, f64)]| {
-            pairs.iter().map(|(name, value)| (name.to_string(), Value::from(*value))).collect()
-        };
-        Self {
+        let mut row = Self {
             schema: SCHEMA,
             split,
             step,
@@ -114,16 +105,37 @@ impl Row {
             completion: rollout.text.clone(),
             finish: rollout.generation.finish,
             tokens: rollout.tokens(),
-            reward: rollout.reward(),
-            parts: score.map(|score| numbers(&score.parts)).unwrap_or_default(),
+            reward: None,
+            parts: Map::new(),
             advantage: rollout.advantage,
-            metrics: score.map(|score| numbers(&score.metrics)).unwrap_or_default(),
-            parse: score.map(|score| score.parse).or(failed.map(|(_, parse)| parse)),
-            flags: score.map(|score| score.flags.iter().map(|flag| flag.to_string()).collect()).unwrap_or_default(),
-            judge: score.and_then(|score| score.judge.as_ref()).or(failed.map(|(judgment, _)| judgment)).map(said),
+            metrics: Map::new(),
+            parse: None,
+            flags: Vec::new(),
+            judge: None,
             mean_logprob: rollout.generation.mean_logprob(),
-            error: rollout.score.as_ref().err().map(ToString::to_string),
-        }
+            error: None,
+        };
+        row.set_score(&rollout.score);
+        row
+    }
+
+    /// Puts a score, or why there is none, in place of the one that it has. The advantage stays.
+    pub fn set_score(&mut self, score: &Result<Score, ScoreError>) {
+        let failed = match score {
+            Err(ScoreError::Judge { judgment, parse }) => Some((judgment, *parse)),
+            _ => None,
+        };
+        self.error = score.as_ref().err().map(ToString::to_string);
+        let score = score.as_ref().ok();
+        let numbers = |pairs: &[(&'static str, f64)]| {
+            pairs.iter().map(|(name, value)| (name.to_string(), Value::from(*value))).collect()
+        };
+        self.reward = score.map(|score| score.reward);
+        self.parts = score.map(|score| numbers(&score.parts)).unwrap_or_default();
+        self.metrics = score.map(|score| numbers(&score.metrics)).unwrap_or_default();
+        self.parse = score.map(|score| score.parse).or(failed.map(|(_, parse)| parse));
+        self.flags = score.map(|score| score.flags.iter().map(|flag| flag.to_string()).collect()).unwrap_or_default();
+        self.judge = score.and_then(|score| score.judge.as_ref()).or(failed.map(|(judgment, _)| judgment)).map(said);
     }
 }
 

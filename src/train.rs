@@ -47,7 +47,8 @@ pub fn train(run: &mut Run, observer: Observer, interrupted: &AtomicBool) -> Res
         let chosen = choose_tasks(&run.training, run.config.batch.prompts, run.config.seed, step);
         let collected = collect(run, &chosen, step, observer).with_context(|| format!("step {step}: sampling"))?;
         let Collected { groups, sample, score } = collected;
-        run.folder.record_generations(&Row::all(RowSplit::Train, step, &groups))?;
+        let rows = Row::all(RowSplit::Train, step, &groups);
+        run.folder.record_generations(&rows)?;
         errors.observe(&groups)?;
 
         let learning = Instant::now();
@@ -55,7 +56,7 @@ pub fn train(run: &mut Run, observer: Observer, interrupted: &AtomicBool) -> Res
         let portions = portions(run, &chosen, &groups).with_context(|| format!("step {step}"))?;
         let report = run.learner.step(&portions, &shape, observer).with_context(|| format!("step {step}"))?;
         let timing = Timing { sample, score, learn: learning.elapsed(), step: started.elapsed() };
-        let record = StepRecord { step, groups: &groups, portions: &portions, report: &report, shape: &shape, timing };
+        let record = StepRecord { step, rows: &rows, portions: &portions, report: &report, shape: &shape, timing };
         run.folder.record_metrics(&record.to_row())?;
         observer(Event::Line(&record.to_line(steps)));
         if step == 0 {
@@ -136,7 +137,7 @@ fn evaluate(
     let rows = Row::all(RowSplit::Eval, step, &groups);
     folder.record_generations(&rows)?;
     folder.record_metrics(&record::evaluation_row(step, &rows, started.elapsed())?)?;
-    observer(Event::Line(&record::evaluation_line(step, &groups)));
+    observer(Event::Line(&record::evaluation_line(step, &rows)));
     Ok(Outcome::Finished)
 }
 

@@ -10,8 +10,9 @@ use candor::advantage::{AdvantageKind, advantages};
 use candor::learner::{StepReport, StepShape};
 use candor::metrics::{MEASURED, METRICS, Metric};
 use candor::objective::Metrics;
-use candor::record::{StepRecord, Timing};
+use candor::record::{StepRecord, Timing, evaluation_row};
 use candor::rollout::{Group, Rollout};
+use candor::run::{Row, RowSplit};
 use candor::sampler::Generation;
 use candor_environments::{Finish, ParseStatus, Score, ScoreError, Target, Task};
 use serde_json::Value;
@@ -19,6 +20,7 @@ use tempfile::tempdir;
 
 use crate::check::{close, golden, json};
 use crate::given_runs::Rows;
+use crate::recorded;
 use crate::toy::{config, lines, run};
 
 fn page() -> String {
@@ -77,7 +79,11 @@ fn rows_hold_the_names_of_the_table_and_no_others() {
     };
     look(&config("learner.kl = 0.1"), &["toy"]);
     look(&rows.config(&["toy", "sft", "dpo", "implicit"], "steps = 2"), &["toy"]);
-    // What needs a judge, and evaluations with confidences that are right and wrong, has tests of its own.
+    let stated = recorded::rows(recorded::SMALL).filter(|row| row["split"] == "eval" && row["step"] == 0);
+    let stated: Vec<Row> = stated.map(|row| serde_json::from_value(row).unwrap()).collect();
+    let row = evaluation_row(0, &stated, Duration::from_secs(1)).unwrap();
+    seen.extend(row.scalars().1.iter().map(|(name, _)| entry(name, &["boolq"])));
+    // Runs with judges have tests of their own.
     let unseen: Vec<&str> = METRICS.iter().map(|metric| metric.name).filter(|name| !seen.contains(name)).collect();
     assert_eq!(unseen, ["grades/*"]);
 }
@@ -114,12 +120,13 @@ fn said(groups: &[(&str, Vec<Option<f64>>)]) -> Value {
         Group { environment: environment.to_string(), task, labels: vec![], prompt_ids: vec![5], version: 0, rollouts }
     };
     let groups: Vec<Group> = groups.iter().map(group).collect();
+    let rows = Row::all(RowSplit::Train, 0, &groups);
     let metrics = Metrics::default();
     let report = StepReport { loss: 0.0, losses: Default::default(), grad_norm: 1.0, tokens: 9, metrics };
     let shape = StepShape { micro_tokens: 9, max_tokens: 12, temperature: 1.0, learning_rate: 0.5 };
     let second = Duration::from_secs(1);
     let timing = Timing { sample: second, score: second, learn: second, step: 3 * second };
-    StepRecord { step: 0, groups: &groups, portions: &[], report: &report, shape: &shape, timing }.to_row().to_json()
+    StepRecord { step: 0, rows: &rows, portions: &[], report: &report, shape: &shape, timing }.to_row().to_json()
 }
 
 /// The rewards and logs are a run of TRL's: fails if the deviation is within groups, or over n.
