@@ -86,8 +86,8 @@ impl Evaluation {
         let Self { config, sources, tokenizer, sampler, adapter } = self;
         let groups =
             HeldOut { config, sources, tokenizer, observer, stop: &|| false }.complete(sampler, adapter.as_ref(), 0)?;
-        ScoreErrors::default().observe(&groups)?;
         let rows = Row::all(RowSplit::Eval, 0, &groups);
+        ScoreErrors::default().observe(&rows)?;
         Evaluated::by_environment(&rows.iter().collect::<Vec<_>>())
     }
 }

@@ -27,7 +27,9 @@
 //! * [`tokenizer`]: text, tokens and the chat template
 //! * [`config`], [`source`], [`run`], [`checkpoint`], [`peft`], [`tensors`]: what is read, fetched and written
 //! * [`evaluation`], [`metrics`], [`record`], [`summary`], [`tensorboard`]: what came of it
-//! * [`generations`]: recorded rollouts, read again
+//! * [`generations`]: recorded rollouts, read again; [`rescore`], [`rescored`]: scored again;
+//!   [`inspect`]: looked into
+//! * [`printable`]: a model's text on a terminal
 //! * [`bench`]: how fast a machine samples and learns
 //! * [`random`], [`event`]: random numbers by counter, and what a run tells whoever watches
 
@@ -46,6 +48,7 @@ pub mod given;
 pub mod grades;
 pub mod heldout;
 pub mod inputs;
+pub mod inspect;
 pub mod judge;
 pub mod learner;
 pub mod logprob;
@@ -57,9 +60,12 @@ pub mod peft;
 pub mod plan;
 pub mod policy;
 pub mod prepare;
+pub mod printable;
 pub mod prompts;
 pub mod random;
 pub mod record;
+pub mod rescore;
+pub mod rescored;
 pub mod rollout;
 pub mod run;
 pub mod sample;

@@ -103,6 +103,11 @@ impl MetricsRow {
         }
     }
 
+    /// A number by its name.
+    pub fn get(&self, name: &str) -> Option<&Value> {
+        self.values.get(name)
+    }
+
     /// The row in `metrics.jsonl`.
     pub fn to_json(&self) -> Value {
         let mut row = json!({ "step": self.step, "split": self.split });

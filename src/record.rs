@@ -129,7 +129,7 @@ impl Counts {
             counts.cut += usize::from(row.finish == Finish::Length);
             counts.tokens += row.tokens;
         }
-        for group in rows.chunk_by(|one, other| one.group == other.group) {
+        for group in rows.chunk_by(|one, other| (one.step, one.group) == (other.step, other.group)) {
             let mixed = is_mixed(&group.iter().map(|row| row.reward).collect::<Vec<_>>());
             let dropped = group.iter().all(|row| row.advantage.is_none());
             counts.groups += 1;

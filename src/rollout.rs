@@ -12,6 +12,7 @@ use tracing::debug;
 use crate::event::{Event, Observer};
 use crate::learner::tree::{Branch, Signal, Tree};
 use crate::policy::Adapter;
+use crate::run::Row;
 use crate::sampler::{Generation, Request, Sampler, Settings};
 use crate::scorers::{Ended, Scorers, Scoring, no_panic};
 use crate::selection::{Choice, Source};
@@ -133,9 +134,9 @@ impl Collector<'_> {
         }
         let sample = started.elapsed();
         let mut all = scorers.finish(choices.len() * rollouts, self.patience)?;
-        all.sort_by_key(|(ended, _)| (ended.generation.group, ended.generation.rollout));
-        for (Ended { generation, completion }, score) in all {
-            let group = &mut groups[generation.group];
+        all.sort_by_key(|(ended, _)| (ended.group, ended.of.rollout));
+        for (Ended { group, completion, of: generation }, score) in all {
+            let group = &mut groups[group];
             group.rollouts.push(Rollout { generation, text: completion.text, score, advantage: None });
         }
         Ok(Collected { groups, sample, score: started.elapsed() - sample })
@@ -163,11 +164,11 @@ impl Collector<'_> {
         sampler: &mut dyn Sampler,
         adapter: Option<&Adapter>,
         settings: &Settings,
-        scorers: &mut Scorers,
+        scorers: &mut Scorers<Generation>,
     ) -> Result<()> {
         let total = requests.iter().map(|request| request.rollouts).sum();
         let mut done = 0;
-        let mut waiting: Vec<Vec<Ended>> = requests.iter().map(|_| Vec::new()).collect();
+        let mut waiting: Vec<Vec<Ended<Generation>>> = requests.iter().map(|_| Vec::new()).collect();
         sampler.sample(requests, adapter, settings, &mut |generation| {
             let group = generation.group;
             debug!(
@@ -191,13 +192,14 @@ impl Collector<'_> {
                 return Ok(());
             }
             let mut group = std::mem::take(&mut waiting[group]);
-            group.sort_by_key(|ended| ended.generation.rollout);
+            group.sort_by_key(|ended| ended.of.rollout);
             scorers.score(group)
         })
     }
 
-    fn ended(&self, generation: Generation, settings: &Settings) -> Ended {
-        Ended { completion: generation.completion(self.tokenizer, settings), generation }
+    fn ended(&self, generation: Generation, settings: &Settings) -> Ended<Generation> {
+        let completion = generation.completion(self.tokenizer, settings);
+        Ended { group: generation.group, completion, of: generation }
     }
 }
 
@@ -250,22 +252,22 @@ impl ScoreErrors {
     /// # Errors
     /// If more than 2% of the last 500 rollouts could not be scored (of 500 even when there were fewer so far): the reasons of
     /// this batch are in the message, the most frequent first.
-    pub fn observe(&mut self, groups: &[Group]) -> Result<()> {
-        let mut reasons: BTreeMap<String, usize> = BTreeMap::new();
-        for rollout in groups.iter().flat_map(|group| &group.rollouts) {
-            self.recent.push_back(rollout.score.is_err());
+    pub fn observe(&mut self, rows: &[Row]) -> Result<()> {
+        let mut reasons: BTreeMap<&str, usize> = BTreeMap::new();
+        for row in rows {
+            self.recent.push_back(row.error.is_some());
             if self.recent.len() > Self::WINDOW {
                 self.recent.pop_front();
             }
-            if let Err(error) = &rollout.score {
-                *reasons.entry(error.to_string()).or_default() += 1;
+            if let Some(error) = &row.error {
+                *reasons.entry(error).or_default() += 1;
             }
         }
         let failed = self.recent.iter().filter(|&&failed| failed).count();
         if reasons.is_empty() || failed as f64 <= Self::SHARE * Self::WINDOW as f64 {
             return Ok(());
         }
-        let mut reasons: Vec<(String, usize)> = reasons.into_iter().collect();
+        let mut reasons: Vec<(&str, usize)> = reasons.into_iter().collect();
         reasons.sort_by_key(|(_, count)| std::cmp::Reverse(*count));
         let shown: Vec<String> = reasons.iter().take(3).map(|(reason, count)| format!("{count} × {reason}")).collect();
         let more = reasons.len().saturating_sub(shown.len());

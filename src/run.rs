@@ -2,7 +2,7 @@
 //!
 //! Lines are appended whole and folders appear by renaming, so a kill at any instant leaves at worst a torn last line.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File, OpenOptions};
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
@@ -16,12 +16,13 @@ use crate::config::Config;
 use crate::metrics::MetricsRow;
 use crate::rollout::{Group, Rollout};
 use crate::tensorboard::EventFile;
+use crate::tokenizer::Tokenizer;
 
 /// Version of the rows of `generations.jsonl`.
 pub const SCHEMA: u64 = 1;
 
 /// Which tasks a row belongs to.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum RowSplit {
     /// Trained on.
@@ -139,6 +140,25 @@ impl Row {
     }
 }
 
+/// One line of `logprobs.jsonl`, which `sampling.logprobs` asks for: the tokens of one rollout.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct TokenRow {
+    /// Train or eval.
+    pub split: RowSplit,
+    /// See [`Row::step`].
+    pub step: u64,
+    /// Index of the group within the step.
+    pub group: usize,
+    /// Index of the rollout within the group.
+    pub rollout: usize,
+    /// The tokens, the end token included if there is one.
+    pub ids: Vec<u32>,
+    /// Where each token's text is: from which byte to which. What ended the completion is beyond its text.
+    pub ranges: Vec<(usize, usize)>,
+    /// The log-probability of each at temperature 1.
+    pub logprobs: Vec<f32>,
+}
+
 /// A judgment as rows hold it; without a verdict, the row's error has the cause.
 pub fn said(judgment: &Judgment) -> Value {
     let Judgment { id, prompt_version, verdict, cached, attempts, p_correct } = judgment;
@@ -162,6 +182,8 @@ pub struct RunFolder {
     generations: Lines,
     metrics: Lines,
     events: EventFile,
+    /// Where the config asks for it.
+    logprobs: Option<Lines>,
 }
 
 impl RunFolder {
@@ -181,9 +203,10 @@ impl RunFolder {
         }
         let saved = path.join("config.toml");
         ensure!(saved.exists(), "{}: there is no run to resume; start it without --resume", path.display());
-        if let Some(key) = first_difference(&Config::load(&saved, &[])?.to_toml()?, &config.to_toml()?)? {
+        if let Some((key, change)) = differences(&Config::load(&saved, &[])?, config)?.first() {
             bail!(
-                "{}: the run was started with another {key}; resume it with that config, or give this one another `name`",
+                "{}: the run was started with another `{key}`, {change}; resume it with that config, or give this one another \
+                 `name`",
                 saved.display()
             );
         }
@@ -205,7 +228,7 @@ impl RunFolder {
         made.with_context(|| format!("{}: cannot create", unfinished.display()))?;
         write_whole(&unfinished.join("config.toml"), config.to_toml()?.as_bytes())?;
         fs::rename(&unfinished, &path).with_context(|| format!("{}: cannot create", path.display()))?;
-        Self::open(path, None)
+        Self::open(path, config, None)
     }
 
     /// Opens a run again: rows of steps from `next_step` on, which the checkpoint does not contain, move to
@@ -218,16 +241,17 @@ impl RunFolder {
         let aside = (1..).map(|n| path.join(format!("interrupted-{n}.jsonl"))).find(|path| !path.exists());
         let aside = aside.context("no free name for interrupted rows")?;
         let mut notes = Vec::new();
-        for name in [GENERATIONS, METRICS] {
+        for name in [GENERATIONS, METRICS, LOGPROBS] {
             notes.extend(cut_back(&path.join(name), next_step, &aside)?);
         }
-        Ok((Self::open(path, Some(next_step))?, notes))
+        Ok((Self::open(path, config, Some(next_step))?, notes))
     }
 
-    fn open(path: PathBuf, resumed_at: Option<u64>) -> Result<Self> {
+    fn open(path: PathBuf, config: &Config, resumed_at: Option<u64>) -> Result<Self> {
         let (generations, metrics) = (Lines::append(path.join(GENERATIONS))?, Lines::append(path.join(METRICS))?);
         let events = EventFile::create(&path, resumed_at)?;
-        Ok(Self { path, generations, metrics, events })
+        let logprobs = config.sampling.logprobs.then(|| Lines::append(path.join(LOGPROBS))).transpose()?;
+        Ok(Self { path, generations, metrics, events, logprobs })
     }
 
     /// Appends one row per rollout.
@@ -237,6 +261,35 @@ impl RunFolder {
     pub fn record_generations(&mut self, rows: &[Row]) -> Result<()> {
         rows.iter().try_for_each(|row| self.generations.write(row))?;
         self.generations.flush()
+    }
+
+    /// Appends the tokens of every rollout to `logprobs.jsonl`, where the config asks for it.
+    ///
+    /// # Errors
+    /// If the disk fails.
+    pub fn record_logprobs(
+        &mut self,
+        split: RowSplit,
+        step: u64,
+        groups: &[Group],
+        tokenizer: &Tokenizer,
+    ) -> Result<()> {
+        let Some(lines) = &mut self.logprobs else { return Ok(()) };
+        for (group, of_group) in groups.iter().enumerate() {
+            for Rollout { generation, .. } in &of_group.rollouts {
+                let ranges = tokenizer.token_ranges(&generation.ids).1;
+                lines.write(&TokenRow {
+                    split,
+                    step,
+                    group,
+                    rollout: generation.rollout,
+                    ids: generation.ids.clone(),
+                    ranges: ranges.into_iter().map(|range| (range.start, range.end)).collect(),
+                    logprobs: generation.untempered_t.clone(),
+                })?;
+            }
+        }
+        lines.flush()
     }
 
     /// Appends one object to `metrics.jsonl`, and its numbers to the event file.
@@ -257,6 +310,7 @@ impl RunFolder {
     pub fn sync(&mut self) -> Result<()> {
         self.generations.sync()?;
         self.metrics.sync()?;
+        self.logprobs.as_mut().map_or(Ok(()), Lines::sync)?;
         self.events.sync()
     }
 }
@@ -265,23 +319,32 @@ impl RunFolder {
 pub const GENERATIONS: &str = "generations.jsonl";
 /// See [`GENERATIONS`].
 pub const METRICS: &str = "metrics.jsonl";
+/// See [`GENERATIONS`]; written where `sampling.logprobs` asks for it.
+pub const LOGPROBS: &str = "logprobs.jsonl";
 /// See [`GENERATIONS`]; written when a run is finished.
 pub const SUMMARY: &str = "summary.json";
 
-/// The first key whose values differ in two resolved configs, with both.
-fn first_difference(old: &str, new: &str) -> Result<Option<String>> {
+/// The keys whose values differ in two configs, sorted, each with `OLD and not NEW`; a list is one value.
+///
+/// # Errors
+/// If a config cannot be written.
+pub fn differences(old: &Config, new: &Config) -> Result<Vec<(String, String)>> {
     fn leaves(value: &toml::Value, key: &str, into: &mut BTreeMap<String, String>) {
         let Some(table) = value.as_table() else { return drop(into.insert(key.to_string(), value.to_string())) };
         table.iter().for_each(|(name, value)| leaves(value, format!("{key}.{name}").trim_start_matches('.'), into));
     }
-    let [old, new] = [old, new].map(|text| {
+    let all = |config: &Config| -> Result<BTreeMap<String, String>> {
         let mut all = BTreeMap::new();
-        text.parse::<toml::Table>().map(|table| leaves(&table.into(), "", &mut all)).map(|()| all)
-    });
-    let (old, new) = (old?, new?);
+        leaves(&config.to_toml()?.parse::<toml::Table>()?.into(), "", &mut all);
+        Ok(all)
+    };
+    let (old, new) = (all(old)?, all(new)?);
+    let keys: BTreeSet<&String> = old.keys().chain(new.keys()).filter(|key| old.get(*key) != new.get(*key)).collect();
     let shown = |all: &BTreeMap<String, String>, key: &str| all.get(key).map_or("unset".into(), String::clone);
-    let differs = old.keys().chain(new.keys()).find(|key| old.get(*key) != new.get(*key));
-    Ok(differs.map(|key| format!("`{key}`, {} and not {}", shown(&old, key), shown(&new, key))))
+    Ok(keys
+        .into_iter()
+        .map(|key| (key.clone(), format!("{} and not {}", shown(&old, key), shown(&new, key))))
+        .collect())
 }
 
 /// A file of JSON lines that only grows.

@@ -49,7 +49,8 @@ pub fn train(run: &mut Run, observer: Observer, interrupted: &AtomicBool) -> Res
         let Collected { groups, sample, score } = collected;
         let rows = Row::all(RowSplit::Train, step, &groups);
         run.folder.record_generations(&rows)?;
-        errors.observe(&groups)?;
+        run.folder.record_logprobs(RowSplit::Train, step, &groups, &run.tokenizer)?;
+        errors.observe(&rows)?;
 
         let learning = Instant::now();
         let shape = step_shape(run, step);
@@ -133,9 +134,10 @@ fn evaluate(
         Err(error) if error.is::<Interrupted>() => return Ok(Outcome::Interrupted),
         groups => groups?,
     };
-    errors.observe(&groups)?;
     let rows = Row::all(RowSplit::Eval, step, &groups);
+    errors.observe(&rows)?;
     folder.record_generations(&rows)?;
+    folder.record_logprobs(RowSplit::Eval, step, &groups, tokenizer)?;
     folder.record_metrics(&record::evaluation_row(step, &rows, started.elapsed())?)?;
     observer(Event::Line(&record::evaluation_line(step, &rows)));
     Ok(Outcome::Finished)

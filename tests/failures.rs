@@ -9,6 +9,7 @@ use std::time::Duration;
 use candle_core::{Device, Tensor, safetensors};
 use candor::inputs::load_model;
 use candor::rollout::{Collector, Group, Rollout, ScoreErrors};
+use candor::run::{Row, RowSplit};
 use candor::sampler::local::LocalSampler;
 use candor::sampler::{Generation, Settings};
 use candor::selection::Source;
@@ -128,7 +129,7 @@ fn a_reward_that_is_no_number_is_the_error_of_its_rollout() {
 }
 
 /// A step's batch: one group, whose rollouts have an error or not.
-fn batch(errors: &[bool]) -> Vec<Group> {
+fn batch(errors: &[bool]) -> Vec<Row> {
     let rollout = |&error: &bool| Rollout {
         generation: Generation {
             group: 0,
@@ -144,7 +145,8 @@ fn batch(errors: &[bool]) -> Vec<Group> {
     };
     let task = Task { id: "toy/0".to_string(), prompt: Vec::new(), target: Target::Reward };
     let rollouts = errors.iter().map(rollout).collect();
-    vec![Group { environment: "toy".to_string(), task, labels: vec![], prompt_ids: vec![5], version: 0, rollouts }]
+    let (environment, prompt_ids) = ("toy".to_string(), vec![5]);
+    Row::all(RowSplit::Train, 0, &[Group { environment, task, labels: vec![], prompt_ids, version: 0, rollouts }])
 }
 
 fn no_score() -> Score {
