@@ -29,6 +29,8 @@ pub struct Rescore {
     config: Config,
     /// The run's `generations.jsonl`, perhaps compressed.
     file: PathBuf,
+    /// Where the rows with their new scores go.
+    output: PathBuf,
     training: Vec<Tasks>,
     heldout: Vec<Tasks>,
 }
@@ -50,17 +52,27 @@ impl Tasks {
 
 impl Rescore {
     /// Loads the environments of a run's config with some keys changed, and finds every saved row's task in them: nothing is
-    /// scored before all are found.
+    /// scored before all are found. The rows will go to `output`; without one, to the first free `rescored-<n>.jsonl` in the
+    /// run's folder.
     ///
     /// # Errors
-    /// If the folder holds no run, a changed key is not about scoring, an environment is not what the config says, or a row's
-    /// task is gone or has another prompt.
-    pub fn prepare(run: &Path, sets: &[String], environments: &[(&str, Load)], observer: Observer) -> Result<Self> {
+    /// If the folder holds no run, the output exists, a changed key is not about scoring, an environment is not what the config
+    /// says, or a row's task is gone or has another prompt.
+    pub fn prepare(
+        run: &Path,
+        sets: &[String],
+        output: Option<&Path>,
+        environments: &[(&str, Load)],
+        observer: Observer,
+    ) -> Result<Self> {
         ensure!(
             run.is_dir(),
             "{}: not a run's folder; what scored its completions is in its config.toml",
             run.display()
         );
+        let free = || (1..).map(|n| run.join(format!("rescored-{n}.jsonl"))).find(|path| !path.exists());
+        let output = output.map(Path::to_owned).or_else(free).context("no free name for the rescored rows")?;
+        ensure!(!output.exists(), "{}: exists already, and is not written over", output.display());
         let (file, config) = (generations_file(run)?, run.join("config.toml"));
         let (before, config) = (Config::load(&config, &[])?, Config::load(&config, sets)?);
         for (key, change) in differences(&before, &config)? {
@@ -72,7 +84,7 @@ impl Rescore {
         }
         let (training, heldout) = inputs::environments(&config, environments, observer)?;
         let tasks = |sources: Vec<Source>| sources.into_iter().map(Tasks::of).collect::<Result<Vec<_>>>();
-        let rescore = Self { config, file, training: tasks(training)?, heldout: tasks(heldout)? };
+        let rescore = Self { config, file, output, training: tasks(training)?, heldout: tasks(heldout)? };
         rescore.check()?;
         Ok(rescore)
     }
@@ -128,17 +140,13 @@ impl Rescore {
         Ok(Scoring { name: name.clone(), environment: environment.clone(), index: *index })
     }
 
-    /// Scores every row again and writes it to `output`, which must not exist; without one, to the first free
-    /// `rescored-<n>.jsonl` in the run's folder.
+    /// Scores every row again and writes it.
     ///
     /// # Errors
-    /// If the output exists or cannot be written, an environment panics or compares a group that is not whole, too many
-    /// scores cannot be given, or a file has changed meanwhile.
-    pub fn run(&self, output: Option<&Path>, observer: Observer) -> Result<Rescored> {
-        let folder = self.file.parent().unwrap_or(Path::new("."));
-        let free = || (1..).map(|n| folder.join(format!("rescored-{n}.jsonl"))).find(|path| !path.exists());
-        let output = output.map(Path::to_owned).or_else(free).context("no free name for the rescored rows")?;
-        ensure!(!output.exists(), "{}: exists already, and is not written over", output.display());
+    /// If the output cannot be written, an environment panics or compares a group that is not whole, too many scores cannot
+    /// be given, or a file has changed meanwhile.
+    pub fn run(&self, observer: Observer) -> Result<Rescored> {
+        let output = &self.output;
         let unfinished = output.with_extension("tmp");
         let failed = || format!("{}: cannot write", unfinished.display());
         let mut writer = BufWriter::new(File::create(&unfinished).with_context(failed)?);
@@ -185,12 +193,29 @@ impl Rescore {
 
     /// The rows of one step or evaluation with the scores and advantages that they have now.
     fn score(&self, before: &[Row]) -> Result<Vec<Row>> {
-        let groups: Vec<&[Row]> =
-            before.chunk_by(|one, other| one.group == other.group && one.task == other.task).collect();
+        let groups: Vec<&[Row]> = before.chunk_by(of_one_group).collect();
         let tasks = groups.iter().map(|group| self.scoring(&group[0])).collect::<Result<Vec<_>>>()?;
         let mut scorers = Scorers::start(tasks.clone());
+        if let Err(error) = self.hand_over(&groups, &tasks, &mut scorers) {
+            return Err(scorers.failure().unwrap_or(error));
+        }
+        let mut after = before.to_vec();
+        for (Ended { of, .. }, score) in scorers.finish(before.len(), SCORE_TIMEOUT)? {
+            after[of].set_score(&score);
+        }
+        for group in after.chunk_by_mut(of_one_group) {
+            let rewards: Vec<Option<f64>> = group.iter().map(|row| row.reward).collect();
+            let kind = Some(self.config.learner.advantage).filter(|_| group[0].split == RowSplit::Train);
+            let of_group = kind.and_then(|kind| advantages(&rewards, kind)).unwrap_or(vec![None; group.len()]);
+            group.iter_mut().zip(of_group).for_each(|(row, advantage)| row.advantage = advantage);
+        }
+        Ok(after)
+    }
+
+    /// Has all rows scored: each by itself, or a group together where they are compared.
+    fn hand_over(&self, groups: &[&[Row]], tasks: &[Scoring], scorers: &mut Scorers<usize>) -> Result<()> {
         let mut index = 0;
-        for (number, (group, scoring)) in groups.iter().zip(&tasks).enumerate() {
+        for (number, (group, scoring)) in groups.iter().zip(tasks).enumerate() {
             let ended = |row: &Row| {
                 index += 1;
                 Ended { group: number, completion: self.completion(row), of: index - 1 }
@@ -203,23 +228,7 @@ impl Rescore {
                 ended.into_iter().try_for_each(|one| scorers.score(vec![one]))?;
             }
         }
-        let mut after = before.to_vec();
-        for (Ended { of, .. }, score) in scorers.finish(before.len(), SCORE_TIMEOUT)? {
-            after[of].set_score(&score);
-        }
-        let mut first = 0;
-        for group in groups {
-            let group = &mut after[first..first + group.len()];
-            first += group.len();
-            let rewards: Vec<Option<f64>> = group.iter().map(|row| row.reward).collect();
-            let of_group = match group[0].split {
-                RowSplit::Train => advantages(&rewards, self.config.learner.advantage),
-                RowSplit::Eval => None,
-            };
-            let of_group = of_group.unwrap_or(vec![None; group.len()]);
-            group.iter_mut().zip(of_group).for_each(|(row, advantage)| row.advantage = advantage);
-        }
-        Ok(after)
+        Ok(())
     }
 
     /// What the environment is told: the row's own counts and reason of its end.
@@ -243,4 +252,9 @@ impl Rescore {
         }
         Ok(())
     }
+}
+
+/// Whether two rows of a step are rollouts of one prompt.
+fn of_one_group(one: &Row, other: &Row) -> bool {
+    (one.group, &one.environment, &one.task) == (other.group, &other.environment, &other.task)
 }

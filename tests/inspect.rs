@@ -63,11 +63,19 @@ fn the_table_says_what_is_there_in_80_columns() {
     let folder = folder(rows(SMALL));
     let screen = drawn(&mut app(folder.path()), 80, 24);
     assert!(screen[0].starts_with("small  160 of 160 rollouts"), "{}", screen[0]);
-    assert!(screen[1].starts_with(" step  group    reward  advant  conf yes   len parse     completion"), "{}", screen[1]);
+    assert!(
+        screen[1].starts_with(" step  group    reward  advant  conf yes   len parse     completion"),
+        "{}",
+        screen[1]
+    );
     let first: Row = serde_json::from_value(rows(SMALL).next().unwrap()).unwrap();
     assert!(screen[2].starts_with(&format!("e0     0.0     {:>7.3}       -", first.reward.unwrap())), "{}", screen[2]);
     assert!(screen[2].contains(&first.completion[..10]), "{}", screen[2]);
-    assert!(screen[23].starts_with("Enter open  / search") && screen[23].trim_end().ends_with("q quit"), "{}", screen[23]);
+    assert!(
+        screen[23].starts_with("Enter open  / search") && screen[23].trim_end().ends_with("q quit"),
+        "{}",
+        screen[23]
+    );
 }
 
 /// Fails if a filter lets something else through, or what has no number does not stand last.
@@ -83,7 +91,9 @@ fn filters_take_what_agrees_and_orders_put_missing_numbers_last() {
     type Takes<'a> = &'a dyn Fn(&Row) -> bool;
     let none = Filter::default;
     let cases: [(Filter, Takes); 6] = [
-        (Filter { split: Some(RowSplit::Eval), step: Some(0), ..none() }, &|row| row.split == RowSplit::Eval && row.step == 0),
+        (Filter { split: Some(RowSplit::Eval), step: Some(0), ..none() }, &|row| {
+            row.split == RowSplit::Eval && row.step == 0
+        }),
         (Filter { parse: Some(ParseStatus::Missing), ..none() }, &|row| row.parse == Some(ParseStatus::Missing)),
         (Filter { correct: Some(true), step: Some(3), ..none() }, &|row| correct(row) && row.step == 3),
         (Filter { text: Some("answer: yes".into()), ..none() }, &|row| holds(row, "ANSWER: YES")),
@@ -204,7 +214,9 @@ fn no_completion_acts_on_the_terminal() {
     let file = folder.path().join("generations.jsonl").display().to_string();
     let text = place.candor(&["inspect", &file, "--format", "text"]).stdout;
     assert!(text.contains("␛[2J") && !text.chars().any(|one| one.is_control() && one != '\n'), "{text}");
-    let exact: Value = serde_json::from_str(place.candor(&["inspect", &file, "--limit", "1", "--format", "json"]).stdout.trim()).unwrap();
+    let exact: Value =
+        serde_json::from_str(place.candor(&["inspect", &file, "--limit", "1", "--format", "json"]).stdout.trim())
+            .unwrap();
     assert_eq!(exact["completion"], HOSTILE);
 }
 
@@ -229,7 +241,10 @@ fn tokens_are_kept_where_the_config_asks_for_them() {
     for index in 0..inspected.generations.rollouts.len() {
         let row = inspected.generations.row(index).unwrap();
         let tokens = inspected.tokens(&row).unwrap().expect("every rollout has its tokens");
-        assert_eq!((tokens.ids.len(), tokens.ranges.len(), tokens.logprobs.len()), (row.tokens, row.tokens, row.tokens));
+        assert_eq!(
+            (tokens.ids.len(), tokens.ranges.len(), tokens.logprobs.len()),
+            (row.tokens, row.tokens, row.tokens)
+        );
         let mean = tokens.logprobs.iter().map(|logprob| f64::from(*logprob)).sum::<f64>() / row.tokens as f64;
         assert!((mean - row.mean_logprob).abs() < 1e-6, "{mean} and {}", row.mean_logprob);
         let covered = tokens.ranges.last().unwrap().1;
@@ -311,7 +326,10 @@ fn a_pipe_gets_rows_or_text() {
     assert_eq!(drawn, json(&["--sample", "3", "--first", "--last"]));
     assert_ne!(drawn, json(&["--sample", "3", "--first", "--last", "--seed", "1"]));
     let text = inspect(&["--step", "4", "--sort", "reward", "--limit", "1"]);
-    assert!(text.contains("step 4, group ") && text.contains("--- user\n") && text.contains("--- completion\n"), "{text}");
+    assert!(
+        text.contains("step 4, group ") && text.contains("--- user\n") && text.contains("--- completion\n"),
+        "{text}"
+    );
 }
 
 #[test]

@@ -26,7 +26,7 @@ fn toy_run(changes: &str) -> (TempDir, PathBuf) {
 
 fn rescored(folder: &Path, sets: &[&str]) -> Result<Rescored> {
     let sets: Vec<String> = sets.iter().map(|set| set.to_string()).collect();
-    Rescore::prepare(folder, &sets, &[("toy", load as Load)], &|_| {})?.run(None, &|_| {})
+    Rescore::prepare(folder, &sets, None, &[("toy", load as Load)], &|_| {})?.run(&|_| {})
 }
 
 #[track_caller]
@@ -104,7 +104,11 @@ fn what_cannot_be_scored_again_is_refused_before_anything_is() {
     refused(&folder, &[], "the config has no environment \"gone\"");
     // A comparison of some of a group's completions would be another one.
     fs::write(&path, rows.lines().skip(3).map(|line| format!("{line}\n")).collect::<String>()).unwrap();
-    refused(&folder, &["environment.0.behavior=compares"], "toy compares the 4 rollouts of a group, and 3 are in the file");
+    refused(
+        &folder,
+        &["environment.0.behavior=compares"],
+        "toy compares the 4 rollouts of a group, and 3 are in the file",
+    );
     fs::write(&path, "{\"schema\":1}\nnot a row\n").unwrap();
     refused(&folder, &[], "generations.jsonl: line 1");
 }
@@ -115,7 +119,12 @@ fn another_reward_gives_what_its_formula_says() {
     let place = Place::new("steps = 1\nbatch = { prompts = 2, group = 2 }\nevaluation.tasks = 0");
     place.finish(&[]);
     let mut rows = place.rows();
-    let texts = ["ANSWER: YES with 70% probability", "ANSWER: NO with 90% probability", "no idea \u{1b}[2J", "ANSWER: YES with 70% probability"];
+    let texts = [
+        "ANSWER: YES with 70% probability",
+        "ANSWER: NO with 90% probability",
+        "no idea \u{1b}[2J",
+        "ANSWER: YES with 70% probability",
+    ];
     for (row, text) in rows.iter_mut().zip(texts) {
         row["completion"] = json!(text);
     }
@@ -130,20 +139,34 @@ fn another_reward_gives_what_its_formula_says() {
         (ended.stdout, lines(&place.path(&output)))
     };
     let (_, brier) = rescore(&["environment.0.length={ mode = \"none\" }"]);
-    let (said, log) = rescore(&["environment.0.length={ mode = \"none\" }", "environment.0.reward=log", "environment.0.unparsed=-2"]);
+    let (said, log) =
+        rescore(&["environment.0.length={ mode = \"none\" }", "environment.0.reward=log", "environment.0.unparsed=-2"]);
     for (row, (brier, log)) in brier.iter().zip(&log).enumerate() {
         let (Some(p), Some(y)) = (brier["metrics"]["p_yes"].as_f64(), brier["metrics"]["y"].as_f64()) else {
-            assert_eq!((row, &brier["parse"], &brier["reward"], &log["reward"]), (2, &json!("missing"), &json!(-0.25), &json!(-2.0)));
+            assert_eq!(
+                (row, &brier["parse"], &brier["reward"], &log["reward"]),
+                (2, &json!("missing"), &json!(-0.25), &json!(-2.0))
+            );
             continue;
         };
         close("brier", brier["reward"].as_f64().unwrap(), 1.0 - (p - y).powi(2), 1e-12);
         assert!(log["parts"]["log"].is_f64() && log["reward"] != brier["reward"], "{log}");
-        assert_eq!((&log["tokens"], &log["finish"], &log["mean_logprob"]), (&rows[row]["tokens"], &rows[row]["finish"], &rows[row]["mean_logprob"]));
+        assert_eq!(
+            (&log["tokens"], &log["finish"], &log["mean_logprob"]),
+            (&rows[row]["tokens"], &rows[row]["finish"], &rows[row]["mean_logprob"])
+        );
     }
-    for part in ["training, 1 steps", "parse rate", "advantages with the other sign", "4 of 4 rows changed", "no idea ␛[2J", "results/tiny/rescored-2.jsonl"] {
+    for part in [
+        "training, 1 steps",
+        "parse rate",
+        "advantages with the other sign",
+        "4 of 4 rows changed",
+        "no idea ␛[2J",
+        "results/tiny/rescored-2.jsonl",
+    ] {
         assert!(said.contains(part), "{part}: {said}");
     }
     assert_eq!(fs::read_to_string(place.path("results/tiny/generations.jsonl")).unwrap(), written);
     let again = place.candor(&["rescore", "results/tiny", "--output", "results/tiny/rescored-1.jsonl"]);
-    assert!(again.code == Some(1) && again.stderr.contains("exists already"), "{}", again.stderr);
+    assert!(again.code == Some(2) && again.stderr.contains("exists already"), "{}", again.stderr);
 }

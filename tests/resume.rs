@@ -230,7 +230,7 @@ fn torn_last_lines_are_dropped_and_reported_and_other_damage_is_refused() {
 
     append("metrics.jsonl", "not a row\n");
     let error = failure(results.path(), CHANGES, true);
-    assert!(error.contains("metrics.jsonl: line 6: not a row"), "{error}");
+    assert!(error.contains("metrics.jsonl: line 10: not a row"), "{error}");
 }
 
 #[test]

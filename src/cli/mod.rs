@@ -185,8 +185,8 @@ fn execute(command: &Command, environments: &[(&str, Load)], console: &Arc<Conso
         Command::Check { input } => check(&load(input)?, &options, console),
         Command::Inspect(command) => command.run(&observer, console),
         Command::Rescore { run, sets, output, .. } => {
-            let rescore = Rescore::prepare(run, sets, environments, &observer).map_err(Failure::Input)?;
-            let rescored = rescore.run(output.as_deref(), &observer).map_err(Failure::Run)?;
+            let rescore = Rescore::prepare(run, sets, output.as_deref(), environments, &observer);
+            let rescored = rescore.map_err(Failure::Input)?.run(&observer).map_err(Failure::Run)?;
             console.print(&rescored.to_string());
             Ok(0)
         }

@@ -2,6 +2,7 @@
 
 use anyhow::Result;
 use candor_environments::ParseStatus;
+use clap::ValueEnum;
 use ratatui::crossterm::event::{KeyCode, KeyEvent, KeyModifiers};
 
 use super::{Filter, Inspected, SortKey};
@@ -71,9 +72,6 @@ impl App {
     /// If the file has changed since it was read.
     pub fn new(inspected: Inspected, name: String, filter: Filter, sort: SortKey, reverse: bool) -> Result<Self> {
         let listed = inspected.select(&filter, sort, reverse)?;
-        let (view, page) = (View::Table, 1);
-        let state = (0, None, None, false);
-        let (selected, typed, message, quit) = state;
         Ok(Self {
             inspected,
             name,
@@ -81,13 +79,13 @@ impl App {
             sort,
             reverse,
             listed,
-            selected,
-            view,
-            typed,
-            message,
-            page,
+            selected: 0,
+            view: View::Table,
+            typed: None,
+            message: None,
+            page: 1,
             last_scroll: 0,
-            quit,
+            quit: false,
         })
     }
 
@@ -132,7 +130,10 @@ impl App {
             KeyCode::Char('/') => self.typed = Some((Asked::Search, String::new())),
             KeyCode::Char(':') => self.typed = Some((Asked::Step, String::new())),
             KeyCode::Char('r') => return self.change(|app| app.reverse = !app.reverse),
-            KeyCode::Char('o') => return self.change(|app| app.sort = next_sort(app.sort)),
+            KeyCode::Char('o') => {
+                return self
+                    .change(|app| app.sort = next(SortKey::value_variants(), Some(app.sort)).unwrap_or_default());
+            }
             KeyCode::Char('x') | KeyCode::Esc => return self.change(|app| app.filter = Filter::default()),
             KeyCode::Char('s') => {
                 return self
@@ -237,9 +238,4 @@ fn next<T: Clone + PartialEq>(all: &[T], value: Option<T>) -> Option<T> {
         None => all.first().cloned(),
         Some(value) => all.iter().skip_while(|one| **one != value).nth(1).cloned(),
     }
-}
-
-fn next_sort(key: SortKey) -> SortKey {
-    use SortKey::{Advantage, Confidence, Reward, Step, Tokens};
-    next(&[Step, Reward, Advantage, Tokens, Confidence], Some(key)).unwrap_or_default()
 }

@@ -1,6 +1,7 @@
 //! How the screen of `candor inspect` is drawn: any size, with colors or without.
 
 use anyhow::Result;
+use clap::ValueEnum;
 use ratatui::Frame;
 use ratatui::layout::{Constraint, Layout, Rect};
 use ratatui::style::{Color, Modifier, Style};
@@ -79,7 +80,8 @@ fn heading(app: &App) -> String {
         correct.map(|correct| if correct { "right".into() } else { "wrong".into() }),
         text.as_ref().map(|text| format!("\"{}\"", one_line(text, 40))),
         (app.sort != SortKey::Step || app.reverse).then(|| {
-            format!("by {}{}", format!("{:?}", app.sort).to_lowercase(), if app.reverse { ", reversed" } else { "" })
+            let key = app.sort.to_possible_value().map_or(String::new(), |value| value.get_name().to_string());
+            format!("by {key}{}", if app.reverse { ", reversed" } else { "" })
         }),
     ];
     said.into_iter().flatten().for_each(|said: String| heading += &format!("  {said}"));
