@@ -418,6 +418,12 @@ impl Loader<'_> {
                 self.at(&format!("environment.{index}.weight"))
             );
             let sampled = source.samples()?;
+            if sampled && self.config.lora.dropout > 0.0 {
+                let text = format!(
+                    "{name} samples, without dropout: its completions would not be those of the policy that learns; use 0.0"
+                );
+                return Err(self.config.locate(KeyError::new("lora.dropout", text)));
+            }
             if sampled && self.config.epochs.is_some() {
                 let text =
                     format!("counts passes over tasks that carry their completions, but {name} samples; set steps");

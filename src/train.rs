@@ -10,7 +10,7 @@ use crate::checkpoint;
 use crate::event::{Event, Observer};
 use crate::given;
 use crate::heldout::HeldOut;
-use crate::learner::{StepShape, optimizer::learning_rate, portion::Portion};
+use crate::learner::{StepDropout, StepShape, optimizer::learning_rate, portion::Portion};
 use crate::record::{self, StepRecord, Timing};
 use crate::rollout::{Collected, Collector, Group, Interrupted, SCORE_TIMEOUT, ScoreErrors, trees};
 use crate::run::{Row, RowSplit};
@@ -149,11 +149,12 @@ pub fn is_due(every: u64, step: u64) -> bool {
 }
 
 fn step_shape(run: &Run, step: u64) -> StepShape {
-    let config = &run.config;
+    let (config, share) = (&run.config, run.config.lora.dropout);
     StepShape {
         micro_tokens: config.batch.micro_tokens,
         max_tokens: config.sampling.max_tokens,
         temperature: config.sampling.temperature,
         learning_rate: learning_rate(&config.learner, step, run.steps),
+        dropout: (share > 0.0).then_some(StepDropout { share, seed: config.seed, step }),
     }
 }

@@ -183,6 +183,7 @@ fn runs_on_given_completions_resume_bit_for_bit() {
     let started = format!("lora.start_from = {:?}", start.display().to_string());
     for (names, changes) in [
         (&["dpo"][..], format!("epochs = 2\n{started}")),
+        (&["dpo"], format!("epochs = 2\nlora.dropout = 0.3\n{started}")),
         (&["implicit", "sft"], "epochs = 1".to_string()),
         (&["toy", "sft", "dpo", "implicit"], format!("steps = 5\n{started}")),
     ] {
@@ -241,6 +242,10 @@ fn what_cannot_work_is_refused_before_the_model_is_loaded() {
         words.iter().for_each(|word| assert!(error.contains(word), "{word}: {error}"));
     };
     says(&rows.config(&["sft", "toy"], "epochs = 1"), &["epochs", "toy samples; set steps"]);
+    says(
+        &rows.config(&["sft", "toy"], "lora.dropout = 0.1"),
+        &["lora.dropout: toy samples, without dropout", "use 0.0"],
+    );
     says(
         &rows.config(&["sft"], "epochs = 1\nlearner.warmup_steps = 3"),
         &["learner.warmup_steps", "none of the 3 in epochs = 1"],

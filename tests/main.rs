@@ -13,6 +13,7 @@ mod config;
 mod config_layers;
 mod config_page;
 mod conversations;
+mod dropout;
 mod evaluation;
 mod export;
 mod failures;

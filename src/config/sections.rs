@@ -104,7 +104,8 @@ pub struct Lora {
     pub rank: usize,
     /// The adapter's product is scaled by alpha / rank.
     pub alpha: f64,
-    /// Share of the adapter's inputs dropped in training; only where no environment samples.
+    /// Share of the adapter's inputs dropped in training: each projection its own, a prompt's the same for all its completions.
+    /// Only where no environment samples.
     pub dropout: f64,
     /// Scale by alpha / √rank instead (rank-stabilized LoRA).
     pub rslora: bool,
