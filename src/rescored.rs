@@ -1,5 +1,6 @@
 //! What would have been different: rows before and after they were scored again, as counts and as a few examples.
 
+use std::collections::BTreeSet;
 use std::fmt;
 use std::path::PathBuf;
 
@@ -97,26 +98,32 @@ fn size((before, after, _): &(Row, Row, String)) -> f64 {
     }
 }
 
-/// The lines of a table: a metric, what it is called here, and its decimals.
-const LINES: [(&str, &str, usize); 9] = [
+/// A line of a table: a metric, what it is called here, and its decimals.
+type TableLine = (&'static str, &'static str, usize);
+
+/// Lines about rewards.
+const SCORED: [TableLine; 6] = [
     ("reward/mean", "reward, mean", 3),
     ("reward/std", "reward, std", 3),
-    ("advantage/abs_mean", "advantage, absolute mean", 3),
-    ("frac_reward_zero_std", "groups that teach nothing", 3),
-    ("dropped_groups", "groups dropped", 0),
     ("parse_rate", "parse rate", 3),
     ("metrics/correct", "correct", 3),
     ("metrics/confidence", "confidence", 3),
     ("score_errors", "score errors", 0),
 ];
 
-fn table(f: &mut fmt::Formatter, [before, after]: &[MetricsRow; 2]) -> fmt::Result {
+/// Lines about what rewards would have taught, which evaluations do not.
+const TAUGHT: [TableLine; 3] = [
+    ("advantage/abs_mean", "advantage, absolute mean", 3),
+    ("frac_reward_zero_std", "groups that teach nothing", 3),
+    ("dropped_groups", "groups dropped", 0),
+];
+
+fn table(f: &mut fmt::Formatter, [before, after]: &[MetricsRow; 2], lines: &[TableLine]) -> fmt::Result {
     writeln!(f, "  {:<26}{:>9} {:>9}", "", "before", "after")?;
-    let value = |row: &MetricsRow, name: &str| row.get(name).and_then(Value::as_f64);
-    for (metric, name, decimals) in LINES {
-        let [before, after] = [before, after].map(|row| value(row, metric));
+    for (metric, name, decimals) in lines {
+        let [before, after] = [before, after].map(|row| row.get(metric).and_then(Value::as_f64));
         if before.is_some() || after.is_some() {
-            writeln!(f, "  {name:<26}{:>9} {:>9}", shown(before, decimals), shown(after, decimals))?;
+            writeln!(f, "  {name:<26}{:>9} {:>9}", shown(before, *decimals), shown(after, *decimals))?;
         }
     }
     Ok(())
@@ -125,20 +132,20 @@ fn table(f: &mut fmt::Formatter, [before, after]: &[MetricsRow; 2]) -> fmt::Resu
 impl fmt::Display for Rescored {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
         if let Some((first, last)) = self.steps(RowSplit::Train) {
+            let lines = [&SCORED[..], &TAUGHT].concat();
             writeln!(f, "training, {} steps", last - first + 1)?;
-            table(f, &self.metrics(RowSplit::Train, None))?;
+            table(f, &self.metrics(RowSplit::Train, None), &lines)?;
             let (down, up) = self.sign_flips();
             writeln!(f, "  advantages with the other sign: {down} from up to down, {up} from down to up")?;
-            for step in [first, last].into_iter().take(if first == last { 1 } else { 2 }) {
+            for step in BTreeSet::from([first, last]) {
                 writeln!(f, "step {step}")?;
-                table(f, &self.metrics(RowSplit::Train, Some(step)))?;
+                table(f, &self.metrics(RowSplit::Train, Some(step)), &lines)?;
             }
         }
-        if let Some((first, last)) = self.steps(RowSplit::Eval) {
-            for step in [first, last].into_iter().take(if first == last { 1 } else { 2 }) {
-                writeln!(f, "evaluation after {step} steps")?;
-                table(f, &self.metrics(RowSplit::Eval, Some(step)))?;
-            }
+        for step in self.steps(RowSplit::Eval).map(|(first, last)| BTreeSet::from([first, last])).into_iter().flatten()
+        {
+            writeln!(f, "evaluation after {step} steps")?;
+            table(f, &self.metrics(RowSplit::Eval, Some(step)), &SCORED)?;
         }
         writeln!(f, "{} of {} rows changed", self.changed, self.rows())?;
         for (before, after, text) in &self.examples {

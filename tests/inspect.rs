@@ -188,7 +188,7 @@ fn a_long_completion_is_scrolled_and_cut() {
     drawn(&mut app, 80, 24);
     press(&mut app, "G");
     let screen = drawn(&mut app, 80, 24);
-    assert!(screen[22].starts_with("… 4464 more bytes"), "{screen:?}");
+    assert!(screen.iter().any(|line| line.starts_with("… 4464 more bytes")), "{screen:?}");
 }
 
 #[test]

@@ -129,10 +129,10 @@ impl App {
             KeyCode::Enter | KeyCode::Right => self.open(),
             KeyCode::Char('/') => self.typed = Some((Asked::Search, String::new())),
             KeyCode::Char(':') => self.typed = Some((Asked::Step, String::new())),
-            KeyCode::Char('r') => return self.change(|app| app.reverse = !app.reverse),
+            KeyCode::Char('r') => return self.order(|app| app.reverse = !app.reverse),
             KeyCode::Char('o') => {
                 return self
-                    .change(|app| app.sort = next(SortKey::value_variants(), Some(app.sort)).unwrap_or_default());
+                    .order(|app| app.sort = next(SortKey::value_variants(), Some(app.sort)).unwrap_or_default());
             }
             KeyCode::Char('x') | KeyCode::Esc => return self.change(|app| app.filter = Filter::default()),
             KeyCode::Char('s') => {
@@ -205,12 +205,19 @@ impl App {
         Ok(())
     }
 
-    /// Changes filter or order; what is selected stays, if it is still there.
+    /// Changes what is listed; what is selected stays, if it is still there.
     fn change(&mut self, change: impl FnOnce(&mut Self)) -> Result<()> {
         let selected = self.listed.get(self.selected).copied();
         change(self);
         self.listed = self.inspected.select(&self.filter, self.sort, self.reverse)?;
         self.selected = self.listed.iter().position(|index| Some(*index) == selected).unwrap_or(0);
+        Ok(())
+    }
+
+    /// Changes the order, and begins at its top.
+    fn order(&mut self, change: impl FnOnce(&mut Self)) -> Result<()> {
+        self.change(change)?;
+        self.selected = 0;
         Ok(())
     }
 

@@ -159,15 +159,11 @@ fn group(
     Ok(())
 }
 
-/// A rollout to read: pieces of text with their styles.
+/// A rollout to read, the completion first, for it is what is looked for: pieces of text with their styles.
 fn reading(row: &Row, tokens: Option<&TokenRow>, colors: bool) -> Vec<(String, Style)> {
     let plain = Style::new();
     let bold = plain.add_modifier(Modifier::BOLD);
     let mut pieces = vec![(format!("{}\n{}\n", place(row), outcome(row)), plain)];
-    for message in &row.prompt {
-        pieces.push((format!("--- {}\n", role(message.role)), bold));
-        pieces.push((format!("{}\n", printable(beginning(&message.content))), plain));
-    }
     pieces.push(("--- completion\n".into(), bold));
     let text = beginning(&row.completion);
     let mut read = 0;
@@ -183,6 +179,11 @@ fn reading(row: &Row, tokens: Option<&TokenRow>, colors: bool) -> Vec<(String, S
     let left = row.completion.len() - text.len();
     if left > 0 {
         pieces.push((format!("\n… {left} more bytes; --format json has them all"), bold));
+    }
+    pieces.push(("\n".into(), plain));
+    for message in &row.prompt {
+        pieces.push((format!("--- {}\n", role(message.role)), bold));
+        pieces.push((format!("{}\n", printable(beginning(&message.content))), plain));
     }
     pieces
 }
@@ -204,25 +205,42 @@ fn shade(probability: f32, colors: bool) -> Style {
     if colors { style.fg(color) } else { style }
 }
 
-/// Lines of at most `width` columns, cut where they are full.
+/// Lines of at most `width` columns, cut after the last space that fits, if there is one.
 fn wrapped(pieces: &[(String, Style)], width: usize) -> Vec<Line<'static>> {
-    let (mut lines, mut line, mut used): (Vec<Line>, Vec<Span>, usize) = (Vec::new(), Vec::new(), 0);
-    for (text, style) in pieces {
-        let mut span = String::new();
-        for one in text.chars() {
-            let wide = one.width().unwrap_or(0);
-            if one == '\n' || used + wide > width.max(2) {
-                line.push(Span::styled(std::mem::take(&mut span), *style));
-                lines.push(Line::from(std::mem::take(&mut line)));
-                used = 0;
-            }
-            if one != '\n' {
-                span.push(one);
-                used += wide;
-            }
+    let width = width.max(2);
+    let mut lines: Vec<Vec<(char, Style)>> = vec![Vec::new()];
+    let mut used = 0;
+    for (one, style) in pieces.iter().flat_map(|(text, style)| text.chars().map(move |one| (one, *style))) {
+        let wide = one.width().unwrap_or(0);
+        let last = lines.len() - 1;
+        if one == '\n' {
+            lines.push(Vec::new());
+            used = 0;
+            continue;
         }
-        line.push(Span::styled(span, *style));
+        if used + wide > width {
+            let line = &mut lines[last];
+            let after_space = line.iter().rposition(|(one, _)| *one == ' ').map_or(line.len(), |space| space + 1);
+            // A word that is nearly as wide as the line is cut.
+            let cut = if columns(&line[after_space..]) + wide > width { line.len() } else { after_space };
+            let rest = line.split_off(cut);
+            used = columns(&rest);
+            lines.push(rest);
+        }
+        lines.last_mut().expect("there is a line").push((one, style));
+        used += wide;
     }
-    lines.push(Line::from(line));
-    lines
+    lines.iter().map(|line| spans(line)).collect()
+}
+
+fn columns(line: &[(char, Style)]) -> usize {
+    line.iter().map(|(one, _)| one.width().unwrap_or(0)).sum()
+}
+
+/// Characters of one style become one piece.
+fn spans(line: &[(char, Style)]) -> Line<'static> {
+    let same = |one: &(char, Style), other: &(char, Style)| one.1 == other.1;
+    let span =
+        |piece: &[(char, Style)]| Span::styled(piece.iter().map(|(one, _)| *one).collect::<String>(), piece[0].1);
+    Line::from(line.chunk_by(same).map(span).collect::<Vec<_>>())
 }
