@@ -29,7 +29,7 @@ pub fn one_line(text: &str, most: usize) -> String {
     let start: String = text.chars().take(most + 1).map(|one| if one == '\n' { '⏎' } else { one }).collect();
     let shown = printable(&start);
     match shown.chars().count() > most {
-        true => shown.chars().take(most.saturating_sub(1)).chain(['…']).collect(),
+        true => shown.chars().take(most.saturating_sub(1)).chain(['…']).take(most).collect(),
         false => shown,
     }
 }

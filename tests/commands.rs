@@ -25,6 +25,8 @@ fn help_fits_a_terminal_of_80_columns() {
         &["sample", "--help"],
         &["chat", "--help"],
         &["export", "--help"],
+        &["inspect", "--help"],
+        &["rescore", "--help"],
     ] {
         let ended = place.candor(arguments);
         assert_eq!((ended.code, ended.stderr.as_str()), (Some(0), ""));

@@ -80,7 +80,7 @@ fn what_had_no_score_can_get_one() {
 
 #[test]
 fn what_cannot_be_scored_again_is_refused_before_anything_is() {
-    let (_results, folder) = toy_run("steps = 2");
+    let (_results, folder) = toy_run("");
     let row = "generations.jsonl: line 1: task toy/heldout/";
     refused(&folder, &["environment.0.prompt=35"], row);
     refused(&folder, &["environment.0.prompt=35"], "toy asks something else now");
@@ -116,7 +116,9 @@ fn what_cannot_be_scored_again_is_refused_before_anything_is() {
 /// Through the program, on completions that were written by hand: the rewards are those of the rules' formulas.
 #[test]
 fn another_reward_gives_what_its_formula_says() {
-    let place = Place::new("steps = 1\nbatch = { prompts = 2, group = 2 }\nevaluation.tasks = 0");
+    let environment = "environment = [{ name = \"boolq\", source = \"rows\", examples = \"none\" }]";
+    let place =
+        Place::new(&format!("steps = 1\nbatch = {{ prompts = 2, group = 2 }}\nevaluation.tasks = 0\n{environment}"));
     place.finish(&[]);
     let mut rows = place.rows();
     let texts = [
@@ -138,9 +140,8 @@ fn another_reward_gives_what_its_formula_says() {
         let output = ended.stdout.lines().last().unwrap().to_string();
         (ended.stdout, lines(&place.path(&output)))
     };
-    let (_, brier) = rescore(&["environment.0.length={ mode = \"none\" }"]);
-    let (said, log) =
-        rescore(&["environment.0.length={ mode = \"none\" }", "environment.0.reward=log", "environment.0.unparsed=-2"]);
+    let (_, brier) = rescore(&[]);
+    let (said, log) = rescore(&["environment.0.reward=log", "environment.0.unparsed=-2"]);
     for (row, (brier, log)) in brier.iter().zip(&log).enumerate() {
         let (Some(p), Some(y)) = (brier["metrics"]["p_yes"].as_f64(), brier["metrics"]["y"].as_f64()) else {
             assert_eq!(
