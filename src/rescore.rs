@@ -168,7 +168,7 @@ impl Rescore {
             // The error is what is told; what is left of the file is in nobody's way.
             drop(fs::remove_file(&unfinished));
         })?;
-        fs::rename(&unfinished, &output).with_context(|| format!("{}: cannot create", output.display()))?;
+        fs::rename(&unfinished, output).with_context(|| format!("{}: cannot create", output.display()))?;
         torn.iter().for_each(|torn| observer(Event::Warning(torn)));
         Ok(rescored)
     }

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 use candor::inspect::app::{App, View};
 use candor::inspect::screen::draw;
@@ -18,7 +19,7 @@ use serde_json::{Value, json};
 use tempfile::{TempDir, tempdir};
 
 use crate::program::Place;
-use crate::recorded::{SMALL, lines, rows};
+use crate::recorded::{LARGE, SMALL, lines, rows};
 use crate::toy::{config, run};
 
 /// What a completion must not do to a terminal.
@@ -158,6 +159,18 @@ fn keys_move_filter_search_and_open() {
     assert!(drawn(&mut app, 80, 24).iter().any(|line| line.contains("sampling.logprobs")));
     press(&mut app, "qq");
     assert!(app.quit);
+}
+
+/// Fails if opening, searching or drawing looks at every rollout for every rollout.
+#[test]
+fn the_largest_run_is_looked_into_in_seconds() {
+    let folder = folder(rows(LARGE));
+    let started = Instant::now();
+    let mut app = app(folder.path());
+    press(&mut app, "/which ends in\no\n");
+    let screen = drawn(&mut app, 80, 24);
+    assert!(screen[0].contains(" of 51712 rollouts") && screen[6].len() > 70, "{screen:?}");
+    assert!(started.elapsed() < Duration::from_secs(30), "{:?}", started.elapsed());
 }
 
 /// Fails by a panic: nothing but sizes is at stake here.

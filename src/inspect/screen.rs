@@ -139,7 +139,7 @@ fn group(
     let shown = members.len().min(MOST_MEMBERS).min(usize::from(area.height) / 3);
     let heights = [Constraint::Length(shown as u16 + 1), Constraint::Min(0)];
     let [above, below] = Layout::vertical(heights).areas(area);
-    let first = if shown > 0 { at / shown * shown } else { 0 };
+    let first = at.checked_div(shown).map_or(0, |page| page * shown);
     let mut lines = vec![Line::styled(COLUMNS, Style::new().add_modifier(Modifier::BOLD))];
     for (place, &member) in members.iter().enumerate().skip(first).take(shown) {
         let completion = one_line(&app.inspected.generations.row(member)?.completion, usize::from(area.width));
@@ -190,7 +190,11 @@ fn reading(row: &Row, tokens: Option<&TokenRow>, colors: bool) -> Vec<(String, S
 
 /// As much of a text as is shown.
 fn beginning(text: &str) -> &str {
-    &text[..text.floor_char_boundary(MOST_BYTES)]
+    let mut end = text.len().min(MOST_BYTES);
+    while !text.is_char_boundary(end) {
+        end -= 1;
+    }
+    &text[..end]
 }
 
 /// How a token of this probability looks.
