@@ -1,7 +1,7 @@
-//! The rows of data files as JSON, each with its place: JSON lines, plain or gzipped, and parquet.
+//! The rows of data files as JSON, each with its place: JSON lines, plain or compressed, and parquet.
 
 use std::fs::File;
-use std::io::{BufRead, BufReader, Read};
+use std::io::{self, BufRead, BufReader, Read};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 
@@ -16,12 +16,12 @@ use sha2::{Digest, Sha256};
 
 use crate::csv;
 
-/// A longer line is no row; it would have to be held in memory whole.
-const LONGEST_LINE: u64 = 64 << 20;
+/// In bytes: a longer line is no row; it would have to be held in memory whole.
+pub const LONGEST_LINE: u64 = 64 << 20;
 
 /// Calls `visit` with each row of a file and its index, which counts from 0. The name's end says what the file is:
-/// `.parquet`, `.csv` with a header, and JSON lines otherwise, whose blank lines are no rows; the last two may be gzipped,
-/// as `.gz`. Bytes that a parquet file does not mark as text are text where they are UTF-8, else base64.
+/// `.parquet`, `.csv` with a header, and JSON lines otherwise, whose blank lines are no rows; the last two may be compressed,
+/// as `.gz` or `.zst`. Bytes that a parquet file does not mark as text are text where they are UTF-8, else base64.
 ///
 /// # Errors
 /// If the file cannot be read or a row is not a `T`; the message names the file, the line (from 1) or the row (from 0).
@@ -33,12 +33,21 @@ pub fn each_row<T: DeserializeOwned>(
     if name.ends_with(".parquet") {
         return each_record(path, file, visit);
     }
-    let file = BufReader::new(file);
-    let (plain, reader): (&str, Box<dyn BufRead>) = match name.strip_suffix(".gz") {
-        Some(plain) => (plain, Box::new(BufReader::new(MultiGzDecoder::new(file)))),
-        None => (&name, Box::new(file)),
-    };
+    let reader = BufReader::new(unpacked(path, file).with_context(|| path.display().to_string())?);
+    let plain = name.strip_suffix(".gz").or(name.strip_suffix(".zst")).unwrap_or(&name);
     if plain.ends_with(".csv") { each_named(path, reader, visit) } else { each_line(path, reader, visit) }
+}
+
+/// What is in a file that may be compressed, as the end of its name says: `.gz`, `.zst`.
+///
+/// # Errors
+/// If there is no memory for a decoder.
+pub fn unpacked(path: &Path, file: File) -> io::Result<Box<dyn Read>> {
+    Ok(match path.extension().and_then(|extension| extension.to_str()) {
+        Some("gz") => Box::new(MultiGzDecoder::new(BufReader::new(file))),
+        Some("zst") => Box::new(zstd::Decoder::new(file)?),
+        _ => Box::new(file),
+    })
 }
 
 /// The records of a CSV file.
@@ -139,7 +148,7 @@ pub fn field<T: DeserializeOwned>(row: &Map<String, Value>, name: &str) -> anyho
 }
 
 /// What is wrong with a line, by its column alone: the line that serde counts is always the first.
-fn in_line(error: &serde_json::Error) -> Error {
+pub fn in_line(error: &serde_json::Error) -> Error {
     let said = error.to_string();
     let place = format!(" at line {} column {}", error.line(), error.column());
     anyhow!("not the JSON expected, at column {}: {}", error.column(), said.strip_suffix(&place).unwrap_or(&said))

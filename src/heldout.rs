@@ -45,8 +45,8 @@ impl HeldOut<'_> {
         let chosen = choose_heldout(sources, config.evaluation.tasks, config.seed);
         let collector =
             Collector { sources, tokenizer, observer, patience: SCORE_TIMEOUT, what: "held-out tasks", stop };
-        let groups = collector.collect(&chosen, samples, sampler, adapter, &Settings::evaluation(config, step));
-        groups.with_context(|| format!("evaluation after {step} steps"))
+        let collected = collector.collect(&chosen, samples, sampler, adapter, &Settings::evaluation(config, step));
+        Ok(collected.with_context(|| format!("evaluation after {step} steps"))?.groups)
     }
 }
 
@@ -91,7 +91,8 @@ impl Evaluation {
         let Self { config, samples, sources, tokenizer, sampler, adapter } = self;
         let heldout = HeldOut { config, samples: *samples, sources, tokenizer, observer, stop: &|| false };
         let groups = heldout.complete(sampler, adapter.as_ref(), 0)?;
-        ScoreErrors::default().observe(&groups)?;
-        Ok(Row::all(RowSplit::Eval, 0, &groups))
+        let rows = Row::all(RowSplit::Eval, 0, &groups);
+        ScoreErrors::default().observe(&rows)?;
+        Ok(rows)
     }
 }

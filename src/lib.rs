@@ -28,7 +28,10 @@
 //! * [`config`], [`source`], [`run`], [`checkpoint`], [`peft`], [`tensors`]: what is read, fetched and written
 //! * [`evaluation`]: metrics of confidences, in plain floats
 //! * [`calibration`], [`comparison`], [`routed`], [`calibration_map`]: what the rows of evaluations say by them
-//! * [`record`], [`summary`]: what came of a run
+//! * [`metrics`], [`record`], [`summary`], [`tensorboard`]: what came of a run
+//! * [`generations`]: recorded rollouts, read again; [`rescore`], [`rescored`]: scored again;
+//!   [`inspect`]: looked into
+//! * [`printable`]: a model's text on a terminal
 //! * [`bench`]: how fast a machine samples and learns
 //! * [`random`], [`event`]: random numbers by counter, and what a run tells whoever watches
 
@@ -45,13 +48,16 @@ pub mod config;
 pub mod evaluation;
 pub mod event;
 pub mod export;
+pub mod generations;
 pub mod given;
 pub mod grades;
 pub mod heldout;
 pub mod inputs;
+pub mod inspect;
 pub mod judge;
 pub mod learner;
 pub mod logprob;
+pub mod metrics;
 pub mod model;
 pub mod objective;
 pub mod ops;
@@ -59,9 +65,12 @@ pub mod peft;
 pub mod plan;
 pub mod policy;
 pub mod prepare;
+pub mod printable;
 pub mod prompts;
 pub mod random;
 pub mod record;
+pub mod rescore;
+pub mod rescored;
 pub mod rollout;
 pub mod routed;
 pub mod run;
@@ -72,6 +81,7 @@ pub mod selection;
 pub mod setup;
 pub mod source;
 pub mod summary;
+pub mod tensorboard;
 pub mod tensors;
 pub mod tokenizer;
 pub mod train;

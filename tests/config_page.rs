@@ -415,6 +415,7 @@ fn the_page_holds_the_contracts_keys_and_defaults() {
         "sampling.endpoints.base_url",
         "sampling.endpoints.concurrency",
         "sampling.endpoints.model",
+        "sampling.logprobs",
     ];
     assert_eq!(more, known);
 }

@@ -247,6 +247,8 @@ pub struct Sampling {
     pub temperature: f64,
     /// Strings that end a completion, beside the model's own end tokens.
     pub stop: Vec<String>,
+    /// Whether `logprobs.jsonl` keeps every rollout's tokens with their log-probabilities, which `candor inspect` shades them by.
+    pub logprobs: bool,
     /// How many optimizer steps the sampler may run ahead of the learner; 0: strictly on policy.
     pub async_level: usize,
     /// The servers of `kind = "openai"`.
@@ -256,7 +258,15 @@ pub struct Sampling {
 impl Default for Sampling {
     fn default() -> Self {
         let (stop, endpoints) = (Vec::new(), Vec::new());
-        Sampling { kind: SamplerKind::Local, max_tokens: 32, temperature: 1.0, stop, async_level: 0, endpoints }
+        Sampling {
+            kind: SamplerKind::Local,
+            max_tokens: 32,
+            temperature: 1.0,
+            stop,
+            logprobs: false,
+            async_level: 0,
+            endpoints,
+        }
     }
 }
 
