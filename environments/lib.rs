@@ -65,5 +65,8 @@ pub struct Reading {
     pub answer: Option<Range<usize>>,
 }
 
+/// Reads a completion.
+pub type Reader = fn(&str) -> Reading;
+
 /// How the completions of built-in environments are read where there is no task to score them on: by name.
-pub const READERS: &[(&str, fn(&str) -> Reading)] = &[("boolq", boolq::read), ("simpleqa", simpleqa::read)];
+pub const READERS: &[(&str, Reader)] = &[("boolq", boolq::read), ("simpleqa", simpleqa::read)];

@@ -7,7 +7,7 @@ use std::ops::Range;
 use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
-use candor_environments::{READERS, Reading};
+use candor_environments::{READERS, Reader, Reading};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map as Object, Value};
 
@@ -98,7 +98,7 @@ impl CalibrationMap {
     ///
     /// # Errors
     /// If that is not a built-in one.
-    pub fn reader(&self) -> Result<fn(&str) -> Reading> {
+    pub fn reader(&self) -> Result<Reader> {
         let reader = READERS.iter().find(|(name, _)| *name == self.environment).map(|(_, reader)| *reader);
         reader.with_context(|| {
             let known: Vec<&str> = READERS.iter().map(|(name, _)| *name).collect();

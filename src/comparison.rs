@@ -8,7 +8,6 @@ use serde::Serialize;
 
 use crate::calibration::{answers, by_environment};
 use crate::calibration_map::Confidence;
-use crate::evaluation::answers::Answers;
 use crate::evaluation::bootstrap::{Interval, Resampling};
 use crate::evaluation::comparison::{Difference, Verdict, compare};
 use crate::evaluation::measures::METRICS;
@@ -23,8 +22,6 @@ pub struct Comparison {
     pub environment: String,
     /// Tasks of both.
     pub tasks: usize,
-    /// The share of answers with a confidence, before and after.
-    pub parse_rates: [f64; 2],
     /// Against the first as it is.
     pub raw: Vec<Difference>,
     /// Against the first through a cross-fitted Platt map; `None` where none could be fitted.
@@ -56,7 +53,6 @@ pub fn comparisons(before: &[Row], after: &[Row], of: Confidence, resampling: Re
             Ok(Comparison {
                 environment: environment.to_string(),
                 tasks: before.questions().len(),
-                parse_rates: [&before, &after].map(parse_rate),
                 raw: compare(&before, &after, resampling)?,
                 platt: against(Kind::Platt)?,
                 isotonic: against(Kind::Isotonic)?,
@@ -67,15 +63,10 @@ pub fn comparisons(before: &[Row], after: &[Row], of: Confidence, resampling: Re
     Ok(comparisons)
 }
 
-fn parse_rate(answers: &Answers) -> f64 {
-    let rows = answers.rows();
-    rows.iter().filter(|answer| answer.confidence.is_some()).count() as f64 / rows.len() as f64
-}
-
 impl fmt::Display for Comparison {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
-        let Self { environment, tasks, parse_rates: [before, after], .. } = self;
-        writeln!(f, "{environment}: the same {tasks} tasks; parse rate {before:.3} before, {after:.3} after")?;
+        let Self { environment, tasks, .. } = self;
+        writeln!(f, "{environment}: the same {tasks} tasks")?;
         let tables = [("", Some(&self.raw)), ("+Platt", self.platt.as_ref()), ("+isotonic", self.isotonic.as_ref())];
         for (how, differences) in tables {
             let Some(differences) = differences else {
@@ -84,7 +75,8 @@ impl fmt::Display for Comparison {
             };
             let head = format!("before{how}");
             writeln!(f, "  {:<21} {head:>16} {:>8} {:>11}  95% interval", "", "after", "difference")?;
-            for (metric, one) in METRICS.iter().zip(differences) {
+            let titles = ["parse rate"].into_iter().chain(METRICS.iter().map(|metric| metric.title));
+            for (title, one) in titles.zip(differences) {
                 let interval =
                     one.interval.map_or("-".into(), |Interval { low, high, .. }| format!("{low:+.3} to {high:+.3}"));
                 let verdict = match one.verdict {
@@ -94,8 +86,7 @@ impl fmt::Display for Comparison {
                 };
                 let [before, after] = [one.before, one.after].map(|value| shown(value, 3));
                 let difference = one.difference.map_or("-".into(), |value| format!("{value:+.3}"));
-                let line =
-                    format!("  {:<21} {before:>16} {after:>8} {difference:>11}  {interval} {verdict}", metric.title);
+                let line = format!("  {title:<21} {before:>16} {after:>8} {difference:>11}  {interval} {verdict}");
                 writeln!(f, "{}", line.trim_end())?;
             }
         }

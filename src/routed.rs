@@ -144,15 +144,9 @@ impl fmt::Display for RoutedEnvironment {
                 }
             };
             let cell = |point: &Option<Point>, of: fn(&Point) -> f64| shown(point.as_ref().map(of), 3);
-            let (rate, accuracy): (fn(&Point) -> f64, fn(&Point) -> f64) = (|p| p.escalation_rate, |p| p.accuracy);
-            let cells = [
-                cell(chosen, rate),
-                cell(chosen, accuracy),
-                cell(held_out, rate),
-                cell(held_out, accuracy),
-                cell(held_out, |p| p.cost),
-            ];
-            let [one, two, three, four, five] = cells;
+            let [one, three] = [chosen, held_out].map(|point| cell(point, |point| point.escalation_rate));
+            let [two, four] = [chosen, held_out].map(|point| cell(point, |point| point.accuracy));
+            let five = cell(held_out, |point| point.cost);
             writeln!(f, "  {:<34}{threshold:>10} {one:>8}{two:>8} {three:>8}{four:>8}{five:>8}", words(*rule))?;
         }
         Ok(())

@@ -54,6 +54,18 @@ impl Answers {
         &self.rows
     }
 
+    /// The share of answers that state a confidence, with every question as often as `counts`, by question, says; `None` where that
+    /// leaves nothing.
+    ///
+    /// # Panics
+    /// If a question has no count.
+    pub fn parse_rate(&self, counts: &[u32]) -> Option<f64> {
+        let count = |answer: &Answer| u64::from(counts[answer.question as usize]);
+        let all: u64 = self.rows.iter().map(count).sum();
+        let parsed: u64 = self.rows.iter().filter(|answer| answer.confidence.is_some()).map(count).sum();
+        (all > 0).then(|| parsed as f64 / all as f64)
+    }
+
     /// The same answers with other confidences, one for each.
     ///
     /// # Errors

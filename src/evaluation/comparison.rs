@@ -22,7 +22,7 @@ pub enum Verdict {
 /// One metric of both.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct Difference {
-    /// Its name in [`METRICS`].
+    /// `parse_rate`, or its name in [`METRICS`].
     pub metric: &'static str,
     /// Of the first answers.
     pub before: Option<f64>,
@@ -36,7 +36,10 @@ pub struct Difference {
     pub verdict: Option<Verdict>,
 }
 
-/// The differences of all [`METRICS`], in their order.
+/// The parse rate, then all [`METRICS`].
+const COUNT: usize = METRIC_COUNT + 1;
+
+/// The differences of the parse rate and of all [`METRICS`], in their order.
 ///
 /// # Errors
 /// If the questions are not the same, with how many each lacks; they must be numbered alike.
@@ -55,29 +58,35 @@ pub fn compare(before: &Answers, after: &Answers, resampling: Resampling) -> Res
         counts.1
     );
     ensure!(before.questions() == after.questions(), "the questions are the same but not in the same order");
-    let both = [before, after].map(Answers::predictions);
-    let values = |counts: Option<&[u32]>| -> [[Option<f64>; METRIC_COUNT]; 2] {
-        both.each_ref().map(|all| {
-            let resampled = counts.map(|counts| all.as_ref()?.resampled(counts));
-            let all = resampled.as_ref().unwrap_or(all).as_ref();
-            METRICS.each_ref().map(|metric| all.filter(|_| metric.resampled || counts.is_none()).and_then(metric.of))
+    let both = [before, after].map(|answers| (answers, answers.predictions()));
+    let once = vec![1; before.questions().len()];
+    let values = |counts: &[u32], is_resample: bool| -> [[Option<f64>; COUNT]; 2] {
+        both.each_ref().map(|(answers, predictions)| {
+            let predictions = predictions.as_ref().and_then(|all| all.resampled(counts));
+            let value = |metric: &super::measures::Metric| {
+                predictions.as_ref().filter(|_| metric.resampled || !is_resample).and_then(metric.of)
+            };
+            let mut values = [answers.parse_rate(counts); COUNT];
+            METRICS.iter().zip(&mut values[1..]).for_each(|(metric, into)| *into = value(metric));
+            values
         })
     };
-    let subtract = |[before, after]: [[Option<f64>; METRIC_COUNT]; 2]| -> [Option<f64>; METRIC_COUNT] {
+    let subtract = |[before, after]: [[Option<f64>; COUNT]; 2]| -> [Option<f64>; COUNT] {
         std::array::from_fn(|index| Some(after[index]? - before[index]?))
     };
-    let intervals = resampling.intervals(before.questions().len(), |counts| subtract(values(Some(counts))));
-    let points = values(None);
+    let intervals = resampling.intervals(before.questions().len(), |counts| subtract(values(counts, true)));
+    let points = values(&once, false);
     let differences = subtract(points);
-    let of = |(index, metric): (usize, &super::measures::Metric)| {
+    let names = [("parse_rate", true)].into_iter().chain(METRICS.iter().map(|one| (one.name, one.higher_is_better)));
+    let of = |(index, (metric, higher_is_better)): (usize, (&'static str, bool))| {
         let interval = intervals[index];
         let verdict = interval.map(|Interval { low, high, .. }| match (low > 0.0, high < 0.0) {
             (false, false) => Verdict::Unclear,
-            (rose, _) if rose == metric.higher_is_better => Verdict::Improved,
+            (rose, _) if rose == higher_is_better => Verdict::Improved,
             _ => Verdict::Worse,
         });
         let [before, after] = points.map(|values| values[index]);
-        Difference { metric: metric.name, before, after, difference: differences[index], interval, verdict }
+        Difference { metric, before, after, difference: differences[index], interval, verdict }
     };
-    Ok(METRICS.iter().enumerate().map(of).collect())
+    Ok(names.enumerate().map(of).collect())
 }

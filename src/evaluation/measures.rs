@@ -3,7 +3,7 @@
 
 use serde::{Serialize, Serializer};
 
-use super::answers::{Answer, Answers};
+use super::answers::Answers;
 use super::binned::{
     Norm, NullLevel, adaptive_calibration_error, calibration_error, default_beta, expected_calibration_error,
     null_level,
@@ -172,22 +172,11 @@ impl Measures {
     /// Measures a set of answers; questions are resampled.
     pub fn of(answers: &Answers, bootstrap: Resampling) -> Self {
         let (questions, predictions) = (answers.questions().len(), answers.predictions());
-        let mut by_question = vec![[0_u64; 2]; questions];
-        for Answer { question, confidence, .. } in answers.rows() {
-            let [asked, parsed] = &mut by_question[*question as usize];
-            (*asked, *parsed) = (*asked + 1, *parsed + u64::from(confidence.is_some()));
-        }
-        let share = |counts: &[u32]| {
-            let count = |which: usize| -> u64 {
-                by_question.iter().zip(counts).map(|(all, &n)| all[which] * u64::from(n)).sum()
-            };
-            Some(count(1) as f64 / count(0) as f64)
-        };
         let resampled = |counts: &[u32]| {
             let predictions = predictions.as_ref().and_then(|predictions| predictions.resampled(counts));
             all(predictions.as_ref(), true)
         };
-        let [parse_interval] = bootstrap.intervals(questions, |counts| [share(counts)]);
+        let [parse_interval] = bootstrap.intervals(questions, |counts| [answers.parse_rate(counts)]);
         let intervals = bootstrap.intervals(questions, resampled);
         let values = all(predictions.as_ref(), false);
         let estimates =
@@ -197,7 +186,7 @@ impl Measures {
             questions,
             answers: answers.rows().len(),
             parsed,
-            parse_rate: Estimate { value: share(&vec![1; questions]), interval: parse_interval },
+            parse_rate: Estimate { value: answers.parse_rate(&vec![1; questions]), interval: parse_interval },
             estimates,
             ece_10_null: predictions
                 .as_ref()
