@@ -27,7 +27,7 @@
 //! * [`tokenizer`]: text, tokens and the chat template
 //! * [`config`], [`source`], [`run`], [`checkpoint`], [`peft`], [`tensors`]: what is read, fetched and written
 //! * [`evaluation`], [`record`], [`summary`]: what came of it
-//! * [`generations`]: recorded rollouts, read again
+//! * [`generations`], [`report`]: recorded rollouts, read again and shown
 //! * [`bench`]: how fast a machine samples and learns
 //! * [`random`], [`event`]: random numbers by counter, and what a run tells whoever watches
 
@@ -59,6 +59,7 @@ pub mod prepare;
 pub mod prompts;
 pub mod random;
 pub mod record;
+pub mod report;
 pub mod rollout;
 pub mod run;
 pub mod sample;

@@ -6,6 +6,7 @@
 //! * [`models`]: the commands on a model rather than on a config; [`chat`] is the one that talks, [`bench`] the one that
 //!   measures
 //! * [`prepare`]: training data of questions
+//! * [`report`]: files and a page about runs
 
 mod bench;
 mod chat;
@@ -14,6 +15,7 @@ mod judge;
 mod log;
 mod models;
 mod prepare;
+mod report;
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -85,6 +87,8 @@ enum Command {
     Chat(chat::Chat),
     /// Make training data of questions: answers, verdicts, confidences, pairs
     Prepare(prepare::Prepare),
+    /// Show what became of a run, or of several: figures, tables, and a page to browse the rollouts
+    Report(report::Report),
     /// Merge an adapter into its model and write both as one
     Export(models::Export),
     /// Measure how fast this machine samples and learns, as JSON lines
@@ -102,7 +106,7 @@ impl Command {
             | Self::Sample(models::Sample { base, .. })
             | Self::Chat(chat::Chat { base, .. })
             | Self::Export(models::Export { base, .. }) => base.quiet,
-            Self::Bench(bench::Arguments { quiet, .. }) => *quiet,
+            Self::Bench(bench::Arguments { quiet, .. }) | Self::Report(report::Report { quiet, .. }) => *quiet,
         }
     }
 }
@@ -168,6 +172,7 @@ fn execute(command: &Command, environments: &[(&str, Load)], console: &Arc<Conso
         Command::Sample(command) => command.run(&observer, console),
         Command::Chat(command) => command.run(&observer, console),
         Command::Prepare(command) => command.run(&observer),
+        Command::Report(command) => command.run(&observer, console),
         Command::Export(command) => command.run(&observer),
         Command::Bench(command) => command.run(&observer, console),
     }

@@ -1,0 +1,186 @@
+//! Reliability diagrams: binned, of every few steps; and CORP's isotonic fit with its band, of the phases of training.
+
+use std::collections::BTreeMap;
+
+use anyhow::Result;
+
+use super::chart::{Axis, Chart, Dot, Figure, Layer, Mark};
+use super::figures::thousands;
+use super::subject::{Subject, answers};
+use crate::evaluation::Predictions;
+use crate::evaluation::answers::Answers;
+use crate::evaluation::binned::equal_width;
+use crate::evaluation::bootstrap::{Resampling, TAILS, quantile};
+use crate::evaluation::decomposition::reliability;
+
+/// Bins of a diagram.
+const BINS: usize = 10;
+/// A dot's radius if it held all answers; its area is their share.
+const LARGEST_DOT: f64 = 16.0;
+/// Resamples of a band.
+const RESAMPLES: usize = 200;
+
+/// One diagram per group of steps, all subjects in each.
+///
+/// # Errors
+/// If a confidence is not in [0, 1].
+pub fn calibration_curves(subjects: &[Subject], group_size: u64) -> Result<Figure> {
+    let mut panels: BTreeMap<u64, Vec<(usize, Option<Predictions>)>> = BTreeMap::new();
+    let mut last = 0;
+    for (color, subject) in subjects.iter().enumerate() {
+        last = last.max(subject.training.last_key_value().map_or(0, |(step, _)| *step));
+        for (group, rollouts) in subject.groups(group_size) {
+            let stated = answers(&rollouts)?.and_then(|answers| answers.predictions());
+            panels.entry(group).or_default().push((color, stated));
+        }
+    }
+    let chart = |(group, stated): (u64, Vec<(usize, Option<Predictions>)>)| {
+        let (from, to) = (group * group_size, ((group + 1) * group_size - 1).min(last));
+        let steps = if from == to { format!("step {from}") } else { format!("steps {from}–{to}") };
+        let layers = |(color, stated): &(usize, Option<Predictions>)| {
+            stated.as_ref().map(|stated| [binned(stated, *color, name(subjects, *color)), spread(stated, *color)])
+        };
+        diagram(&steps, &stated, stated.iter().filter_map(layers))
+    };
+    Ok(Figure {
+        name: "calibration_curves",
+        title: "Reliability, every few steps".into(),
+        caption: "Ten bins of equal width; a dot's area is the share of the answers in its bin. On the diagonal, what is stated with \
+                  70% is right 70% of the time. Bars: how the confidences are distributed."
+            .into(),
+        charts: panels.into_iter().map(chart).collect(),
+    })
+}
+
+/// Isotonic fits (CORP: Dimitriadis, Gneiting and Jordan 2021) with 95% bands, before, during and after training.
+///
+/// # Errors
+/// If a confidence is not in [0, 1].
+pub fn reliability_phases(subjects: &[Subject]) -> Result<Figure> {
+    let mut panels: Vec<(String, Vec<(usize, Option<Answers>)>)> = Vec::new();
+    for (color, subject) in subjects.iter().enumerate() {
+        for part in subject.phases() {
+            let answers = answers(&part.rollouts)?;
+            match panels.iter_mut().find(|(title, _)| *title == part.title) {
+                Some((_, all)) => all.push((color, answers)),
+                None => panels.push((part.title, vec![(color, answers)])),
+            }
+        }
+    }
+    let chart = |(title, all): (String, Vec<(usize, Option<Answers>)>)| {
+        let stated: Vec<_> =
+            all.iter().map(|(color, answers)| (*color, answers.as_ref().and_then(Answers::predictions))).collect();
+        let layers = all.iter().zip(&stated).filter_map(|((color, answers), (_, stated))| {
+            let (answers, stated) = (answers.as_ref()?, stated.as_ref()?);
+            Some([fitted(answers, stated, *color, name(subjects, *color)), spread(stated, *color)])
+        });
+        diagram(&title, &stated, layers)
+    };
+    Ok(Figure {
+        name: "reliability_phases",
+        title: "Reliability, by phase".into(),
+        caption: "The isotonic fit of being right on the stated confidence (CORP), without bins, and its 95% band (bootstrap by \
+                  question). Below the diagonal is overconfident. Bars: how the confidences are distributed."
+            .into(),
+        charts: panels.into_iter().map(chart).collect(),
+    })
+}
+
+/// A subject's name, where there are several.
+fn name(subjects: &[Subject], index: usize) -> Option<String> {
+    (subjects.len() > 1).then(|| subjects[index].title.clone())
+}
+
+/// A diagram of some subjects' layers, those of the diagram and those of the strip below it.
+fn diagram(
+    title: &str,
+    stated: &[(usize, Option<Predictions>)],
+    layers: impl Iterator<Item = [Vec<Layer>; 2]>,
+) -> Chart {
+    let mut chart = Chart {
+        title: String::new(),
+        x: Axis::share("stated confidence"),
+        y: Axis::share("share correct"),
+        layers: vec![Layer::guide(None, &[(0.0, 0.0), (1.0, 1.0)])],
+        strip: Vec::new(),
+    };
+    for [above, below] in layers {
+        chart.layers.extend(above);
+        chart.strip.extend(below);
+    }
+    let count: usize = stated.iter().filter_map(|(_, stated)| stated.as_ref()).map(Predictions::len).sum();
+    chart.title = match count {
+        0 => format!("{title}: no answer could be read"),
+        _ => format!("{title} (n = {})", thousands(count)),
+    };
+    if chart.strip.is_empty() {
+        // As high as its neighbors.
+        chart.strip.push(Layer::of(0, Mark::Bars(Vec::new())));
+    }
+    chart
+}
+
+/// The share that is right of each bin.
+fn binned(stated: &Predictions, color: usize, name: Option<String>) -> Vec<Layer> {
+    let bins = equal_width(stated, BINS).into_iter().filter(|bin| bin.count > 0.0);
+    let means = bins.map(|bin| (bin.confidence / bin.count, bin.correct / bin.count, bin.count));
+    let dot = |&(confidence, correct, count): &(f64, f64, f64)| {
+        let radius = (LARGEST_DOT * (count / stated.len() as f64).sqrt()).max(2.0);
+        Dot { at: (confidence, correct), radius, interval: None }
+    };
+    let means: Vec<_> = means.collect();
+    let points = means.iter().map(|&(confidence, correct, _)| (confidence, Some(correct))).collect();
+    let line = Mark::Line { points, dashed: false };
+    vec![Layer { name, color: Some(color), mark: line }, Layer::of(color, Mark::Dots(means.iter().map(dot).collect()))]
+}
+
+/// The isotonic fit and its band.
+fn fitted(answers: &Answers, stated: &Predictions, color: usize, name: Option<String>) -> Vec<Layer> {
+    let curve = reliability(stated);
+    let points = curve.iter().map(|point| (point.confidence, Some(point.fit))).collect();
+    let dots = curve.iter().map(|point| {
+        let radius = (LARGEST_DOT * 0.6 * (point.count / stated.len() as f64).sqrt()).max(1.2);
+        Dot { at: (point.confidence, point.fit), radius, interval: None }
+    });
+    let fit = Layer { name, color: Some(color), mark: Mark::Line { points, dashed: false } };
+    let dots = Layer::of(color, Mark::Dots(dots.collect()));
+    vec![Layer::of(color, Mark::Band(band(answers, stated))), fit, dots]
+}
+
+/// The pointwise 95% band of the isotonic fit at every stated confidence, by resampling questions.
+fn band(answers: &Answers, stated: &Predictions) -> Vec<(f64, f64, f64)> {
+    let confidences: Vec<f64> = stated.atoms().iter().map(|atom| atom.confidence).collect();
+    let mut fits = vec![Vec::with_capacity(RESAMPLES); confidences.len()];
+    let resampling = Resampling { resamples: RESAMPLES, ..Resampling::default() };
+    for index in 0..RESAMPLES {
+        let Some(resample) = stated.resampled(&resampling.draw(index, answers.questions().len())) else { continue };
+        let curve = reliability(&resample);
+        for (confidence, fits) in confidences.iter().zip(&mut fits) {
+            fits.push(between(&curve.iter().map(|point| (point.confidence, point.fit)).collect::<Vec<_>>(), *confidence));
+        }
+    }
+    let edge = |(confidence, mut fits): (f64, Vec<f64>)| {
+        fits.sort_by(f64::total_cmp);
+        let [low, high] = TAILS.map(|share| quantile(&fits, share));
+        Some((confidence, low?, high?))
+    };
+    confidences.into_iter().zip(fits).filter_map(edge).collect()
+}
+
+/// A curve's value between its points, and that of its nearest end outside them. The curve has at least one point.
+fn between(curve: &[(f64, f64)], x: f64) -> f64 {
+    let after = curve.partition_point(|point| point.0 < x);
+    match (after.checked_sub(1).map(|before| curve[before]), curve.get(after)) {
+        (Some((x0, y0)), Some(&(x1, y1))) => y0 + (y1 - y0) * (x - x0) / (x1 - x0),
+        (Some((_, y)), None) | (None, Some(&(_, y))) => y,
+        (None, None) => f64::NAN,
+    }
+}
+
+/// How the confidences are distributed, as bars.
+fn spread(stated: &Predictions, color: usize) -> Vec<Layer> {
+    let width = 1.0 / (2 * BINS) as f64;
+    let bar = |(index, count): (usize, f64)| (index as f64 * width, (index + 1) as f64 * width, count / stated.len() as f64);
+    let bins = equal_width(stated, 2 * BINS).into_iter().map(|bin| bin.count).enumerate();
+    vec![Layer::of(color, Mark::Bars(bins.map(bar).filter(|bar| bar.2 > 0.0).collect()))]
+}
