@@ -12,9 +12,9 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
-use crate::evaluation::{
-    Interval, Predictions, accuracy, auroc, base_rate_brier, brier, brier_skill, paired_bootstrap,
-};
+use crate::evaluation::bootstrap::{Interval, paired_bootstrap};
+use crate::evaluation::selective::auroc;
+use crate::evaluation::{Predictions, accuracy, base_rate_brier, brier, brier_skill};
 use crate::grades::Grades;
 use crate::record::{peak_memory, shown};
 use crate::run::{GENERATIONS, METRICS, Row, RowSplit};
@@ -73,7 +73,7 @@ impl Evaluated {
         let pair =
             |row: &&Row| Some((row.metrics.get("confidence")?.as_f64()?, row.metrics.get("correct")?.as_f64()? == 1.0));
         let (confidences, correct): (Vec<f64>, Vec<bool>) = rows.iter().filter_map(pair).unzip();
-        let predictions = (!confidences.is_empty()).then(|| Predictions::new(confidences, correct)).transpose()?;
+        let predictions = (!confidences.is_empty()).then(|| Predictions::new(&confidences, &correct)).transpose()?;
         let parsed = predictions.as_ref().map_or(0, Predictions::len);
         let gold: Vec<f64> = rows.iter().filter_map(|row| row.metrics.get("y")?.as_f64()).collect();
         let base_rate = gold.iter().sum::<f64>() / gold.len() as f64;
