@@ -19,7 +19,8 @@ impl Axis {
 
     /// An axis that shows all values, with some room above and below; `None` where there is none.
     pub fn around(label: &str, values: impl Iterator<Item = f64>) -> Option<Self> {
-        let (low, high) = values.fold((f64::INFINITY, f64::NEG_INFINITY), |(low, high), value| (low.min(value), high.max(value)));
+        let (low, high) =
+            values.fold((f64::INFINITY, f64::NEG_INFINITY), |(low, high), value| (low.min(value), high.max(value)));
         let room = if low < high { (high - low) * 0.06 } else { low.abs().max(1.0) * 0.1 };
         (low <= high).then(|| Self { label: label.into(), range: (low - room, high + room), whole: false })
     }

@@ -66,7 +66,11 @@ pub fn steps(runs: &[RecordedRun], subjects: &[Subject]) -> Result<String> {
         for (prefix, steps) in [("calibration/", &subject.training), ("eval/calibration/", &subject.evaluations)] {
             for (&step, rollouts) in steps {
                 let stated = predictions(rollouts)?;
-                put((subject.run, step), format!("{prefix}parsed{suffix}"), stated.as_ref().map_or(0, |p| p.len()).to_string());
+                put(
+                    (subject.run, step),
+                    format!("{prefix}parsed{suffix}"),
+                    stated.as_ref().map_or(0, |p| p.len()).to_string(),
+                );
                 for metric in &METRICS {
                     let value = stated.as_ref().and_then(metric.of);
                     put((subject.run, step), format!("{prefix}{}{suffix}", metric.name), cell(value));
@@ -74,7 +78,8 @@ pub fn steps(runs: &[RecordedRun], subjects: &[Subject]) -> Result<String> {
             }
         }
     }
-    let mut text = format!("run,step{}\n", columns.iter().map(|column| format!(",{}", quoted(column))).collect::<String>());
+    let mut text =
+        format!("run,step{}\n", columns.iter().map(|column| format!(",{}", quoted(column))).collect::<String>());
     for ((run, step), row) in &rows {
         let cells = columns.iter().map(|column| format!(",{}", row.get(column).map_or("", String::as_str)));
         writeln!(text, "{},{step}{}", quoted(&runs[*run].name), cells.collect::<String>())?;
@@ -84,7 +89,9 @@ pub fn steps(runs: &[RecordedRun], subjects: &[Subject]) -> Result<String> {
 
 /// The numbers and words of a row of metrics, names of nested ones joined by `/`. The step has a column of its own.
 fn flat(row: &Map<String, Value>, prefix: &str, put: &mut impl FnMut(String, String)) {
-    for (name, value) in row.iter().filter(|(name, _)| !prefix.is_empty() || !["step", "split"].contains(&name.as_str())) {
+    for (name, value) in
+        row.iter().filter(|(name, _)| !prefix.is_empty() || !["step", "split"].contains(&name.as_str()))
+    {
         let name = format!("{prefix}{name}");
         match value {
             Value::Object(inner) => flat(inner, &format!("{name}/"), put),

@@ -7,8 +7,8 @@ use plotters::backend::BitMapBackend;
 use plotters::coord::Shift;
 use plotters::element::DashedPathElement;
 use plotters::prelude::{
-    Circle, DrawingArea, DrawingBackend, FontStyle, IntoDrawingArea, IntoTextStyle, PathElement, Polygon, RGBColor, Rectangle,
-    SVGBackend, ShapeStyle, Text,
+    Circle, DrawingArea, DrawingBackend, FontStyle, IntoDrawingArea, IntoTextStyle, PathElement, Polygon, RGBColor,
+    Rectangle, SVGBackend, ShapeStyle, Text,
 };
 use plotters::style::text_anchor::{HPos, Pos, VPos};
 use plotters::style::{Color, FontTransform, register_font};

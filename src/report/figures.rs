@@ -60,7 +60,12 @@ const COURSES: [Course; 6] = [
         of: |all, _| mean(all.iter().map(|rollout| rollout.tokens as f64)),
         baseline: None,
     },
-    Course { title: "Parse rate", label: "share of rollouts that can be read", of: |all, _| parse_rate(all), baseline: None },
+    Course {
+        title: "Parse rate",
+        label: "share of rollouts that can be read",
+        of: |all, _| parse_rate(all),
+        baseline: None,
+    },
 ];
 
 /// Reward, Brier score, ECE, accuracy, length and parse rate over steps.
@@ -72,9 +77,10 @@ pub fn over_steps(subjects: &[Subject]) -> Result<Figure> {
     Ok(Figure {
         name: "over_steps",
         title: "Over the steps".into(),
-        caption: "Lines are the rollouts of training, dots the held-out tasks. A gap is a step in which nothing could be \
+        caption:
+            "Lines are the rollouts of training, dots the held-out tasks. A gap is a step in which nothing could be \
                   measured: where no answer could be read there is no Brier score."
-            .into(),
+                .into(),
         charts: charts.into_iter().flatten().collect(),
     })
 }
@@ -172,7 +178,9 @@ pub fn confidence_histogram(subjects: &[Subject]) -> Result<Figure> {
                 title,
                 x: Axis::share("stated confidence"),
                 y: Axis { label: "share of parsed answers".into(), range: (0.0, highest * 1.05), whole: false },
-                layers: layers.map(|(name, color, mark)| Layer { name: Some(name.into()), ..Layer::of(color, mark) }).into(),
+                layers: layers
+                    .map(|(name, color, mark)| Layer { name: Some(name.into()), ..Layer::of(color, mark) })
+                    .into(),
                 strip: Vec::new(),
             });
         }

@@ -89,7 +89,8 @@ impl Report {
         write_whole(&place("cot_samples.txt"), samples::samples(&self.runs)?.as_bytes())?;
         let tables = table::first_and_last(&subjects)?;
         let (page, unfinished) = (place("index.html"), place("index.html.tmp"));
-        let mut file = File::create(&unfinished).map(BufWriter::new).with_context(|| unfinished.display().to_string())?;
+        let mut file =
+            File::create(&unfinished).map(BufWriter::new).with_context(|| unfinished.display().to_string())?;
         page::write(&mut file, &self.runs, &tables, &figures)
             .and_then(|()| Ok(file.flush()?))
             .and_then(|()| Ok(fs::rename(&unfinished, &page)?))

@@ -9,7 +9,8 @@ use anyhow::{Context, Result};
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use candor_environments::{Finish, ParseStatus};
-use minijinja::{Environment, context};
+use minijinja::Environment;
+use minijinja::value::Serde;
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
@@ -27,7 +28,8 @@ const SCRIPT: &str = include_str!("page.js");
 /// Where the template leaves room for the data.
 const DATA: &str = "<!--data-->";
 /// How a completion may have been read, in the order that the page's index counts in.
-const PARSES: [ParseStatus; 4] = [ParseStatus::Ok, ParseStatus::Missing, ParseStatus::Malformed, ParseStatus::OutOfRange];
+const PARSES: [ParseStatus; 4] =
+    [ParseStatus::Ok, ParseStatus::Missing, ParseStatus::Malformed, ParseStatus::OutOfRange];
 
 /// Writes the page.
 ///
@@ -35,26 +37,26 @@ const PARSES: [ParseStatus; 4] = [ParseStatus::Ok, ParseStatus::Missing, ParseSt
 /// If it cannot be written.
 pub fn write(out: &mut impl Write, runs: &[RecordedRun], tables: &[Table], figures: &[Figure]) -> Result<()> {
     let figure = |figure: &Figure| {
-        let charts = figure.charts.iter().map(|chart| Ok(context! { title => chart.title, svg => chart_svg(chart)? }));
+        let charts = figure.charts.iter().map(|chart| Ok(json!({ "title": chart.title, "svg": chart_svg(chart)? })));
         let charts = charts.collect::<Result<Vec<_>>>()?;
-        Ok(context! { name => figure.name, title => figure.title, caption => figure.caption, charts })
+        Ok(json!({ "name": figure.name, "title": figure.title, "caption": figure.caption, "charts": charts }))
     };
     let names: Vec<&str> = runs.iter().map(|run| run.name.as_str()).collect();
-    let page = context! {
-        title => format!("{} – report", names.join(", ")),
-        script_hash => STANDARD.encode(Sha256::digest(SCRIPT)),
-        style => STYLE,
-        script => SCRIPT,
-        resamples => RESAMPLES,
-        runs => runs.iter().map(|run| context! {
-            name => run.name, facts => facts(run), notes => run.notes, config => run.config,
-        }).collect::<Vec<_>>(),
-        tables,
-        figures => figures.iter().map(figure).collect::<Result<Vec<_>>>()?,
-    };
+    let run =
+        |run: &RecordedRun| json!({ "name": run.name, "facts": facts(run), "notes": run.notes, "config": run.config });
+    let page = json!({
+        "title": format!("{} – report", names.join(", ")),
+        "script_hash": STANDARD.encode(Sha256::digest(SCRIPT)),
+        "style": STYLE,
+        "script": SCRIPT,
+        "resamples": RESAMPLES,
+        "runs": runs.iter().map(run).collect::<Value>(),
+        "tables": tables,
+        "figures": figures.iter().map(figure).collect::<Result<Value>>()?,
+    });
     let mut templates = Environment::new();
     templates.add_template("page.html", TEMPLATE)?;
-    let page = templates.get_template("page.html")?.render(page)?;
+    let page = templates.get_template("page.html")?.render(Serde(page))?;
     // Nothing else can be this comment: where a text has a bracket, the template has written its name.
     let (before, after) = page.split_once(DATA).context("the template has no place for data")?;
     out.write_all(before.as_bytes())?;
@@ -94,7 +96,8 @@ fn facts(run: &RecordedRun) -> Vec<(&'static str, String)> {
 
 /// What the page filters and sorts by: columns over the rollouts of all runs.
 fn index(runs: &[RecordedRun]) -> Result<Vec<u8>> {
-    let all = || runs.iter().enumerate().flat_map(|(run, recorded)| recorded.rollouts.iter().map(move |row| (run, row)));
+    let all =
+        || runs.iter().enumerate().flat_map(|(run, recorded)| recorded.rollouts.iter().map(move |row| (run, row)));
     let (mut environments, mut tasks) = (Numbered::default(), Numbered::default());
     let column = |of: &dyn Fn(usize, &crate::generations::Recorded) -> Value| -> Value {
         all().map(|(run, row)| of(run, row)).collect()

@@ -90,7 +90,8 @@ impl RecordedRun {
             self.rollouts.push(recorded);
         }
         let packed: Vec<Vec<u8>> = lines.par_chunks(CHUNK).map(pack).collect::<Result<_>>()?;
-        let texts = packed.into_iter().enumerate().map(|(chunk, packed)| Texts { first: first + chunk * CHUNK, packed });
+        let texts =
+            packed.into_iter().enumerate().map(|(chunk, packed)| Texts { first: first + chunk * CHUNK, packed });
         self.texts.extend(texts);
         lines.into_iter().for_each(|line| self.keep_ends(line.row));
         Ok(())

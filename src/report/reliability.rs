@@ -156,7 +156,10 @@ fn band(answers: &Answers, stated: &Predictions) -> Vec<(f64, f64, f64)> {
         let Some(resample) = stated.resampled(&resampling.draw(index, answers.questions().len())) else { continue };
         let curve = reliability(&resample);
         for (confidence, fits) in confidences.iter().zip(&mut fits) {
-            fits.push(between(&curve.iter().map(|point| (point.confidence, point.fit)).collect::<Vec<_>>(), *confidence));
+            fits.push(between(
+                &curve.iter().map(|point| (point.confidence, point.fit)).collect::<Vec<_>>(),
+                *confidence,
+            ));
         }
     }
     let edge = |(confidence, mut fits): (f64, Vec<f64>)| {
@@ -180,7 +183,8 @@ fn between(curve: &[(f64, f64)], x: f64) -> f64 {
 /// How the confidences are distributed, as bars.
 fn spread(stated: &Predictions, color: usize) -> Vec<Layer> {
     let width = 1.0 / (2 * BINS) as f64;
-    let bar = |(index, count): (usize, f64)| (index as f64 * width, (index + 1) as f64 * width, count / stated.len() as f64);
+    let bar =
+        |(index, count): (usize, f64)| (index as f64 * width, (index + 1) as f64 * width, count / stated.len() as f64);
     let bins = equal_width(stated, 2 * BINS).into_iter().map(|bin| bin.count).enumerate();
     vec![Layer::of(color, Mark::Bars(bins.map(bar).filter(|bar| bar.2 > 0.0).collect()))]
 }

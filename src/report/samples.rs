@@ -45,7 +45,10 @@ fn step(text: &mut String, run: &str, rows: &[Row]) -> Result<()> {
             metric("correct"),
         )?;
         row.error.iter().try_for_each(|error| writeln!(text, "not scored: {error}"))?;
-        row.prompt.last().iter().try_for_each(|message| writeln!(text, "\n> {}", message.content.replace('\n', "\n> ")))?;
+        row.prompt
+            .last()
+            .iter()
+            .try_for_each(|message| writeln!(text, "\n> {}", message.content.replace('\n', "\n> ")))?;
         writeln!(text, "\n{completion}\n")?;
     }
     Ok(())

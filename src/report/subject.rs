@@ -62,7 +62,8 @@ impl<'a> Subject<'a> {
         let several = subjects.iter().any(|subject| subject.environment != subjects[0].environment);
         for subject in subjects.iter_mut().filter(|_| several) {
             let environment = subject.environment;
-            subject.title = if runs.len() > 1 { format!("{} · {environment}", subject.title) } else { environment.into() };
+            subject.title =
+                if runs.len() > 1 { format!("{} · {environment}", subject.title) } else { environment.into() };
         }
         subjects
     }
@@ -79,8 +80,11 @@ impl<'a> Subject<'a> {
     pub fn phases(&self) -> Vec<Part<'a>> {
         let mut parts = Vec::new();
         let evaluations: Vec<_> = self.evaluations.values().collect();
-        let evaluation = |title: &str, rollouts: &[&'a Recorded]| Part { title: title.into(), rollouts: rollouts.to_vec() };
-        parts.extend(evaluations.first().filter(|_| evaluations.len() > 1).map(|first| evaluation("held out, before", first)));
+        let evaluation =
+            |title: &str, rollouts: &[&'a Recorded]| Part { title: title.into(), rollouts: rollouts.to_vec() };
+        parts.extend(
+            evaluations.first().filter(|_| evaluations.len() > 1).map(|first| evaluation("held out, before", first)),
+        );
         let steps = self.training.len();
         let third = |step: usize| if steps < PHASES.len() { 0 } else { step * PHASES.len() / steps };
         for (phase, title) in PHASES.iter().enumerate().take(if steps < PHASES.len() { 1 } else { PHASES.len() }) {
@@ -115,12 +119,12 @@ impl<'a> Subject<'a> {
 /// # Errors
 /// If a confidence is not in [0, 1].
 pub fn answers(rollouts: &[&Recorded]) -> Result<Option<Answers>> {
-    let judged = |rollout: &&&Recorded| rollout.correct.is_some();
-    let answer = |rollout: &&&'_ Recorded| Some((rollout.task.as_str(), rollout.confidence, rollout.correct?));
-    if !rollouts.iter().any(|rollout| judged(&rollout)) {
+    let mut judged = rollouts.iter().filter(|rollout| rollout.correct.is_some()).peekable();
+    if judged.peek().is_none() {
         return Ok(None);
     }
-    Answers::new(rollouts.iter().filter_map(|rollout| answer(&rollout))).map(Some)
+    Answers::new(judged.map(|rollout| (rollout.task.as_str(), rollout.confidence, rollout.correct == Some(true))))
+        .map(Some)
 }
 
 /// What calibration is measured on: the answers that state a confidence. `None` where there is none.
