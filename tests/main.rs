@@ -48,6 +48,7 @@ mod published;
 mod quantized;
 mod random;
 mod recorded;
+mod report;
 mod resume;
 mod rows;
 mod sample;

@@ -27,6 +27,9 @@ pub struct Report {
     /// Training steps per reliability diagram
     #[arg(long, value_name = "STEPS", default_value_t = 5)]
     group_size: u64,
+    /// How often a larger model is right that unsure answers are handed to; 1 shows what routing could gain at most
+    #[arg(long, value_name = "SHARE", default_value_t = 1.0)]
+    large_accuracy: f64,
     /// Say nothing but warnings, errors and the result
     #[arg(long)]
     pub quiet: bool,
@@ -35,8 +38,9 @@ pub struct Report {
 impl Report {
     /// Runs it.
     pub fn run(&self, observer: Observer, console: &Console) -> Result<u8, Failure> {
-        let Self { runs, output, group_size, .. } = self;
-        let settings = report::Settings { runs, output: output.as_deref(), group_size: *group_size };
+        let Self { runs, output, group_size, large_accuracy, .. } = self;
+        let (output, group_size, large_accuracy) = (output.as_deref(), *group_size, *large_accuracy);
+        let settings = report::Settings { runs, output, group_size, large_accuracy };
         let report = report::Report::read(&settings).map_err(Failure::Input)?;
         report.notes().for_each(|note| observer(Event::Line(note)));
         let page = report.write().map_err(Failure::Run)?;

@@ -7,7 +7,6 @@ use anyhow::Result;
 use super::chart::{Axis, Chart, Dot, Figure, Layer, Mark};
 use super::subject::{Subject, mean, parse_rate, predictions};
 use crate::evaluation::binned::{equal_width, expected_calibration_error};
-use crate::evaluation::selective::coverage_curve;
 use crate::evaluation::{Predictions, accuracy, base_rate_brier, brier};
 use crate::generations::Recorded;
 
@@ -190,41 +189,6 @@ pub fn confidence_histogram(subjects: &[Subject]) -> Result<Figure> {
         title: "Confidences, first and last".into(),
         caption: "How often each confidence is stated, by whether the answer is right.".into(),
         charts,
-    })
-}
-
-/// The accuracy of the answers that a threshold on confidence keeps, over their share.
-///
-/// # Errors
-/// If a confidence is not in [0, 1].
-pub fn coverage_accuracy(subjects: &[Subject]) -> Result<Figure> {
-    let mut layers = Vec::new();
-    for (color, subject) in subjects.iter().enumerate() {
-        let ends = subject.ends();
-        for (index, part) in ends.iter().enumerate() {
-            let Some(stated) = predictions(&part.rollouts)? else { continue };
-            let points = coverage_curve(&stated).into_iter().map(|(coverage, kept)| (coverage, Some(kept))).collect();
-            let dashed = index + 1 < ends.len();
-            let layer = Layer::line(titled(subjects, subject, &part.title), color, points);
-            layers.push(match (dashed, layer.mark.clone()) {
-                (true, Mark::Line { points, .. }) => Layer { mark: Mark::Line { points, dashed }, ..layer },
-                _ => layer,
-            });
-        }
-    }
-    let chart = Chart {
-        title: "Accuracy of the surest answers".into(),
-        x: Axis::share("coverage: share of parsed answers kept"),
-        y: Axis::share("share correct of those kept"),
-        layers,
-        strip: Vec::new(),
-    };
-    Ok(Figure {
-        name: "coverage_accuracy",
-        title: "Coverage and accuracy".into(),
-        caption: "Answers are kept from the surest on. A curve that falls to the right knows its right answers from its wrong ones."
-            .into(),
-        charts: if chart.layers.is_empty() { Vec::new() } else { vec![chart] },
     })
 }
 

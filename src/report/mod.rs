@@ -1,8 +1,9 @@
 //! `candor report`: what became of a run, as files for people and for other programs.
 //!
-//! Reading order: [`read`] a run once, cut it into [`subject`]s, draw [`figures`] and [`reliability`] diagrams as [`chart`]s
-//! ([`draw`]), fill [`table`]s and [`csv`] files, put it all on one [`page`].
+//! Reading order: [`read`] a run once, cut it into [`subject`]s, draw [`figures`], [`reliability`] diagrams and [`selective`] answering as [`chart`]s
+//! ([`draw`], [`band`]), fill [`table`]s and [`csv`] files, put it all on one [`page`].
 
+pub mod band;
 pub mod chart;
 pub mod csv;
 pub mod draw;
@@ -11,6 +12,7 @@ pub mod page;
 pub mod read;
 pub mod reliability;
 pub mod samples;
+pub mod selective;
 pub mod subject;
 pub mod table;
 
@@ -34,6 +36,8 @@ pub struct Settings<'a> {
     pub output: Option<&'a Path>,
     /// Training steps per reliability diagram.
     pub group_size: u64,
+    /// The accuracy, in [0, 1], of the model that unsure answers would be handed to.
+    pub large_accuracy: f64,
 }
 
 /// Runs that have been read.
@@ -41,6 +45,7 @@ pub struct Report {
     runs: Vec<RecordedRun>,
     output: PathBuf,
     group_size: u64,
+    large_accuracy: f64,
 }
 
 impl Report {
@@ -54,7 +59,9 @@ impl Report {
             (None, [run]) if run.is_dir() => run.join("report"),
             _ => anyhow::bail!("a report on several runs or on a file needs a place: give it with --output"),
         };
-        ensure!(settings.group_size > 0, "a diagram is of at least one step");
+        ensure!(settings.group_size > 0, "a diagram is of at least one step: --group-size 1");
+        let large_accuracy = settings.large_accuracy;
+        ensure!((0.0..=1.0).contains(&large_accuracy), "the larger model's accuracy {large_accuracy} is not in [0, 1]");
         let mut runs = settings.runs.iter().map(|run| RecordedRun::read(run)).collect::<Result<Vec<_>>>()?;
         let names: Vec<String> = runs.iter().map(|run| run.name.clone()).collect();
         for run in &mut runs {
@@ -63,7 +70,7 @@ impl Report {
                 run.name = run.path.display().to_string();
             }
         }
-        Ok(Self { runs, output, group_size: settings.group_size })
+        Ok(Self { runs, output, group_size: settings.group_size, large_accuracy })
     }
 
     /// What there is to say about the files that were read.
@@ -104,7 +111,8 @@ impl Report {
             figures::over_steps(subjects)?,
             reliability::reliability_phases(subjects)?,
             figures::confidence_histogram(subjects)?,
-            figures::coverage_accuracy(subjects)?,
+            selective::coverage_accuracy(subjects)?,
+            selective::routing_curve(subjects, self.large_accuracy)?,
             reliability::calibration_curves(subjects, self.group_size)?,
             figures::brier_over_time(subjects)?,
         ];

@@ -4,21 +4,19 @@ use std::collections::BTreeMap;
 
 use anyhow::Result;
 
+use super::band::band;
 use super::chart::{Axis, Chart, Dot, Figure, Layer, Mark};
 use super::figures::thousands;
 use super::subject::{Subject, answers};
 use crate::evaluation::Predictions;
 use crate::evaluation::answers::Answers;
 use crate::evaluation::binned::equal_width;
-use crate::evaluation::bootstrap::{Resampling, TAILS, quantile};
 use crate::evaluation::decomposition::reliability;
 
 /// Bins of a diagram.
 const BINS: usize = 10;
 /// A dot's radius if it held all answers; its area is their share.
 const LARGEST_DOT: f64 = 16.0;
-/// Resamples of a band.
-const RESAMPLES: usize = 200;
 
 /// One diagram per group of steps, all subjects in each.
 ///
@@ -144,40 +142,17 @@ fn fitted(answers: &Answers, stated: &Predictions, color: usize, name: Option<St
     });
     let fit = Layer { name, color: Some(color), mark: Mark::Line { points, dashed: false } };
     let dots = Layer::of(color, Mark::Dots(dots.collect()));
-    vec![Layer::of(color, Mark::Band(band(answers, stated))), fit, dots]
+    vec![Layer::of(color, fit_band(answers, stated)), fit, dots]
 }
 
-/// The pointwise 95% band of the isotonic fit at every stated confidence, by resampling questions.
-fn band(answers: &Answers, stated: &Predictions) -> Vec<(f64, f64, f64)> {
+/// The 95% band of the isotonic fit at every stated confidence.
+fn fit_band(answers: &Answers, stated: &Predictions) -> Mark {
     let confidences: Vec<f64> = stated.atoms().iter().map(|atom| atom.confidence).collect();
-    let mut fits = vec![Vec::with_capacity(RESAMPLES); confidences.len()];
-    let resampling = Resampling { resamples: RESAMPLES, ..Resampling::default() };
-    for index in 0..RESAMPLES {
-        let Some(resample) = stated.resampled(&resampling.draw(index, answers.questions().len())) else { continue };
-        let curve = reliability(&resample);
-        for (confidence, fits) in confidences.iter().zip(&mut fits) {
-            fits.push(between(
-                &curve.iter().map(|point| (point.confidence, point.fit)).collect::<Vec<_>>(),
-                *confidence,
-            ));
-        }
-    }
-    let edge = |(confidence, mut fits): (f64, Vec<f64>)| {
-        fits.sort_by(f64::total_cmp);
-        let [low, high] = TAILS.map(|share| quantile(&fits, share));
-        Some((confidence, low?, high?))
+    let curve = |counts: &[u32]| {
+        let fit = reliability(&stated.resampled(counts)?);
+        Some(fit.iter().map(|point| (point.confidence, point.fit)).collect())
     };
-    confidences.into_iter().zip(fits).filter_map(edge).collect()
-}
-
-/// A curve's value between its points, and that of its nearest end outside them. The curve has at least one point.
-fn between(curve: &[(f64, f64)], x: f64) -> f64 {
-    let after = curve.partition_point(|point| point.0 < x);
-    match (after.checked_sub(1).map(|before| curve[before]), curve.get(after)) {
-        (Some((x0, y0)), Some(&(x1, y1))) => y0 + (y1 - y0) * (x - x0) / (x1 - x0),
-        (Some((_, y)), None) | (None, Some(&(_, y))) => y,
-        (None, None) => f64::NAN,
-    }
+    Mark::Band(band(answers.questions().len(), &confidences, curve))
 }
 
 /// How the confidences are distributed, as bars.

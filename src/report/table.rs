@@ -5,8 +5,10 @@ use serde::Serialize;
 
 use super::figures::{thousands, titled};
 use super::subject::{Subject, answers};
+use crate::evaluation::answers::Answers;
 use crate::evaluation::bootstrap::Resampling;
 use crate::evaluation::measures::{Estimate, METRICS, Measures};
+use crate::evaluation::posthoc::{Kind, cross_fitted};
 
 /// A table of the page.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -55,17 +57,26 @@ impl Cell {
     }
 }
 
+/// Maps that are fitted after the fact, across folds of questions.
+const POST_HOC: [(Kind, &str); 2] = [(Kind::Platt, "Platt"), (Kind::Isotonic, "isotonic")];
+
 /// The first and last answers of every subject, beside each other; nothing where no rollout is known to be right or wrong.
 ///
 /// # Errors
 /// If a confidence is not in [0, 1].
 pub fn first_and_last(subjects: &[Subject]) -> Result<Vec<Table>> {
     let mut measured = Vec::new();
+    let mut measure = |title: String, answers: &Answers| measured.push((title, Measures::of(answers, Resampling::default())));
     for subject in subjects {
-        for part in subject.ends() {
-            if let Some(answers) = answers(&part.rollouts)? {
-                let title = titled(subjects, subject, &part.title);
-                measured.push((title, Measures::of(&answers, Resampling::default())));
+        for (index, part) in subject.ends().iter().enumerate() {
+            let Some(answers) = answers(&part.rollouts)? else { continue };
+            let title = titled(subjects, subject, &part.title);
+            measure(title.clone(), &answers);
+            // What training has to beat costs nothing: the first answers with their confidences mapped.
+            for (kind, name) in POST_HOC.into_iter().filter(|_| index == 0) {
+                if let Some(calibrated) = cross_fitted(&answers, kind) {
+                    measure(format!("{title} + {name}"), &calibrated);
+                }
             }
         }
     }
