@@ -10,6 +10,8 @@
 //! * [`collapse`]: whether confidences still differ
 //! * [`answers`]: what the answers to questions state, parsed or not
 //! * [`measures`]: everything that is printed of a set of answers
+//! * [`posthoc`]: maps that make confidences calibrated, with [`logistic`] regression
+//! * [`routing`]: which answers to leave to a larger model
 
 pub mod answers;
 pub mod binned;
@@ -17,7 +19,10 @@ pub mod bootstrap;
 pub mod collapse;
 pub mod compatible;
 pub mod decomposition;
+pub mod logistic;
 pub mod measures;
+pub mod posthoc;
+pub mod routing;
 pub mod selective;
 pub mod smooth;
 
