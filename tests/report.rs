@@ -247,7 +247,7 @@ fn packed_torn_and_several_files_are_read_and_empty_ones_are_refused() {
     reported(&place, &[&files[..], &["results/small", "--output", "all", "--quiet"]].concat());
     let page = read(&place, "all/index.html");
     for name in ["one", "two", "three", "small"] {
-        assert!(page.contains(&format!("<th scope=\"col\">{name}: held out, after 12 steps</th>")), "{name}");
+        assert!(page.contains(&format!("<th scope=\"col\">{name}: Held out, after 12 steps</th>")), "{name}");
     }
     assert_eq!(unpacked(&page).1.len(), 4 * rows(SMALL).count());
     let columns = table(&place, "all/calibration_metrics.csv");

@@ -151,7 +151,7 @@ impl Frame<'_> {
 }
 
 /// Ticks of the two axes.
-const TICKS: (usize, usize) = (6, 5);
+const TICKS: (usize, usize) = (6, 7);
 
 fn draw<B: DrawingBackend>(chart: &Chart, area: &Area<B>) -> Result<()>
 where

@@ -34,7 +34,7 @@ pub fn calibration_curves(subjects: &[Subject], group_size: u64) -> Result<Figur
     }
     let chart = |(group, stated): (u64, Vec<(usize, Option<Predictions>)>)| {
         let (from, to) = (group * group_size, ((group + 1) * group_size - 1).min(last));
-        let steps = if from == to { format!("step {from}") } else { format!("steps {from}–{to}") };
+        let steps = if from == to { format!("Step {from}") } else { format!("Steps {from}–{to}") };
         let layers = |(color, stated): &(usize, Option<Predictions>)| {
             stated.as_ref().map(|stated| [binned(stated, *color, name(subjects, *color)), spread(stated, *color)])
         };

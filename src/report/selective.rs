@@ -40,13 +40,16 @@ pub fn coverage_accuracy(subjects: &[Subject]) -> Result<Figure> {
 /// If a confidence is not in [0, 1].
 pub fn routing_curve(subjects: &[Subject], large_accuracy: f64) -> Result<Figure> {
     let mut layers = each_end(subjects, |rollouts, color, name, dashed| {
-        let Some(answers) = answers(rollouts)?.filter(|answers| answers.predictions().is_some()) else { return Ok(Vec::new()) };
+        let Some(answers) = answers(rollouts)?.filter(|answers| answers.predictions().is_some()) else {
+            return Ok(Vec::new());
+        };
         let Some(routed) = routing(&routed(&answers, large_accuracy, None), COSTS) else { return Ok(Vec::new()) };
         let points = routed.curve.iter().map(|&(rate, accuracy)| (rate, Some(accuracy))).collect();
         let mut layers = vec![Layer { name, color: Some(color), mark: Mark::Line { points, dashed } }];
         if !dashed {
             let grid: Vec<f64> = (0..=GRID).map(|index| index as f64 / GRID as f64).collect();
-            let curve = |counts: &[u32]| Some(routing(&self::routed(&answers, large_accuracy, Some(counts)), COSTS)?.curve);
+            let curve =
+                |counts: &[u32]| Some(routing(&self::routed(&answers, large_accuracy, Some(counts)), COSTS)?.curve);
             layers.insert(0, Layer::of(color, Mark::Band(band(answers.questions().len(), &grid, curve))));
             if subjects.len() == 1 {
                 let ends = [(0.0, routed.small_accuracy), (1.0, routed.large_accuracy)];
@@ -65,7 +68,9 @@ pub fn routing_curve(subjects: &[Subject], large_accuracy: f64) -> Result<Figure
     Ok(figure(
         "routing",
         "Routing",
-        format!("The least sure answers, unreadable ones first, are handed to a larger model. {large} The band is 95%."),
+        format!(
+            "The least sure answers, unreadable ones first, are handed to a larger model. {large} The band is 95%."
+        ),
         [Axis::share("share of questions handed on"), Axis::share("share correct of all")],
         layers,
     ))

@@ -12,7 +12,7 @@ use crate::generations::Recorded;
 use crate::run::RowSplit;
 
 /// Parts that training is divided into.
-const PHASES: [&str; 3] = ["first third of training", "second third", "last third"];
+const PHASES: [&str; 3] = ["First third of training", "Second third", "Last third"];
 
 /// One run on one environment.
 pub struct Subject<'a> {
@@ -30,7 +30,7 @@ pub struct Subject<'a> {
 
 /// Some rollouts with a name.
 pub struct Part<'a> {
-    /// What they are, such as `held out, after 20 steps`.
+    /// What they are, such as `Held out, after 20 steps`.
     pub title: String,
     /// The rollouts.
     pub rollouts: Vec<&'a Recorded>,
@@ -83,17 +83,17 @@ impl<'a> Subject<'a> {
         let evaluation =
             |title: &str, rollouts: &[&'a Recorded]| Part { title: title.into(), rollouts: rollouts.to_vec() };
         parts.extend(
-            evaluations.first().filter(|_| evaluations.len() > 1).map(|first| evaluation("held out, before", first)),
+            evaluations.first().filter(|_| evaluations.len() > 1).map(|first| evaluation("Held out, before", first)),
         );
         let steps = self.training.len();
         let third = |step: usize| if steps < PHASES.len() { 0 } else { step * PHASES.len() / steps };
         for (phase, title) in PHASES.iter().enumerate().take(if steps < PHASES.len() { 1 } else { PHASES.len() }) {
             let of_phase = self.training.values().enumerate().filter(|(step, _)| third(*step) == phase);
             let rollouts: Vec<&Recorded> = of_phase.flat_map(|(_, rollouts)| rollouts.iter().copied()).collect();
-            let title = if steps < PHASES.len() { "training" } else { title };
+            let title = if steps < PHASES.len() { "Training" } else { title };
             parts.extend((!rollouts.is_empty()).then(|| Part { title: title.into(), rollouts }));
         }
-        let title = if evaluations.len() > 1 { "held out, after" } else { "held out" };
+        let title = if evaluations.len() > 1 { "Held out, after" } else { "Held out" };
         parts.extend(evaluations.last().map(|last| evaluation(title, last)));
         parts
     }
@@ -101,8 +101,8 @@ impl<'a> Subject<'a> {
     /// What is compared as first and last: two evaluations, else the first and last step of training; one where there are not two.
     pub fn ends(&self) -> Vec<Part<'a>> {
         let (steps, what) = match self.evaluations.len() {
-            0 | 1 if self.training.len() > 1 || self.evaluations.is_empty() => (&self.training, "training, step"),
-            _ => (&self.evaluations, "held out, after"),
+            0 | 1 if self.training.len() > 1 || self.evaluations.is_empty() => (&self.training, "Training, step"),
+            _ => (&self.evaluations, "Held out, after"),
         };
         let mut ends: Vec<_> = steps.first_key_value().into_iter().chain(steps.last_key_value()).collect();
         ends.dedup_by_key(|(step, _)| **step);

@@ -66,7 +66,8 @@ const POST_HOC: [(Kind, &str); 2] = [(Kind::Platt, "Platt"), (Kind::Isotonic, "i
 /// If a confidence is not in [0, 1].
 pub fn first_and_last(subjects: &[Subject]) -> Result<Vec<Table>> {
     let mut measured = Vec::new();
-    let mut measure = |title: String, answers: &Answers| measured.push((title, Measures::of(answers, Resampling::default())));
+    let mut measure =
+        |title: String, answers: &Answers| measured.push((title, Measures::of(answers, Resampling::default())));
     for subject in subjects {
         for (index, part) in subject.ends().iter().enumerate() {
             let Some(answers) = answers(&part.rollouts)? else { continue };
