@@ -264,6 +264,21 @@ pub enum ParseStatus {
     OutOfRange,
 }
 
+impl ParseStatus {
+    /// Every status.
+    pub const ALL: [Self; 4] = [Self::Ok, Self::Missing, Self::Malformed, Self::OutOfRange];
+
+    /// Its name in files.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Ok => "ok",
+            Self::Missing => "missing",
+            Self::Malformed => "malformed",
+            Self::OutOfRange => "out_of_range",
+        }
+    }
+}
+
 /// Why a completion has no score. The rollout leaves its group's mean and every denominator, and is counted.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 pub enum ScoreError {

@@ -282,7 +282,7 @@ impl Bench {
     }
 
     fn shape(&self, max_tokens: usize) -> StepShape {
-        StepShape { micro_tokens: self.micro_tokens, max_tokens, temperature: 1.0, learning_rate: 1e-5 }
+        StepShape { micro_tokens: self.micro_tokens, max_tokens, temperature: 1.0, learning_rate: 1e-5, dropout: None }
     }
 
     fn sampler(&self) -> LocalSampler {

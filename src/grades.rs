@@ -6,8 +6,7 @@ use candor_environments::Verdict;
 use serde::{Serialize, Serializer};
 use serde_json::{Map, Value, json};
 
-use crate::rollout::Group;
-use crate::run::{Row, RowSplit};
+use crate::run::Row;
 
 /// Counts of verdicts, and of answers that got none.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -36,12 +35,6 @@ impl Grades {
             }
         }
         (all != Self::default()).then_some((all, by_label))
-    }
-
-    /// The grades of a batch; `None` where no judge was asked.
-    pub fn of_groups(groups: &[Group]) -> Option<Self> {
-        let rows = Row::all(RowSplit::Train, 0, groups);
-        Self::of(&rows.iter().collect::<Vec<_>>()).map(|(all, _)| all)
     }
 
     /// Counts one more answer; `None` is one without a verdict.

@@ -45,8 +45,8 @@ impl HeldOut<'_> {
         let chosen = choose_heldout(sources, config.evaluation.tasks, config.seed);
         let collector =
             Collector { sources, tokenizer, observer, patience: SCORE_TIMEOUT, what: "held-out tasks", stop };
-        let groups = collector.collect(&chosen, 1, sampler, adapter, &Settings::evaluation(config, step));
-        groups.with_context(|| format!("evaluation after {step} steps"))
+        let collected = collector.collect(&chosen, 1, sampler, adapter, &Settings::evaluation(config, step));
+        Ok(collected.with_context(|| format!("evaluation after {step} steps"))?.groups)
     }
 }
 
@@ -86,8 +86,8 @@ impl Evaluation {
         let Self { config, sources, tokenizer, sampler, adapter } = self;
         let groups =
             HeldOut { config, sources, tokenizer, observer, stop: &|| false }.complete(sampler, adapter.as_ref(), 0)?;
-        ScoreErrors::default().observe(&groups)?;
         let rows = Row::all(RowSplit::Eval, 0, &groups);
+        ScoreErrors::default().observe(&rows)?;
         Evaluated::by_environment(&rows.iter().collect::<Vec<_>>())
     }
 }

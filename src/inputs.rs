@@ -201,6 +201,30 @@ impl Inputs {
     }
 }
 
+/// The environments of a config, for completions that are there already: those that are trained on, and the held-out ones.
+/// Local judges have their model.
+///
+/// # Errors
+/// As [`Inputs::open`], but for what concerns the model where no judge needs one.
+pub fn environments(
+    config: &Config,
+    environments: &[(&str, Load)],
+    observer: Observer,
+) -> Result<(Vec<Source>, Vec<Source>)> {
+    let loader = Loader { config, environments, observer, judges: RefCell::default() };
+    loader.check_names()?;
+    let training = loader.load_all("environment", &config.environments, Split::Train)?;
+    loader.check_training(&training)?;
+    let heldout = loader.load_heldout()?;
+    let policy = || {
+        let files = loader.model()?;
+        let tokenizer = files.tokenizer.clone();
+        Ok((files.load(&Device::Cpu, observer)?, tokenizer))
+    };
+    loader.judges.borrow().iter().try_for_each(|(_, judge)| judge.load(&policy, observer))?;
+    Ok((training, heldout))
+}
+
 const NOTHING_HELD_OUT: &str = "nothing to evaluate on: every environment carries its completions; name one that samples \
      under [[evaluation.environment]]";
 
@@ -229,14 +253,7 @@ impl Loader<'_> {
     /// Opens the model, and finds out whether the tasks and the starting adapter fit it.
     fn fit(&self, mut training: Vec<Source>, mut heldout: Vec<Source>) -> Result<Inputs> {
         let Config { batch, sampling, evaluation, lora, .. } = self.config;
-        let source = &self.config.model.source;
-        let mut model = ModelFiles::open(source, self.observer).with_context(|| self.at("model.source"))?;
-        let config::Model { dtype, kernel, quantization, .. } = self.config.model;
-        let kernel = Kernel::choose(dtype, kernel).with_context(|| self.at("model.kernel"))?;
-        model = model.computed_by(kernel)?;
-        if let Some(quantization) = quantization {
-            model = model.packed(quantization).with_context(|| self.at("model.quantization"))?;
-        }
+        let model = self.model()?;
         let start = lora.start_from.as_deref().filter(|_| !training.is_empty()).map(|folder| {
             let adapter = peft::load(Path::new(folder), &model.architecture, lora, &Device::Cpu);
             adapter.with_context(|| self.at("lora.start_from"))
@@ -253,6 +270,16 @@ impl Loader<'_> {
         let judges = self.judges.take().into_iter().map(|(_, judge)| judge).collect();
         let steps = self.steps(&training)?;
         Ok(Inputs { model, training, heldout, start, judges, steps })
+    }
+
+    /// The model's files, to be computed as the config says.
+    fn model(&self) -> Result<ModelFiles> {
+        let config::Model { ref source, dtype, kernel, quantization, .. } = self.config.model;
+        let model = ModelFiles::open(source, self.observer).with_context(|| self.at("model.source"))?;
+        let kernel = Kernel::choose(dtype, kernel).with_context(|| self.at("model.kernel"))?;
+        let model = model.computed_by(kernel)?;
+        let Some(quantization) = quantization else { return Ok(model) };
+        model.packed(quantization).with_context(|| self.at("model.quantization"))
     }
 
     /// Optimizer steps: as configured, or as many as every environment needs for its passes, the last one filled up.
@@ -391,6 +418,12 @@ impl Loader<'_> {
                 self.at(&format!("environment.{index}.weight"))
             );
             let sampled = source.samples()?;
+            if sampled && self.config.lora.dropout > 0.0 {
+                let text = format!(
+                    "{name} samples, without dropout: its completions would not be those of the policy that learns; use 0.0"
+                );
+                return Err(self.config.locate(KeyError::new("lora.dropout", text)));
+            }
             if sampled && self.config.epochs.is_some() {
                 let text =
                     format!("counts passes over tasks that carry their completions, but {name} samples; set steps");

@@ -26,8 +26,10 @@
 //! * [`ops`]: fused operations with exact backward
 //! * [`tokenizer`]: text, tokens and the chat template
 //! * [`config`], [`source`], [`run`], [`checkpoint`], [`peft`], [`tensors`]: what is read, fetched and written
-//! * [`evaluation`], [`record`], [`summary`]: what came of it
-//! * [`generations`], [`report`]: recorded rollouts, read again and shown
+//! * [`evaluation`], [`metrics`], [`record`], [`summary`], [`tensorboard`]: what came of it
+//! * [`generations`]: recorded rollouts, read again; [`rescore`], [`rescored`]: scored again;
+//!   [`inspect`]: looked into; [`report`]: shown
+//! * [`printable`]: a model's text on a terminal
 //! * [`bench`]: how fast a machine samples and learns
 //! * [`random`], [`event`]: random numbers by counter, and what a run tells whoever watches
 
@@ -46,9 +48,11 @@ pub mod given;
 pub mod grades;
 pub mod heldout;
 pub mod inputs;
+pub mod inspect;
 pub mod judge;
 pub mod learner;
 pub mod logprob;
+pub mod metrics;
 pub mod model;
 pub mod objective;
 pub mod ops;
@@ -56,10 +60,13 @@ pub mod peft;
 pub mod plan;
 pub mod policy;
 pub mod prepare;
+pub mod printable;
 pub mod prompts;
 pub mod random;
 pub mod record;
 pub mod report;
+pub mod rescore;
+pub mod rescored;
 pub mod rollout;
 pub mod run;
 pub mod sample;
@@ -69,6 +76,7 @@ pub mod selection;
 pub mod setup;
 pub mod source;
 pub mod summary;
+pub mod tensorboard;
 pub mod tensors;
 pub mod tokenizer;
 pub mod train;

@@ -25,6 +25,12 @@ impl SplitMix64 {
         mix(self.0)
     }
 
+    /// What the stream's call number n from here gives, counted from 0; the stream stays where it is.
+    #[inline(always)]
+    pub fn nth(&self, n: u64) -> u64 {
+        mix(self.0.wrapping_add(GAMMA.wrapping_mul(n + 1)))
+    }
+
     /// The next number of [0, 1), a multiple of 2⁻⁵³.
     pub fn next_f64(&mut self) -> f64 {
         uniform(self.next_u64())
@@ -45,6 +51,8 @@ pub enum Purpose {
     Sampling = 2,
     /// The first values of an adapter.
     AdapterInit = 3,
+    /// Which inputs of an adapter are dropped.
+    Dropout = 4,
 }
 
 /// 64 well-mixed bits for a seed, a purpose and counters (say step, group, rollout, position): the same on every machine.
@@ -61,6 +69,7 @@ pub fn uniform(key: u64) -> f64 {
     (key >> 11) as f64 / (1u64 << 53) as f64
 }
 
+#[inline(always)]
 fn mix(value: u64) -> u64 {
     let value = (value ^ (value >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     let value = (value ^ (value >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);

@@ -3,7 +3,7 @@
 //! The sampler runs on the calling thread; each completion is handed to the scorers as it ends.
 
 use std::collections::{BTreeMap, VecDeque};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use candor_environments::{Score, ScoreError, Target, Task};
@@ -12,6 +12,7 @@ use tracing::debug;
 use crate::event::{Event, Observer};
 use crate::learner::tree::{Branch, Signal, Tree};
 use crate::policy::Adapter;
+use crate::run::Row;
 use crate::sampler::{Generation, Request, Sampler, Settings};
 use crate::scorers::{Ended, Scorers, Scoring, no_panic};
 use crate::selection::{Choice, Source};
@@ -34,6 +35,11 @@ pub struct Rollout {
 }
 
 impl Rollout {
+    /// How many tokens were sampled.
+    pub fn tokens(&self) -> usize {
+        self.generation.ids.len()
+    }
+
     /// The reward, if there is a score.
     pub fn reward(&self) -> Option<f64> {
         self.score.as_ref().ok().map(|score| score.reward)
@@ -62,6 +68,17 @@ impl Group {
     pub fn rewards(&self) -> Vec<Option<f64>> {
         self.rollouts.iter().map(Rollout::reward).collect()
     }
+}
+
+/// What became of chosen tasks, and how long it took.
+#[derive(Debug, Default)]
+pub struct Collected {
+    /// One per task, in order.
+    pub groups: Vec<Group>,
+    /// Until the last completion.
+    pub sample: Duration,
+    /// From there until the last score.
+    pub score: Duration,
 }
 
 /// Somebody wanted to stop before all completions were there.
@@ -98,7 +115,8 @@ impl Collector<'_> {
         sampler: &mut dyn Sampler,
         adapter: Option<&Adapter>,
         settings: &Settings,
-    ) -> Result<Vec<Group>> {
+    ) -> Result<Collected> {
+        let started = Instant::now();
         let mut groups = choices.iter().map(|&choice| self.group(choice, adapter)).collect::<Result<Vec<_>>>()?;
         let request = |group: &Group| Request {
             name: format!("task {}", group.task.id),
@@ -111,16 +129,17 @@ impl Collector<'_> {
             Scoring { name: name.clone(), environment: environment.clone(), index }
         });
         let mut scorers = Scorers::start(scoring.collect());
-        let mut all = match self.sample(&requests, choices, sampler, adapter, settings, &mut scorers) {
-            Ok(()) => scorers.finish(choices.len() * rollouts, self.patience)?,
-            Err(error) => return Err(scorers.failure().unwrap_or(error)),
-        };
-        all.sort_by_key(|(ended, _)| (ended.generation.group, ended.generation.rollout));
-        for (Ended { generation, completion }, score) in all {
-            let group = &mut groups[generation.group];
+        if let Err(error) = self.sample(&requests, choices, sampler, adapter, settings, &mut scorers) {
+            return Err(scorers.failure().unwrap_or(error));
+        }
+        let sample = started.elapsed();
+        let mut all = scorers.finish(choices.len() * rollouts, self.patience)?;
+        all.sort_by_key(|(ended, _)| (ended.group, ended.of.rollout));
+        for (Ended { group, completion, of: generation }, score) in all {
+            let group = &mut groups[group];
             group.rollouts.push(Rollout { generation, text: completion.text, score, advantage: None });
         }
-        Ok(groups)
+        Ok(Collected { groups, sample, score: started.elapsed() - sample })
     }
 
     fn group(&self, (source, index): Choice, adapter: Option<&Adapter>) -> Result<Group> {
@@ -145,11 +164,11 @@ impl Collector<'_> {
         sampler: &mut dyn Sampler,
         adapter: Option<&Adapter>,
         settings: &Settings,
-        scorers: &mut Scorers,
+        scorers: &mut Scorers<Generation>,
     ) -> Result<()> {
         let total = requests.iter().map(|request| request.rollouts).sum();
         let mut done = 0;
-        let mut waiting: Vec<Vec<Ended>> = requests.iter().map(|_| Vec::new()).collect();
+        let mut waiting: Vec<Vec<Ended<Generation>>> = requests.iter().map(|_| Vec::new()).collect();
         sampler.sample(requests, adapter, settings, &mut |generation| {
             let group = generation.group;
             debug!(
@@ -173,13 +192,14 @@ impl Collector<'_> {
                 return Ok(());
             }
             let mut group = std::mem::take(&mut waiting[group]);
-            group.sort_by_key(|ended| ended.generation.rollout);
+            group.sort_by_key(|ended| ended.of.rollout);
             scorers.score(group)
         })
     }
 
-    fn ended(&self, generation: Generation, settings: &Settings) -> Ended {
-        Ended { completion: generation.completion(self.tokenizer, settings), generation }
+    fn ended(&self, generation: Generation, settings: &Settings) -> Ended<Generation> {
+        let completion = generation.completion(self.tokenizer, settings);
+        Ended { group: generation.group, completion, of: generation }
     }
 }
 
@@ -232,22 +252,22 @@ impl ScoreErrors {
     /// # Errors
     /// If more than 2% of the last 500 rollouts could not be scored (of 500 even when there were fewer so far): the reasons of
     /// this batch are in the message, the most frequent first.
-    pub fn observe(&mut self, groups: &[Group]) -> Result<()> {
-        let mut reasons: BTreeMap<String, usize> = BTreeMap::new();
-        for rollout in groups.iter().flat_map(|group| &group.rollouts) {
-            self.recent.push_back(rollout.score.is_err());
+    pub fn observe(&mut self, rows: &[Row]) -> Result<()> {
+        let mut reasons: BTreeMap<&str, usize> = BTreeMap::new();
+        for row in rows {
+            self.recent.push_back(row.error.is_some());
             if self.recent.len() > Self::WINDOW {
                 self.recent.pop_front();
             }
-            if let Err(error) = &rollout.score {
-                *reasons.entry(error.to_string()).or_default() += 1;
+            if let Some(error) = &row.error {
+                *reasons.entry(error).or_default() += 1;
             }
         }
         let failed = self.recent.iter().filter(|&&failed| failed).count();
         if reasons.is_empty() || failed as f64 <= Self::SHARE * Self::WINDOW as f64 {
             return Ok(());
         }
-        let mut reasons: Vec<(String, usize)> = reasons.into_iter().collect();
+        let mut reasons: Vec<(&str, usize)> = reasons.into_iter().collect();
         reasons.sort_by_key(|(_, count)| std::cmp::Reverse(*count));
         let shown: Vec<String> = reasons.iter().take(3).map(|(reason, count)| format!("{count} × {reason}")).collect();
         let more = reasons.len().saturating_sub(shown.len());

@@ -1,25 +1,28 @@
-//! The run folder: `config.toml`, `generations.jsonl`, `metrics.jsonl`, written as things happen.
+//! The run folder: `config.toml`, `generations.jsonl`, `metrics.jsonl` and event files, written as things happen.
 //!
 //! Lines are appended whole and folders appear by renaming, so a kill at any instant leaves at worst a torn last line.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File, OpenOptions};
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
-use candor_environments::{Finish, Judgment, Message, ParseStatus, ScoreError};
+use candor_environments::{Finish, Judgment, Message, ParseStatus, Score, ScoreError};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
 use crate::config::Config;
+use crate::metrics::MetricsRow;
 use crate::rollout::{Group, Rollout};
+use crate::tensorboard::EventFile;
+use crate::tokenizer::Tokenizer;
 
 /// Version of the rows of `generations.jsonl`.
 pub const SCHEMA: u64 = 1;
 
 /// Which tasks a row belongs to.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum RowSplit {
     /// Trained on.
@@ -89,15 +92,7 @@ impl Row {
     }
 
     fn new(split: RowSplit, step: u64, group_index: usize, group: &Group, rollout: &Rollout) -> Self {
-        let score = rollout.score.as_ref().ok();
-        let failed = match &rollout.score {
-            Err(ScoreError::Judge { judgment, parse }) => Some((judgment, *parse)),
-            _ => None,
-        };
-        let numbers = |pairs: &[(&'static str, f64)]| {
-            pairs.iter().map(|(name, value)| (name.to_string(), Value::from(*value))).collect()
-        };
-        Self {
+        let mut row = Self {
             schema: SCHEMA,
             split,
             step,
@@ -110,18 +105,58 @@ impl Row {
             prompt: group.task.prompt.clone(),
             completion: rollout.text.clone(),
             finish: rollout.generation.finish,
-            tokens: rollout.generation.ids.len(),
-            reward: rollout.reward(),
-            parts: score.map(|score| numbers(&score.parts)).unwrap_or_default(),
+            tokens: rollout.tokens(),
+            reward: None,
+            parts: Map::new(),
             advantage: rollout.advantage,
-            metrics: score.map(|score| numbers(&score.metrics)).unwrap_or_default(),
-            parse: score.map(|score| score.parse).or(failed.map(|(_, parse)| parse)),
-            flags: score.map(|score| score.flags.iter().map(|flag| flag.to_string()).collect()).unwrap_or_default(),
-            judge: score.and_then(|score| score.judge.as_ref()).or(failed.map(|(judgment, _)| judgment)).map(said),
+            metrics: Map::new(),
+            parse: None,
+            flags: Vec::new(),
+            judge: None,
             mean_logprob: rollout.generation.mean_logprob(),
-            error: rollout.score.as_ref().err().map(ToString::to_string),
-        }
+            error: None,
+        };
+        row.set_score(&rollout.score);
+        row
     }
+
+    /// Puts a score, or why there is none, in place of the one that it has. The advantage stays.
+    pub fn set_score(&mut self, score: &Result<Score, ScoreError>) {
+        let failed = match score {
+            Err(ScoreError::Judge { judgment, parse }) => Some((judgment, *parse)),
+            _ => None,
+        };
+        self.error = score.as_ref().err().map(ToString::to_string);
+        let score = score.as_ref().ok();
+        let numbers = |pairs: &[(&'static str, f64)]| {
+            pairs.iter().map(|(name, value)| (name.to_string(), Value::from(*value))).collect()
+        };
+        self.reward = score.map(|score| score.reward);
+        self.parts = score.map(|score| numbers(&score.parts)).unwrap_or_default();
+        self.metrics = score.map(|score| numbers(&score.metrics)).unwrap_or_default();
+        self.parse = score.map(|score| score.parse).or(failed.map(|(_, parse)| parse));
+        self.flags = score.map(|score| score.flags.iter().map(|flag| flag.to_string()).collect()).unwrap_or_default();
+        self.judge = score.and_then(|score| score.judge.as_ref()).or(failed.map(|(judgment, _)| judgment)).map(said);
+    }
+}
+
+/// One line of `logprobs.jsonl`, which `sampling.logprobs` asks for: the tokens of one rollout.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct TokenRow {
+    /// Train or eval.
+    pub split: RowSplit,
+    /// See [`Row::step`].
+    pub step: u64,
+    /// Index of the group within the step.
+    pub group: usize,
+    /// Index of the rollout within the group.
+    pub rollout: usize,
+    /// The tokens, the end token included if there is one.
+    pub ids: Vec<u32>,
+    /// Where each token's text is: from which byte to which. What ended the completion is beyond its text.
+    pub ranges: Vec<(usize, usize)>,
+    /// The log-probability of each at temperature 1.
+    pub logprobs: Vec<f32>,
 }
 
 /// A judgment as rows hold it; without a verdict, the row's error has the cause.
@@ -146,6 +181,9 @@ pub struct RunFolder {
     pub path: PathBuf,
     generations: Lines,
     metrics: Lines,
+    events: EventFile,
+    /// Where the config asks for it.
+    logprobs: Option<Lines>,
 }
 
 impl RunFolder {
@@ -165,9 +203,10 @@ impl RunFolder {
         }
         let saved = path.join("config.toml");
         ensure!(saved.exists(), "{}: there is no run to resume; start it without --resume", path.display());
-        if let Some(key) = first_difference(&Config::load(&saved, &[])?.to_toml()?, &config.to_toml()?)? {
+        if let Some((key, change)) = differences(&Config::load(&saved, &[])?, config)?.first() {
             bail!(
-                "{}: the run was started with another {key}; resume it with that config, or give this one another `name`",
+                "{}: the run was started with another `{key}`, {change}; resume it with that config, or give this one another \
+                 `name`",
                 saved.display()
             );
         }
@@ -189,7 +228,7 @@ impl RunFolder {
         made.with_context(|| format!("{}: cannot create", unfinished.display()))?;
         write_whole(&unfinished.join("config.toml"), config.to_toml()?.as_bytes())?;
         fs::rename(&unfinished, &path).with_context(|| format!("{}: cannot create", path.display()))?;
-        Self::open(path)
+        Self::open(path, config, None)
     }
 
     /// Opens a run again: rows of steps from `next_step` on, which the checkpoint does not contain, move to
@@ -202,33 +241,66 @@ impl RunFolder {
         let aside = (1..).map(|n| path.join(format!("interrupted-{n}.jsonl"))).find(|path| !path.exists());
         let aside = aside.context("no free name for interrupted rows")?;
         let mut notes = Vec::new();
-        for name in [GENERATIONS, METRICS] {
+        for name in [GENERATIONS, METRICS, LOGPROBS] {
             notes.extend(cut_back(&path.join(name), next_step, &aside)?);
         }
-        Ok((Self::open(path)?, notes))
+        Ok((Self::open(path, config, Some(next_step))?, notes))
     }
 
-    fn open(path: PathBuf) -> Result<Self> {
+    fn open(path: PathBuf, config: &Config, resumed_at: Option<u64>) -> Result<Self> {
         let (generations, metrics) = (Lines::append(path.join(GENERATIONS))?, Lines::append(path.join(METRICS))?);
-        Ok(Self { path, generations, metrics })
+        let events = EventFile::create(&path, resumed_at)?;
+        let logprobs = config.sampling.logprobs.then(|| Lines::append(path.join(LOGPROBS))).transpose()?;
+        Ok(Self { path, generations, metrics, events, logprobs })
     }
 
     /// Appends one row per rollout.
     ///
     /// # Errors
     /// If the disk fails.
-    pub fn record_generations(&mut self, split: RowSplit, step: u64, groups: &[Group]) -> Result<()> {
-        Row::all(split, step, groups).iter().try_for_each(|row| self.generations.write(row))?;
+    pub fn record_generations(&mut self, rows: &[Row]) -> Result<()> {
+        rows.iter().try_for_each(|row| self.generations.write(row))?;
         self.generations.flush()
     }
 
-    /// Appends one object to `metrics.jsonl`.
+    /// Appends the tokens of every rollout to `logprobs.jsonl`, where the config asks for it.
     ///
     /// # Errors
     /// If the disk fails.
-    pub fn record_metrics(&mut self, row: &Value) -> Result<()> {
-        self.metrics.write(row)?;
-        self.metrics.flush()
+    pub fn record_logprobs(
+        &mut self,
+        split: RowSplit,
+        step: u64,
+        groups: &[Group],
+        tokenizer: &Tokenizer,
+    ) -> Result<()> {
+        let Some(lines) = &mut self.logprobs else { return Ok(()) };
+        for (group, of_group) in groups.iter().enumerate() {
+            for Rollout { generation, .. } in &of_group.rollouts {
+                let ranges = tokenizer.token_ranges(&generation.ids).1;
+                lines.write(&TokenRow {
+                    split,
+                    step,
+                    group,
+                    rollout: generation.rollout,
+                    ids: generation.ids.clone(),
+                    ranges: ranges.into_iter().map(|range| (range.start, range.end)).collect(),
+                    logprobs: generation.untempered_t.clone(),
+                })?;
+            }
+        }
+        lines.flush()
+    }
+
+    /// Appends one object to `metrics.jsonl`, and its numbers to the event file.
+    ///
+    /// # Errors
+    /// If the disk fails.
+    pub fn record_metrics(&mut self, row: &MetricsRow) -> Result<()> {
+        self.metrics.write(&row.to_json())?;
+        self.metrics.flush()?;
+        let (step, scalars) = row.scalars();
+        self.events.scalars(step, &scalars)
     }
 
     /// Makes sure that everything written so far is on the disk: a checkpoint must not be newer than its rows.
@@ -237,7 +309,9 @@ impl RunFolder {
     /// If the disk fails.
     pub fn sync(&mut self) -> Result<()> {
         self.generations.sync()?;
-        self.metrics.sync()
+        self.metrics.sync()?;
+        self.logprobs.as_mut().map_or(Ok(()), Lines::sync)?;
+        self.events.sync()
     }
 }
 
@@ -245,23 +319,32 @@ impl RunFolder {
 pub const GENERATIONS: &str = "generations.jsonl";
 /// See [`GENERATIONS`].
 pub const METRICS: &str = "metrics.jsonl";
+/// See [`GENERATIONS`]; written where `sampling.logprobs` asks for it.
+pub const LOGPROBS: &str = "logprobs.jsonl";
 /// See [`GENERATIONS`]; written when a run is finished.
 pub const SUMMARY: &str = "summary.json";
 
-/// The first key whose values differ in two resolved configs, with both.
-fn first_difference(old: &str, new: &str) -> Result<Option<String>> {
+/// The keys whose values differ in two configs, sorted, each with `OLD and not NEW`; a list is one value.
+///
+/// # Errors
+/// If a config cannot be written.
+pub fn differences(old: &Config, new: &Config) -> Result<Vec<(String, String)>> {
     fn leaves(value: &toml::Value, key: &str, into: &mut BTreeMap<String, String>) {
         let Some(table) = value.as_table() else { return drop(into.insert(key.to_string(), value.to_string())) };
         table.iter().for_each(|(name, value)| leaves(value, format!("{key}.{name}").trim_start_matches('.'), into));
     }
-    let [old, new] = [old, new].map(|text| {
+    let all = |config: &Config| -> Result<BTreeMap<String, String>> {
         let mut all = BTreeMap::new();
-        text.parse::<toml::Table>().map(|table| leaves(&table.into(), "", &mut all)).map(|()| all)
-    });
-    let (old, new) = (old?, new?);
+        leaves(&config.to_toml()?.parse::<toml::Table>()?.into(), "", &mut all);
+        Ok(all)
+    };
+    let (old, new) = (all(old)?, all(new)?);
+    let keys: BTreeSet<&String> = old.keys().chain(new.keys()).filter(|key| old.get(*key) != new.get(*key)).collect();
     let shown = |all: &BTreeMap<String, String>, key: &str| all.get(key).map_or("unset".into(), String::clone);
-    let differs = old.keys().chain(new.keys()).find(|key| old.get(*key) != new.get(*key));
-    Ok(differs.map(|key| format!("`{key}`, {} and not {}", shown(&old, key), shown(&new, key))))
+    Ok(keys
+        .into_iter()
+        .map(|key| (key.clone(), format!("{} and not {}", shown(&old, key), shown(&new, key))))
+        .collect())
 }
 
 /// A file of JSON lines that only grows.

@@ -15,7 +15,6 @@ use candor_environments::{Completion, Environment, Score, ScoreError};
 use crossbeam::channel::{Receiver, RecvTimeoutError, Sender, unbounded};
 
 use crate::judge::options::MOST_IN_FLIGHT;
-use crate::sampler::Generation;
 
 /// The most threads that score: as many as a judge may be asked at once.
 const MOST_THREADS: usize = MOST_IN_FLIGHT;
@@ -51,39 +50,41 @@ impl Scoring {
     }
 }
 
-/// A completion that has ended, with its text.
-pub struct Ended {
-    /// What the sampler recorded.
-    pub generation: Generation,
+/// A completion that has ended.
+pub struct Ended<T> {
+    /// Index of its group.
+    pub group: usize,
     /// What the environment is told.
     pub completion: Completion,
+    /// Whose it is.
+    pub of: T,
 }
 
 /// A completion with its score, or why there is none.
-pub type Scored = (Ended, Result<Score, ScoreError>);
+pub type Scored<T> = (Ended<T>, Result<Score, ScoreError>);
 
 /// Running scorers.
-pub struct Scorers {
-    work: Sender<Vec<Ended>>,
-    scored: Receiver<Scored>,
+pub struct Scorers<T> {
+    work: Sender<Vec<Ended<T>>>,
+    scored: Receiver<Scored<T>>,
     threads: Vec<JoinHandle<Result<()>>>,
-    scorer: Scorer,
+    scorer: Scorer<T>,
 }
 
 /// What a thread needs.
 #[derive(Clone)]
-struct Scorer {
+struct Scorer<T> {
     tasks: Arc<[Scoring]>,
-    to_score: Receiver<Vec<Ended>>,
-    results: Sender<Scored>,
+    to_score: Receiver<Vec<Ended<T>>>,
+    results: Sender<Scored<T>>,
     /// What has been handed over and is not scored yet.
     under_way: Arc<AtomicUsize>,
 }
 
-impl Scorers {
+impl<T: Clone + Send + Sync + 'static> Scorers<T> {
     /// Makes ready; `tasks` are by group.
     pub fn start(tasks: Vec<Scoring>) -> Self {
-        let (work, to_score) = unbounded::<Vec<Ended>>();
+        let (work, to_score) = unbounded::<Vec<Ended<T>>>();
         let (results, scored) = unbounded();
         let scorer = Scorer { tasks: tasks.into(), to_score, results, under_way: Arc::default() };
         Self { work, scored, threads: Vec::new(), scorer }
@@ -93,7 +94,7 @@ impl Scorers {
     ///
     /// # Errors
     /// If a scorer has stopped; [`Scorers::failure`] says why.
-    pub fn score(&mut self, completions: Vec<Ended>) -> Result<()> {
+    pub fn score(&mut self, completions: Vec<Ended<T>>) -> Result<()> {
         ensure!(!self.threads.iter().any(JoinHandle::is_finished), "scoring stopped");
         let wanted = self.scorer.under_way.fetch_add(1, Ordering::Relaxed) + 1;
         if wanted > self.threads.len() && self.threads.len() < MOST_THREADS {
@@ -117,7 +118,7 @@ impl Scorers {
     ///
     /// # Errors
     /// If an environment panicked or gave the wrong number of scores, or no score came in time.
-    pub fn finish(self, count: usize, patience: Duration) -> Result<Vec<Scored>> {
+    pub fn finish(self, count: usize, patience: Duration) -> Result<Vec<Scored<T>>> {
         drop((self.work, self.scorer));
         let mut all = Vec::with_capacity(count);
         while all.len() < count {
@@ -140,13 +141,13 @@ fn join(thread: JoinHandle<Result<()>>) -> Result<()> {
     thread.join().unwrap_or_else(|_| bail!("a scoring thread panicked"))
 }
 
-impl Scorer {
+impl<T> Scorer<T> {
     /// Until there is nothing more to score, or nobody wants to know.
     fn score_all(&self) -> Result<()> {
         for all in &self.to_score {
             let Some(first) = all.first() else { continue };
             let completions: Vec<Completion> = all.iter().map(|ended| ended.completion.clone()).collect();
-            let scores = self.tasks[first.generation.group].score(&completions)?;
+            let scores = self.tasks[first.group].score(&completions)?;
             self.under_way.fetch_sub(1, Ordering::Relaxed);
             for (ended, score) in all.into_iter().zip(scores) {
                 if self.results.send((ended, score)).is_err() {

@@ -16,7 +16,7 @@ use crate::evaluation::bootstrap::{Interval, paired_bootstrap};
 use crate::evaluation::selective::auroc;
 use crate::evaluation::{Predictions, accuracy, base_rate_brier, brier, brier_skill};
 use crate::grades::Grades;
-use crate::record::{peak_memory, shown};
+use crate::record::{GIB, peak_memory, shown};
 use crate::run::{GENERATIONS, METRICS, Row, RowSplit};
 
 /// Seed of the bootstrap.
@@ -67,7 +67,11 @@ impl Evaluated {
         by_environment.into_iter().map(|(name, rows)| Ok((name.to_string(), Self::of(&rows)?))).collect()
     }
 
-    fn of(rows: &[&Row]) -> Result<Self> {
+    /// Of the rows of one evaluation together.
+    ///
+    /// # Errors
+    /// As [`by_environment`](Self::by_environment).
+    pub fn of(rows: &[&Row]) -> Result<Self> {
         let outcome = |row: &Row| Some((row.task.clone(), row.parts.values().next()?.as_f64()?));
         let outcomes: BTreeMap<String, f64> = rows.iter().filter_map(|row| outcome(row)).collect();
         let pair =
@@ -133,21 +137,19 @@ impl Summary {
     /// If a file is missing or a row damaged.
     pub fn of(run: &Path) -> Result<Self> {
         let rows: Vec<Row> = read_lines(&run.join(GENERATIONS))?;
-        let metrics: Vec<Value> = read_lines(&run.join(METRICS))?;
-        let mut seconds: Vec<f64> = metrics.iter().filter_map(|row| row["timing"]["step_seconds"].as_f64()).collect();
+        let mut metrics: Vec<Value> = read_lines(&run.join(METRICS))?;
+        metrics.retain(|row| row["split"] == "train");
+        let mut seconds: Vec<f64> = metrics.iter().filter_map(|row| row["time/step"].as_f64()).collect();
         seconds.sort_by(f64::total_cmp);
         let total: f64 = seconds.iter().sum();
-        let tokens: f64 = metrics.iter().filter_map(|row| row["completion_tokens"].as_f64()).sum();
+        let tokens: f64 = metrics.iter().filter_map(|row| row["tokens/completion"].as_f64()).sum();
+        let peaks = metrics.iter().filter_map(|row| Some((row["perf/peak_gib"].as_f64()? * GIB) as u64));
         Ok(Self {
             comparisons: compare(&rows)?,
             steps: metrics.len(),
             seconds_per_step: seconds.get(seconds.len() / 2).copied(),
             tokens_per_second: (total > 0.0).then(|| tokens / total),
-            peak_memory_bytes: metrics
-                .iter()
-                .filter_map(|row| row["timing"]["peak_memory_bytes"].as_u64())
-                .max()
-                .max(peak_memory()),
+            peak_memory_bytes: peaks.max().max(peak_memory()),
         })
     }
 }

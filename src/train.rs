@@ -10,10 +10,10 @@ use crate::checkpoint;
 use crate::event::{Event, Observer};
 use crate::given;
 use crate::heldout::HeldOut;
-use crate::learner::{StepShape, optimizer::learning_rate, portion::Portion};
+use crate::learner::{StepDropout, StepShape, optimizer::learning_rate, portion::Portion};
 use crate::record::{self, StepRecord, Timing};
-use crate::rollout::{Collector, Group, Interrupted, SCORE_TIMEOUT, ScoreErrors, trees};
-use crate::run::RowSplit;
+use crate::rollout::{Collected, Collector, Group, Interrupted, SCORE_TIMEOUT, ScoreErrors, trees};
+use crate::run::{Row, RowSplit};
 use crate::sampler::Settings;
 use crate::selection::{Choice, choose_tasks};
 use crate::setup::Run;
@@ -45,17 +45,20 @@ pub fn train(run: &mut Run, observer: Observer, interrupted: &AtomicBool) -> Res
         observer(Event::Progress { what: "steps", done: step as usize, total: steps as usize });
         let started = Instant::now();
         let chosen = choose_tasks(&run.training, run.config.batch.prompts, run.config.seed, step);
-        let groups = collect(run, &chosen, step, observer).with_context(|| format!("step {step}: sampling"))?;
-        let sampled = started.elapsed();
-        run.folder.record_generations(RowSplit::Train, step, &groups)?;
-        errors.observe(&groups)?;
+        let collected = collect(run, &chosen, step, observer).with_context(|| format!("step {step}: sampling"))?;
+        let Collected { groups, sample, score } = collected;
+        let rows = Row::all(RowSplit::Train, step, &groups);
+        run.folder.record_generations(&rows)?;
+        run.folder.record_logprobs(RowSplit::Train, step, &groups, &run.tokenizer)?;
+        errors.observe(&rows)?;
 
+        let learning = Instant::now();
         let shape = step_shape(run, step);
         let portions = portions(run, &chosen, &groups).with_context(|| format!("step {step}"))?;
         let report = run.learner.step(&portions, &shape, observer).with_context(|| format!("step {step}"))?;
-        let timing = Timing { sampling: sampled, step: started.elapsed() };
-        let record = StepRecord { step, groups: &groups, portions: &portions, report: &report, shape: &shape, timing };
-        run.folder.record_metrics(&record.to_json())?;
+        let timing = Timing { sample, score, learn: learning.elapsed(), step: started.elapsed() };
+        let record = StepRecord { step, rows: &rows, portions: &portions, report: &report, shape: &shape, timing };
+        run.folder.record_metrics(&record.to_row())?;
         observer(Event::Line(&record.to_line(steps)));
         if step == 0 {
             record.advice().iter().for_each(|advice| observer(Event::Line(advice)));
@@ -81,11 +84,11 @@ fn save(run: &mut Run, next_step: u64) -> Result<()> {
 
 /// Samples and scores the rollouts of those chosen tasks that do not carry their completions, and gives them their
 /// advantages.
-fn collect(run: &mut Run, chosen: &[Choice], step: u64, observer: Observer) -> Result<Vec<Group>> {
+fn collect(run: &mut Run, chosen: &[Choice], step: u64, observer: Observer) -> Result<Collected> {
     let Run { config, training, tokenizer, sampler, learner, .. } = run;
     let sampled = given::to_sample(training, chosen)?;
     if sampled.is_empty() {
-        return Ok(Vec::new());
+        return Ok(Collected::default());
     }
     let adapter = learner.adapter().publish(step);
     let collector = Collector {
@@ -97,12 +100,12 @@ fn collect(run: &mut Run, chosen: &[Choice], step: u64, observer: Observer) -> R
         stop: &|| false,
     };
     let settings = Settings::training(config, step);
-    let mut groups = collector.collect(&sampled, config.batch.group, &mut **sampler, Some(&adapter), &settings)?;
-    for group in &mut groups {
+    let mut collected = collector.collect(&sampled, config.batch.group, &mut **sampler, Some(&adapter), &settings)?;
+    for group in &mut collected.groups {
         let Some(advantages) = advantages(&group.rewards(), config.learner.advantage) else { continue };
         group.rollouts.iter_mut().zip(advantages).for_each(|(rollout, advantage)| rollout.advantage = advantage);
     }
-    Ok(groups)
+    Ok(collected)
 }
 
 /// What a step learns from: its rollouts, and the completions that tasks carry.
@@ -124,15 +127,19 @@ fn evaluate(
     if heldout.is_empty() {
         return Ok(Outcome::Finished);
     }
+    let started = Instant::now();
     let adapter = learner.adapter().publish(step);
     let held_out = HeldOut { config, sources: heldout, tokenizer, observer, stop };
     let groups = match held_out.complete(&mut **sampler, Some(&adapter), step) {
         Err(error) if error.is::<Interrupted>() => return Ok(Outcome::Interrupted),
         groups => groups?,
     };
-    errors.observe(&groups)?;
-    folder.record_generations(RowSplit::Eval, step, &groups)?;
-    observer(Event::Line(&record::evaluation_line(step, &groups)));
+    let rows = Row::all(RowSplit::Eval, step, &groups);
+    errors.observe(&rows)?;
+    folder.record_generations(&rows)?;
+    folder.record_logprobs(RowSplit::Eval, step, &groups, tokenizer)?;
+    folder.record_metrics(&record::evaluation_row(step, &rows, started.elapsed())?)?;
+    observer(Event::Line(&record::evaluation_line(step, &rows)));
     Ok(Outcome::Finished)
 }
 
@@ -142,11 +149,12 @@ pub fn is_due(every: u64, step: u64) -> bool {
 }
 
 fn step_shape(run: &Run, step: u64) -> StepShape {
-    let config = &run.config;
+    let (config, share) = (&run.config, run.config.lora.dropout);
     StepShape {
         micro_tokens: config.batch.micro_tokens,
         max_tokens: config.sampling.max_tokens,
         temperature: config.sampling.temperature,
         learning_rate: learning_rate(&config.learner, step, run.steps),
+        dropout: (share > 0.0).then_some(StepDropout { share, seed: config.seed, step }),
     }
 }

@@ -11,7 +11,7 @@ use candor::random::SplitMix64;
 use serde_json::Value;
 
 use crate::program::{CANDOR, Ended, Place};
-use crate::toy::{lines, rows_of};
+use crate::toy::{rows_of, step_metrics};
 
 /// Lines that a run says on standard error, by what they begin with.
 const MESSAGES: [&str; 6] = ["loading the model", "evaluation after", "step ", "only ", "resuming ", "results/"];
@@ -39,7 +39,7 @@ fn a_run_says_its_progress_on_standard_error_and_its_summary_on_standard_output(
         assert_eq!(parts.contains_key("length"), train, "length is not shaped on held-out tasks");
         assert_eq!(row["metrics"].get("confidence"), None, "there is no confidence where none was stated");
     }
-    let metrics = lines(&place.path("results/tiny/metrics.jsonl"));
+    let metrics = step_metrics(&place.path("results/tiny"));
     assert!(metrics.iter().all(|row| row["grad_norm"].as_f64().unwrap() > 0.0), "there is something to learn");
     let summary: Value =
         serde_json::from_str(&fs::read_to_string(place.path("results/tiny/summary.json")).unwrap()).unwrap();
@@ -170,7 +170,7 @@ fn ctrl_c_finishes_the_step_saves_it_and_says_how_to_go_on() {
     let newest = candor::checkpoint::newest(&place.path("results/tiny")).unwrap().unwrap();
     let saved = candor::checkpoint::state(&newest).unwrap().next_step;
     assert!((2..STEPS).contains(&saved));
-    let steps = lines(&place.path("results/tiny/metrics.jsonl")).len() as u64;
+    let steps = step_metrics(&place.path("results/tiny")).len() as u64;
     assert_eq!(steps, saved, "the step that ran is finished");
     place.finish(&["--resume"]);
     assert!(place.left() == want.left());

@@ -5,10 +5,11 @@ use std::fs;
 use std::path::Path;
 
 use candle_core::{Device, Tensor, safetensors};
+use candor::record::GIB;
 use serde_json::{Value, json};
 
 use crate::program::{CANDOR, Place};
-use crate::toy::{lines, model};
+use crate::toy::{model, step_metrics};
 
 #[test]
 fn help_fits_a_terminal_of_80_columns() {
@@ -110,8 +111,8 @@ fn a_dry_run_foretells_the_memory_and_leaves_nothing() {
     let line = format!("MALLOC_MMAP_THRESHOLD_=65536 exec {CANDOR} train run.toml");
     let ended = place.wait(place.start(&["sh", "-c", &line]));
     assert_eq!(ended.code, Some(0), "{}", ended.stderr);
-    let metrics = lines(&place.path("results/tiny/metrics.jsonl"));
-    let measured = metrics[0]["timing"]["peak_memory_bytes"].as_f64().unwrap() / 1e9;
+    let metrics = step_metrics(&place.path("results/tiny"));
+    let measured = metrics[0]["perf/peak_gib"].as_f64().unwrap() * GIB / 1e9;
     assert!((foretold / measured - 1.0).abs() < 0.1, "foretold {foretold} GB, measured {measured} GB\n{plan}");
 }
 

@@ -123,11 +123,6 @@ const REFUSED: &[(&str, &str, &[&str])] = &[
         "[lora]\ntargets = [\"query\"]\n",
         &["small.toml:7: lora.targets.0: \"query\" is unknown; known: q_proj, k_proj"],
     ),
-    (
-        "",
-        "[lora]\ndropout = 0.1\n",
-        &["small.toml:7: lora.dropout: not in this version", "an environment that samples can have none"],
-    ),
     ("", "[lora]\ndropout = 1.0\n", &["lora.dropout: 1 must be finite, at least 0 and less than 1"]),
     ("", "weight = 0.0\n", &["small.toml:6: environment.0.weight: 0 must be finite, more than 0"]),
     ("", "weight = \"much\"\n", &["small.toml:6: environment.0.weight: \"much\" is not a number"]),

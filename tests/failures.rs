@@ -9,6 +9,7 @@ use std::time::Duration;
 use candle_core::{Device, Tensor, safetensors};
 use candor::inputs::load_model;
 use candor::rollout::{Collector, Group, Rollout, ScoreErrors};
+use candor::run::{Row, RowSplit};
 use candor::sampler::local::LocalSampler;
 use candor::sampler::{Generation, Settings};
 use candor::selection::Source;
@@ -17,7 +18,7 @@ use serde_json::{Value, json};
 use tempfile::tempdir;
 
 use crate::check::{self, close};
-use crate::toy::{JUDGE_FAILS, config, failure, generations, lines, model, rows_of, run, within};
+use crate::toy::{JUDGE_FAILS, config, failure, generations, model, rows_of, run, step_metrics, within};
 
 /// A toy of which only the behavior and perhaps the number of its tasks are not as usual.
 fn odd(behavior: &str) -> String {
@@ -108,9 +109,9 @@ fn rollouts_without_a_verdict_leave_their_groups_mean_and_groups_with_few_left_a
             assert_eq!(row["advantage"].is_null(), fails > 2, "{task}");
         }
     }
-    let metrics = &lines(&results.path().join("toy/metrics.jsonl"))[0];
+    let metrics = &step_metrics(&results.path().join("toy"))[0];
     assert_eq!((&metrics["score_errors"], &metrics["dropped_groups"]), (&10.into(), &2.into()));
-    close("reward", metrics["reward"].as_f64().unwrap(), rewards.iter().sum::<f64>() / 6.0, 1e-12);
+    close("reward", metrics["reward/mean"].as_f64().unwrap(), rewards.iter().sum::<f64>() / 6.0, 1e-12);
     assert!(metrics["grad_norm"].as_f64().unwrap() > 0.0);
 
     let error = odd_failure(&changes(2));
@@ -128,7 +129,7 @@ fn a_reward_that_is_no_number_is_the_error_of_its_rollout() {
 }
 
 /// A step's batch: one group, whose rollouts have an error or not.
-fn batch(errors: &[bool]) -> Vec<Group> {
+fn batch(errors: &[bool]) -> Vec<Row> {
     let rollout = |&error: &bool| Rollout {
         generation: Generation {
             group: 0,
@@ -144,7 +145,8 @@ fn batch(errors: &[bool]) -> Vec<Group> {
     };
     let task = Task { id: "toy/0".to_string(), prompt: Vec::new(), target: Target::Reward };
     let rollouts = errors.iter().map(rollout).collect();
-    vec![Group { environment: "toy".to_string(), task, labels: vec![], prompt_ids: vec![5], version: 0, rollouts }]
+    let (environment, prompt_ids) = ("toy".to_string(), vec![5]);
+    Row::all(RowSplit::Train, 0, &[Group { environment, task, labels: vec![], prompt_ids, version: 0, rollouts }])
 }
 
 fn no_score() -> Score {

@@ -16,7 +16,7 @@ use serde_json::{Value, json};
 use tempfile::tempdir;
 
 use crate::check::{self, close};
-use crate::toy::{config, generations, lines, load, mean_reward, rows_of, run};
+use crate::toy::{config, generations, load, mean_reward, rows_of, run, step_metrics};
 
 /// Mean training reward of every step, and the mean held-out reward before and after.
 fn rewards(learning_rate: f64) -> (Vec<f64>, [f64; 2]) {
@@ -56,10 +56,10 @@ fn every_step_is_exactly_on_policy() {
     for kernel in check::row_invariant_kernels() {
         let results = tempdir().unwrap();
         run(results.path(), &config(&format!("model.kernel = {}\nsampling.temperature = 0.8", json!(kernel))));
-        let rows = lines(&results.path().join("toy/metrics.jsonl"));
+        let rows = step_metrics(&results.path().join("toy"));
         assert_eq!(rows.len(), 4);
         for row in rows {
-            assert_eq!(row["objective"]["logprob_gap_max"], 0.0, "{kernel:?}: {row}");
+            assert_eq!(row["mismatch/max"], 0.0, "{kernel:?}: {row}");
             assert_ne!(row["grad_norm"], 0.0);
         }
     }
@@ -140,12 +140,12 @@ fn every_rollout_is_a_row_of_the_contract_in_the_order_of_the_run() {
     let heldout = |step| rows_of(&rows, "eval", step).iter().map(|row| row["task"].clone()).collect::<Vec<_>>();
     assert_eq!(heldout(0), heldout(4));
     assert!(rows.iter().any(|row| row["finish"] == "stop") && rows.iter().any(|row| row["finish"] == "length"));
-    let metrics = lines(&results.path().join("toy/metrics.jsonl"));
+    let metrics = step_metrics(&results.path().join("toy"));
     assert_eq!(metrics.iter().map(|row| row["step"].as_u64().unwrap()).collect::<Vec<_>>(), [0, 1, 2, 3]);
     for (step, row) in metrics.iter().enumerate() {
         let training = rows_of(&rows, "train", step as u64);
-        close("reward", row["reward"].as_f64().unwrap(), mean_reward(&training), 1e-12);
-        assert_eq!(row["completion_tokens"], training.iter().map(|row| row["tokens"].as_u64().unwrap()).sum::<u64>());
+        close("reward", row["reward/mean"].as_f64().unwrap(), mean_reward(&training), 1e-12);
+        assert_eq!(row["tokens/completion"], training.iter().map(|row| row["tokens"].as_u64().unwrap()).sum::<u64>());
         assert_eq!((&row["score_errors"], &row["dropped_groups"]), (&0.into(), &0.into()));
         assert!(row["grad_norm"].as_f64().unwrap() > 0.0);
     }

@@ -19,13 +19,13 @@ use tempfile::{TempDir, tempdir};
 
 use crate::program::Place;
 use crate::resume::{assert_same, left, resume, run_until, straight};
-use crate::toy::{BASE, changed, generations, lines, model, run, start};
+use crate::toy::{BASE, changed, generations, model, run, start, step_metrics};
 
 /// A folder with rows of every kind, and configs on them.
-struct Rows(TempDir);
+pub struct Rows(TempDir);
 
 impl Rows {
-    fn new() -> Self {
+    pub fn new() -> Self {
         let folder = tempdir().unwrap();
         let write = |name: &str, row: &dyn Fn(usize) -> Value| {
             let rows: String = (0..10).map(|index| format!("{}\n", row(index))).collect();
@@ -41,7 +41,7 @@ impl Rows {
     }
 
     /// A config on the environments of these names, `toy` among them; `base` may leave out the steps.
-    fn config(&self, names: &[&str], changes: &str) -> Config {
+    pub fn config(&self, names: &[&str], changes: &str) -> Config {
         let source = model().display().to_string();
         let base = changed(BASE, "batch.prompts = 4\nevaluation.tasks = 0", &source);
         let base = if changes.contains("epochs") { base.replace("steps = 4\n", "") } else { base };
@@ -60,7 +60,7 @@ impl Rows {
 
 /// The metrics of every step of a run.
 fn metrics(results: &Path) -> Vec<Value> {
-    lines(&results.join("toy/metrics.jsonl"))
+    step_metrics(&results.join("toy"))
 }
 
 fn trained(config: &Config) -> TempDir {
@@ -70,7 +70,7 @@ fn trained(config: &Config) -> TempDir {
 }
 
 fn value(row: &Value, path: &str) -> f64 {
-    row.pointer(path).and_then(Value::as_f64).unwrap_or_else(|| panic!("{path}: {row}"))
+    row[path].as_f64().unwrap_or_else(|| panic!("{path}: {row}"))
 }
 
 /// What the trained adapter answers to a question, greedily, and whether it ended by itself.
@@ -97,16 +97,16 @@ fn sft_teaches_to_say_what_was_shown_and_to_end() {
     let rows = Rows::new();
     let results = trained(&rows.config(&["sft"], "steps = 80\nbatch.prompts = 10\ncheckpoint.every = 0"));
     let metrics = metrics(results.path());
-    let [first, last] = [&metrics[0], &metrics[79]].map(|row| value(row, "/losses/demonstration"));
+    let [first, last] = [&metrics[0], &metrics[79]].map(|row| value(row, "loss/demonstration"));
     assert!(first > 2.0 && last < 0.1, "{first} to {last}");
     for index in [0, 4, 8] {
         let (said, finish) = answer(results.path(), &format!("{index}?"));
         assert_eq!((said, finish), (format!("it is {}", index % 3), json!("stop")));
     }
     assert_eq!(fs::read_to_string(results.path().join("toy/generations.jsonl")).unwrap(), "", "nothing was generated");
-    let tokens = metrics[0]["completion_tokens"].as_u64().unwrap();
-    assert!(metrics.iter().all(|row| row["completion_tokens"] == tokens && row["given_completions"] == 10));
-    assert!(metrics[0]["reward"].is_null() && metrics[0]["mean_tokens"].is_null(), "no mean of nothing");
+    let tokens = metrics[0]["tokens/completion"].as_u64().unwrap();
+    assert!(metrics.iter().all(|row| row["tokens/completion"] == tokens && row["given_completions"] == 10));
+    assert!(metrics[0]["reward/mean"].is_null() && metrics[0]["length/mean"].is_null(), "no mean of nothing");
 }
 
 /// The log-probability of a text as the answer to a question.
@@ -129,12 +129,9 @@ fn dpo_moves_the_policy_from_the_worse_to_the_better() {
         config.environments[0].options.extend(options.parse::<toml::Table>().unwrap());
         let results = trained(&config);
         let metrics = metrics(results.path());
-        assert_eq!(value(&metrics[0], "/objective/reward_margin"), 0.0, "the reference is what the run starts from");
+        assert_eq!(value(&metrics[0], "rewards/margins"), 0.0, "the reference is what the run starts from");
         let last = &metrics[19];
-        assert!(
-            value(last, "/objective/reward_margin") > 0.1 && value(last, "/objective/reward_accuracy") == 1.0,
-            "{last}"
-        );
+        assert!(value(last, "rewards/margins") > 0.1 && value(last, "rewards/accuracies") == 1.0, "{last}");
         let newest = checkpoint::newest(&results.path().join("toy")).unwrap();
         for (question, better, worse) in [("0?", "it is 0.0", "it is 0.1"), ("3?", "it is 0.1", "it is 0.0")] {
             let [was, is] = [None, newest.as_deref()]
@@ -154,7 +151,7 @@ fn implicit_calibration_moves_likelihoods_toward_correctness() {
         let results = trained(&config);
         let metrics = metrics(results.path());
         ["correct", "wrong"]
-            .map(|kind| [&metrics[0], &metrics[39]].map(|row| value(row, &format!("/objective/likelihood_{kind}"))))
+            .map(|kind| [&metrics[0], &metrics[39]].map(|row| value(row, &format!("likelihood/{kind}"))))
     };
     for changes in ["lambda = 1.0", "loss = \"log\"\nlambda = 0.5"] {
         let [correct, wrong] = run(changes);
@@ -186,6 +183,7 @@ fn runs_on_given_completions_resume_bit_for_bit() {
     let started = format!("lora.start_from = {:?}", start.display().to_string());
     for (names, changes) in [
         (&["dpo"][..], format!("epochs = 2\n{started}")),
+        (&["dpo"], format!("epochs = 2\nlora.dropout = 0.3\n{started}")),
         (&["implicit", "sft"], "epochs = 1".to_string()),
         (&["toy", "sft", "dpo", "implicit"], format!("steps = 5\n{started}")),
     ] {
@@ -209,7 +207,7 @@ fn the_reference_is_the_adapter_that_a_run_starts_from() {
     for (reference, is_zero) in [("", true), ("learner.reference = \"base\"", false)] {
         let changes = format!("steps = 1\nlora.start_from = {:?}\n{reference}", start.display().to_string());
         let results = trained(&rows.config(&["dpo"], &changes));
-        let loss = value(&metrics(results.path())[0], "/losses/preference");
+        let loss = value(&metrics(results.path())[0], "loss/preference");
         assert_eq!((loss - 2f64.ln()).abs() < 1e-6, is_zero, "{reference}: {loss}");
     }
 }
@@ -222,9 +220,9 @@ fn rollouts_and_given_completions_mix_in_one_step() {
     let results = trained(&config);
     assert_eq!(generations(results.path()).len(), 2 * 4 * 4, "half of the prompts sample, four times each");
     for row in metrics(results.path()) {
-        let part = |kind: &str| value(&row, &format!("/losses/{kind}"));
+        let part = |kind: &str| value(&row, &format!("loss/{kind}"));
         let want = 0.5 * part("reward") + 0.25 * part("demonstration") + 0.25 * part("preference");
-        crate::check::close("loss", value(&row, "/loss"), want, 1e-12);
+        crate::check::close("loss", value(&row, "loss"), want, 1e-12);
         assert_eq!(row["given_completions"], 6, "two demonstrations and two pairs");
     }
 }
@@ -244,6 +242,10 @@ fn what_cannot_work_is_refused_before_the_model_is_loaded() {
         words.iter().for_each(|word| assert!(error.contains(word), "{word}: {error}"));
     };
     says(&rows.config(&["sft", "toy"], "epochs = 1"), &["epochs", "toy samples; set steps"]);
+    says(
+        &rows.config(&["sft", "toy"], "lora.dropout = 0.1"),
+        &["lora.dropout: toy samples, without dropout", "use 0.0"],
+    );
     says(
         &rows.config(&["sft"], "epochs = 1\nlearner.warmup_steps = 3"),
         &["learner.warmup_steps", "none of the 3 in epochs = 1"],

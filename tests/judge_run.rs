@@ -26,7 +26,7 @@ use tempfile::{TempDir, tempdir};
 use crate::check::{self, close};
 use crate::judge_server::{Answer, Seen, Server, judged, says, short, variable};
 use crate::program::{CANDOR, Place};
-use crate::toy::{lines, model, rows_of, within};
+use crate::toy::{lines, model, rows_of, step_metrics, within};
 
 /// The tiny model with a context that holds a judge's instructions.
 fn roomy_model(folder: &Path) -> PathBuf {
@@ -141,10 +141,10 @@ fn verdicts_are_asked_for_while_sampling_goes_on_and_stand_in_the_rows() {
             _ => assert_eq!(row["judge"], judge(json!("incorrect"), 1)),
         }
     }
-    let metrics = &lines(&folder.path().join("toy/metrics.jsonl"))[0];
+    let metrics = &step_metrics(&folder.path().join("toy"))[0];
     assert_eq!(metrics["score_errors"], 3);
-    close("correct", metrics["environment"]["correct"].as_f64().unwrap(), 1.0 / 3.0, 1e-12);
-    close("error rate", metrics["grades"]["judge_error_rate"].as_f64().unwrap(), 0.25, 1e-12);
+    close("correct", metrics["metrics/correct"].as_f64().unwrap(), 1.0 / 3.0, 1e-12);
+    close("error rate", metrics["grades/judge_error_rate"].as_f64().unwrap(), 0.25, 1e-12);
 }
 
 /// Fails if fewer threads score than a judge may be asked at once.
@@ -179,8 +179,7 @@ fn a_judge_that_fails_too_often_ends_the_run_and_nothing_is_learned() {
     {
         assert!(error.contains(part), "{part:?} in: {error}");
     }
-    let metrics = folder.path().join("toy/metrics.jsonl");
-    assert!(lines(&metrics).is_empty(), "no step was made");
+    assert!(step_metrics(&folder.path().join("toy")).is_empty(), "no step was made");
 }
 
 #[test]

@@ -204,8 +204,13 @@ impl Projection {
     fn forward(&self, x: &[f32], threads: Threads) -> Vec<f32> {
         let (wide, narrow) = self.weight.dims();
         let mut y = vec![f32::NAN; x.len() / narrow * wide];
-        let linear =
-            Linear { weight: &self.weight, bias: Some(&self.bias), adapter: Some(&self.adapter), backward: false };
+        let linear = Linear {
+            weight: &self.weight,
+            bias: Some(&self.bias),
+            adapter: Some(&self.adapter),
+            mask: None,
+            backward: false,
+        };
         let left = Left::new(x, narrow, self.weight.kernel());
         linear.apply_all(&left, linear.down(&left).as_ref(), &mut y, false, threads);
         y

@@ -15,6 +15,7 @@ use candor::ops::kernel::Kernel;
 use candor::policy::Adapter;
 
 use crate::check;
+use crate::dropout::dropping;
 use crate::model::{adapter, ids, tensors, tiny_models, values};
 
 /// PyTorch's optimizer settings in the golden runs.
@@ -29,7 +30,7 @@ pub fn settings() -> Settings {
 }
 
 pub fn shape() -> StepShape {
-    StepShape { micro_tokens: 4096, max_tokens: 64, temperature: 1.0, learning_rate: 1e-2 }
+    StepShape { micro_tokens: 4096, max_tokens: 64, temperature: 1.0, learning_rate: 1e-2, dropout: None }
 }
 
 fn branch(ids: &[u32], advantage: f64) -> Branch {
@@ -184,10 +185,10 @@ fn golden_grpo_runs_of_trl() {
 }
 
 /// A plain family, and one with sliding windows shorter than the sequences, soft-caps and norms of what blocks return.
-const UNLIKE: [&str; 2] = ["llama", "gemma2"];
+pub const UNLIKE: [&str; 2] = ["llama", "gemma2"];
 
 /// A tiny model of the golden numbers with an adapter that does something.
-fn tiny(name: &str) -> Option<(Arc<Model>, Adapter)> {
+pub fn tiny(name: &str) -> Option<(Arc<Model>, Adapter)> {
     let folder = check::golden(&format!("tiny/{name}"))?;
     let model = open(&folder);
     let (adapter, _) = adapter(&model, &folder.join("adapter_lora_all_rs"));
@@ -195,14 +196,14 @@ fn tiny(name: &str) -> Option<(Arc<Model>, Adapter)> {
 }
 
 /// The adapter of [`tiny`] with other values.
-fn like_tiny(model: &Model, tensors: impl Iterator<Item = (String, Tensor)>) -> Adapter {
+pub fn like_tiny(model: &Model, tensors: impl Iterator<Item = (String, Tensor)>) -> Adapter {
     let targets = candor::config::Projection::ALL.to_vec();
     let lora = Lora { rank: 4, alpha: 8.0, rslora: true, targets, ..Lora::default() };
     Adapter::from_tensors(&model.architecture, &lora, tensors.collect(), &Device::Cpu).unwrap()
 }
 
 /// Three groups of unequal shape with unequal advantages and ratios near 1.
-fn forest(model: &Model, adapter: &Adapter) -> Vec<Tree> {
+pub fn forest(model: &Model, adapter: &Adapter) -> Vec<Tree> {
     let token = |seed: usize, i: usize| ((seed * 37 + i * 101 + 11) % 320) as u32;
     let tree = |seed: usize, prompt: usize, branches: &[usize]| Tree {
         name: format!("group {seed}"),
@@ -224,7 +225,7 @@ fn forest(model: &Model, adapter: &Adapter) -> Vec<Tree> {
     trees
 }
 
-fn assert_same_gradient(name: &str, learner: &Learner, got: &[Vec<f64>], want: &[Vec<f64>]) {
+pub fn assert_same_gradient(name: &str, learner: &Learner, got: &[Vec<f64>], want: &[Vec<f64>]) {
     for ((tensor, _), (got, want)) in learner.adapter().tensors().iter().zip(got.iter().zip(want)) {
         let norm = want.iter().map(|x| x * x).sum::<f64>().sqrt();
         let difference = got.iter().zip(want).map(|(a, b)| (a - b).powi(2)).sum::<f64>().sqrt();
@@ -238,11 +239,7 @@ fn the_gradient_does_not_depend_on_trees_or_micro_batches() {
     for (model, adapter) in UNLIKE.into_iter().filter_map(tiny) {
         let trees = forest(&model, &adapter);
         let learner = Learner::new(model, &adapter, None, &settings()).unwrap();
-        let want = gradient(&learner, &trees, &shape());
-        for micro_tokens in [72, 73, 80, 100] {
-            let got = gradient(&learner, &trees, &StepShape { micro_tokens, ..shape() });
-            assert_same_gradient(&format!("micro_tokens {micro_tokens}"), &learner, &got, &want);
-        }
+        let want = assert_same_in_micro_batches(&learner, &trees, &shape());
         let alone = |tree: &Tree| {
             let single = |branch: &Branch| Tree { branches: vec![branch.clone()], ..tree.clone() };
             tree.branches.iter().map(single).collect::<Vec<_>>()
@@ -250,6 +247,16 @@ fn the_gradient_does_not_depend_on_trees_or_micro_batches() {
         let rows: Vec<Tree> = trees.iter().flat_map(alone).collect();
         assert_same_gradient("one row per branch", &learner, &gradient(&learner, &rows, &shape()), &want);
     }
+}
+
+/// The gradient of a forest, after finding that it is the same in small micro-batches.
+pub fn assert_same_in_micro_batches(learner: &Learner, trees: &[Tree], shape: &StepShape) -> Vec<Vec<f64>> {
+    let want = gradient(learner, trees, shape);
+    for micro_tokens in [72, 73, 80, 100] {
+        let got = gradient(learner, trees, &StepShape { micro_tokens, ..*shape });
+        assert_same_gradient(&format!("micro_tokens {micro_tokens}"), learner, &got, &want);
+    }
+    want
 }
 
 #[test]
@@ -267,10 +274,14 @@ fn a_completion_that_does_not_fit_is_named() {
 /// The whole model's backward against central differences of its loss, in directions that touch every tensor.
 #[test]
 fn the_gradient_equals_finite_differences() {
+    assert_finite_differences(&shape());
+}
+
+pub fn assert_finite_differences(shape: &StepShape) {
     for (model, adapter) in UNLIKE.into_iter().filter_map(tiny) {
         let trees = forest(&model, &adapter);
         let learner = Learner::new(model.clone(), &adapter, None, &settings()).unwrap();
-        let gradients = learner.gradient(&[Portion::sampled(trees.to_vec())], &shape(), &|_| {}).unwrap().gradients;
+        let gradients = learner.gradient(&[Portion::sampled(trees.to_vec())], shape, &|_| {}).unwrap().gradients;
         let loss = |scale: f64| {
             let moved = adapter
                 .tensors()
@@ -279,7 +290,7 @@ fn the_gradient_equals_finite_differences() {
                 .map(|((name, tensor), gradient)| (name, (tensor + (gradient * scale).unwrap()).unwrap()));
             let moved = like_tiny(&model, moved);
             let learner = Learner::new(model.clone(), &moved, None, &settings()).unwrap();
-            learner.gradient(&[Portion::sampled(trees.to_vec())], &shape(), &|_| {}).unwrap().report.loss
+            learner.gradient(&[Portion::sampled(trees.to_vec())], shape, &|_| {}).unwrap().report.loss
         };
         let square: f64 = gradients.iter().map(|g| values(g).iter().map(|x| x * x).sum::<f64>()).sum();
         let step = 2e-3 / square.sqrt();
@@ -302,13 +313,18 @@ fn the_gradient_in_bf16_is_near_that_in_f32() {
             let model = Arc::new(Model::open(rounded.path(), kernel).unwrap());
             let (adapter, _) = adapter(&model, &folder.join("adapter_lora"));
             let trees = forest(&model, &adapter);
-            let learner = Learner::new(model.clone(), &adapter, None, &settings()).unwrap();
+            // With dropout ratios are not near 1, and a token on the edge of clipping would be in or out.
+            let unclipped = Settings { clip: [1.0, 1e9], ..settings() };
+            let learner = Learner::new(model.clone(), &adapter, None, &unclipped).unwrap();
             let logprobs = completion_logprobs(&model, Some(&adapter), &trees, 4096, 1.0).unwrap().concat();
-            (gradient(&learner, &trees, &shape()).concat(), logprobs)
+            let gradients = [shape(), dropping()].map(|shape| gradient(&learner, &trees, &shape).concat());
+            gradients.map(|gradient| (gradient, logprobs.clone()))
         };
-        let (want, exact) = of(check::f32_kernel());
-        for kernel in check::kernels() {
-            let (got, logprobs) = of(kernel);
+        let exact = of(check::f32_kernel());
+        let pairs = check::kernels()
+            .into_iter()
+            .flat_map(|kernel| of(kernel).into_iter().zip(exact.clone()).map(move |(got, want)| (kernel, got, want)));
+        for (kernel, (got, logprobs), (want, exact)) in pairs {
             let dot = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f64>();
             let off: Vec<f64> = got.iter().zip(&want).map(|(got, want)| got - want).collect();
             let difference = (dot(&off, &off) / dot(&want, &want)).sqrt();

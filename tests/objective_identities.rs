@@ -363,7 +363,7 @@ fn on_policy_loss_is_the_length_weighted_advantage() {
     let want = rows.iter().zip(&lengths).map(|(row, length)| row.advantage * length).sum::<f64>();
     close("loss", got.loss, -want / lengths.iter().sum::<f64>(), 1e-14);
     let metrics = got.metrics.values();
-    for (name, want) in [("ratio", 1.0), ("ratio_max", 1.0), ("kl_behavior", 0.0), ("logprob_gap_max", 0.0)] {
+    for (name, want) in [("ratio/mean", 1.0), ("ratio/max", 1.0), ("mismatch/k3", 0.0), ("mismatch/max", 0.0)] {
         assert_eq!(metrics[name], want, "{name}");
     }
 }
@@ -403,7 +403,7 @@ fn judged_leaves_out_the_likelihood_of_wrong_completions_only() {
         let settings = Implicit { loss: JudgedLoss::Mse, lambda: 0.1, lm_on_correct_only: true };
         let got = judged(&[Judged { sequence: row.sequence(), correct }], &settings, &one).unwrap();
         close("loss", got.loss, likelihood + 0.1 * miss * miss, 1e-14);
-        let name = if correct { "likelihood_correct" } else { "likelihood_wrong" };
+        let name = if correct { "likelihood/correct" } else { "likelihood/wrong" };
         assert_eq!(got.metrics.values().into_iter().collect::<Vec<_>>(), [(name, p)]);
     }
 }
@@ -438,37 +438,37 @@ fn metrics_say_what_happened() {
     let k3 = |u: f64| u.exp() - u - 1.0;
     let gaps = [up[0] - down[0], up[1] - down[1]];
     let want = [
-        ("clipped_high", 0.25),
-        ("clipped_low", 0.25),
-        ("kl_behavior", (k3(gaps[0]) + k3(gaps[1])) / 2.0),
-        ("kl_reference", (k3(-1.0 - up[0]) + k3(-1.0 - up[1])) / 2.0),
-        ("logprob_gap", (gaps[0] - gaps[1]) / 2.0),
-        ("logprob_gap_max", gaps[0]),
-        ("masked", 0.0),
-        ("ratio", (2.0 + 0.3 / 0.55) / 2.0),
-        ("ratio_max", 2.0),
+        ("clip/high", 0.25),
+        ("clip/low", 0.25),
+        ("kl", (k3(-1.0 - up[0]) + k3(-1.0 - up[1])) / 2.0),
+        ("mismatch/k3", (k3(gaps[0]) + k3(gaps[1])) / 2.0),
+        ("mismatch/masked", 0.0),
+        ("mismatch/max", gaps[0]),
+        ("mismatch/mean", (gaps[0] - gaps[1]) / 2.0),
+        ("ratio/max", 2.0),
+        ("ratio/mean", (2.0 + 0.3 / 0.55) / 2.0),
     ];
     assert_eq!(plain.keys().copied().collect::<Vec<_>>(), want.map(|(name, _)| name));
     for (name, want) in want {
         close(name, plain[name], want, 1e-14);
     }
     let cispo = metrics(PolicyGradient { policy_loss: PolicyLoss::Cispo, ..PLAIN }, &[1.0, -1.0]);
-    assert_eq!((cispo["clipped_high"], cispo["clipped_low"]), (0.5, 0.0));
+    assert_eq!((cispo["clip/high"], cispo["clip/low"]), (0.5, 0.0));
     let prime = PolicyGradient { policy_loss: PolicyLoss::Prime, ..PLAIN };
-    assert_eq!(metrics(prime, &[1.0, -1.0])["masked"], 0.5);
+    assert_eq!(metrics(prime, &[1.0, -1.0])["mismatch/masked"], 0.5);
     let importance = Importance { level: ImportanceLevel::Token, mode: ImportanceMode::Mask, max: 1.5 };
-    assert_eq!(metrics(PolicyGradient { importance, ..PLAIN }, &[1.0, -1.0])["masked"], 0.5);
+    assert_eq!(metrics(PolicyGradient { importance, ..PLAIN }, &[1.0, -1.0])["mismatch/masked"], 0.5);
     let together = metrics(PolicyGradient { ratio: Ratio::Sequence, ..PLAIN }, &[1.0]);
-    close("the ratio of a sequence", together["ratio_max"], (0.6f64 / 0.55).sqrt(), 1e-14);
-    close("the gap of its tokens", together["logprob_gap_max"], gaps[0], 1e-14);
+    close("the ratio of a sequence", together["ratio/max"], (0.6f64 / 0.55).sqrt(), 1e-14);
+    close("the gap of its tokens", together["mismatch/max"], gaps[0], 1e-14);
 
     let one = row(&[-1.0, -0.5], &[], 0.0);
     let imitated = demonstration(&[one.sequence()], LossMean::Token, &counts(std::slice::from_ref(&one), 2)).unwrap();
-    assert_eq!(imitated.metrics.values()["logprob"], -0.75);
+    assert_eq!(imitated.metrics.values()["logps/mean"], -0.75);
     let other = row(&[-2.0, -2.5], &[], 0.0);
     let settings = Preference { loss: PreferenceLoss::Sigmoid, beta: 0.1, smoothing: 0.0 };
     let preferred = prefer(&[[one, other]], &settings).metrics.values();
-    assert_eq!((preferred["logprob_chosen"], preferred["logprob_rejected"]), (-1.5, -4.5));
+    assert_eq!((preferred["logps/chosen"], preferred["logps/rejected"]), (-1.5, -4.5));
 }
 
 #[test]

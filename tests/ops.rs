@@ -132,13 +132,13 @@ pub fn check_op<'a>(
 pub fn product<'a>(x: &[f32], weight: &'a Panels, bias: Option<&'a [f32]>, adapter: Option<LowRank>) -> Computed<'a> {
     let x = x.to_vec();
     let ((wide, narrow), kernel) = (weight.dims(), weight.kernel());
-    let linear = Linear { weight, bias, adapter: adapter.as_ref(), backward: false };
+    let linear = Linear { weight, bias, adapter: adapter.as_ref(), mask: None, backward: false };
     let left = Left::new(&x, narrow, kernel);
     let (mut value, down) = (vec![f32::NAN; x.len() / narrow * wide], linear.down(&left));
     linear.apply_all(&left, down.as_ref(), &mut value, false, Threads::One);
     let backward = move |grad: &[f32]| {
         let transposed = weight.transposed(0..wide, Threads::One);
-        let linear = Linear { weight: &transposed, bias: None, adapter: adapter.as_ref(), backward: true };
+        let linear = Linear { weight: &transposed, bias: None, adapter: adapter.as_ref(), mask: None, backward: true };
         let left = Left::new(grad, wide, kernel);
         let (d_down, mut dx, mut added) = (linear.down(&left), vec![f32::NAN; x.len()], vec![0.0; x.len()]);
         linear.apply_all(&left, d_down.as_ref(), &mut dx, false, Threads::One);

@@ -17,7 +17,7 @@ use tempfile::tempdir;
 
 use crate::check::{self, floats};
 use crate::program::Place;
-use crate::toy::lines;
+use crate::toy::{lines, step_metrics};
 
 fn vectors() -> Option<Value> {
     check::vectors("data_gen.json").map(|path| check::json(&path))
@@ -411,7 +411,7 @@ fn every_config_of_the_notes_trains_on_what_its_commands_make() {
         let line: Vec<&str> = ["train", config.as_str()].into_iter().chain(sets).collect();
         let ended = place.candor(&line);
         assert_eq!(ended.code, Some(0), "{name}: {}", ended.stderr);
-        let metrics = lines(&place.path(&format!("results/{name}/metrics.jsonl")));
+        let metrics = step_metrics(&place.path(&format!("results/{name}")));
         assert!(metrics.iter().all(|row| row["grad_norm"].as_f64().unwrap() > 0.0), "{name}: {metrics:?}");
     }
 }

@@ -17,6 +17,7 @@ use candor::ops::linear::LowRank;
 use candor::ops::nf4::{Blocks, Nf4};
 use candor::ops::panels::Panels;
 use candor::ops::quantized::{Packed, Values, Weight};
+use candor::record::GIB;
 use candor::sampler::local::LocalSampler;
 use candor::tokenizer::Tokenizer;
 use serde_json::Value;
@@ -30,7 +31,7 @@ use crate::model::{adapter, ids, logits, tensors, values};
 use crate::ops::{floats, narrowed, product, random};
 use crate::program::Place;
 use crate::sampler;
-use crate::toy::{lines, model as tiny};
+use crate::toy::{model as tiny, step_metrics};
 
 const ALL: [Quantization; 3] = [Quantization::Nf4, Quantization::Q8, Quantization::Keep];
 
@@ -219,7 +220,7 @@ fn what_cannot_be_packed_is_refused() {
 fn train(place: &Place, changes: &str) -> Value {
     place.configure(changes);
     place.finish(&[]);
-    let row = lines(&place.path("results/tiny/metrics.jsonl")).pop().unwrap();
+    let row = step_metrics(&place.path("results/tiny")).pop().unwrap();
     fs::remove_dir_all(place.path("results")).unwrap();
     row
 }
@@ -249,8 +250,8 @@ fn the_program_trains_on_every_packed_form() {
     replace_model(&place, &smollm2);
     let row = train("batch = { prompts = 1, group = 2 }\nmodel.quantization = \"keep\"");
     let most = if Kernel::choose(Dtype::Auto, None).unwrap().row_invariant() { 0.0 } else { 1e-3 };
-    assert!(row["learner_rows"].as_u64().unwrap() > 0);
-    assert!(row["objective"]["logprob_gap_max"].as_f64().unwrap() <= most, "{row}");
+    assert!(row["tokens/learner"].as_u64().unwrap() > 0);
+    assert!(row["mismatch/max"].as_f64().unwrap() <= most, "{row}");
 }
 
 #[test]
@@ -261,8 +262,8 @@ fn the_memory_of_packed_weights_is_foretold() {
         assert_eq!(ended.code, Some(0), "{}", ended.stderr);
         let foretold = planned(&ended.stdout, "peak");
         place.finish(&[]);
-        let row = lines(&place.path("results/tiny/metrics.jsonl")).remove(0);
-        let measured = row["timing"]["peak_memory_bytes"].as_f64().unwrap() / 1e9;
+        let row = step_metrics(&place.path("results/tiny")).remove(0);
+        let measured = row["perf/peak_gib"].as_f64().unwrap() * GIB / 1e9;
         assert!((foretold / measured - 1.0).abs() < 0.1, "{form}: measured {measured} GB\n{}", ended.stdout);
     }
 }

@@ -122,6 +122,13 @@ pub fn lines(path: &Path) -> Vec<Value> {
     text.lines().map(|line| serde_json::from_str(line).unwrap_or_else(|error| panic!("{line}: {error}"))).collect()
 }
 
+/// What the steps of a run say in its `metrics.jsonl`, evaluations left out.
+pub fn step_metrics(run: &Path) -> Vec<Value> {
+    let mut rows = lines(&run.join("metrics.jsonl"));
+    rows.retain(|row| row["split"] == "train");
+    rows
+}
+
 /// The rows of a run's `generations.jsonl`.
 pub fn generations(results: &Path) -> Vec<Value> {
     lines(&results.join("toy/generations.jsonl"))

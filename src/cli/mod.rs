@@ -2,6 +2,7 @@
 //!
 //! * [`console`]: lines and progress bars
 //! * [`log`]: the log in the run folder
+//! * [`inspect`]: a run's rollouts on a terminal
 //! * [`judge`]: files of answers
 //! * [`models`]: the commands on a model rather than on a config; [`chat`] is the one that talks, [`bench`] the one that
 //!   measures
@@ -11,6 +12,7 @@
 mod bench;
 mod chat;
 mod console;
+mod inspect;
 mod judge;
 mod log;
 mod models;
@@ -32,6 +34,7 @@ use crate::event::Event;
 use crate::heldout::Evaluation;
 use crate::inputs::Inputs;
 use crate::plan::Plan;
+use crate::rescore::Rescore;
 use crate::run::{SUMMARY, write_whole};
 use crate::scorers::caught;
 use crate::setup::{Options, Run};
@@ -77,6 +80,22 @@ enum Command {
         #[command(flatten)]
         input: Input,
     },
+    /// Look into a run's rollouts
+    Inspect(inspect::Inspect),
+    /// Score a run's completions again, with another reward, parser or judge
+    Rescore {
+        /// The run's folder
+        run: PathBuf,
+        /// Another value for a key, such as environment.0.reward=log
+        #[arg(long = "set", value_name = "KEY=VALUE")]
+        sets: Vec<String>,
+        /// Where the rows with their new scores go; rescored-1.jsonl in the run's folder unless given, or -2 and so on
+        #[arg(long, value_name = "FILE")]
+        output: Option<PathBuf>,
+        /// Say nothing but warnings, errors and the result
+        #[arg(long)]
+        quiet: bool,
+    },
     /// Grade a file of answers, or compare a judge with grades by hand
     Judge(judge::Judge),
     /// Print the log-probability of every token of given completions, as JSON lines
@@ -100,7 +119,8 @@ impl Command {
     fn quiet(&self) -> bool {
         match self {
             Self::Train { input, .. } | Self::Eval { input, .. } | Self::Check { input } => input.quiet,
-            Self::Judge(judge::Judge { quiet, .. }) => *quiet,
+            Self::Judge(judge::Judge { quiet, .. }) | Self::Rescore { quiet, .. } => *quiet,
+            Self::Inspect(_) => false,
             Self::Prepare(command) => command.quiet(),
             Self::Logprob(models::Logprob { base, .. })
             | Self::Sample(models::Sample { base, .. })
@@ -167,6 +187,13 @@ fn execute(command: &Command, environments: &[(&str, Load)], console: &Arc<Conso
         }
         Command::Eval { input, adapter } => evaluate(load(input)?, adapter.as_deref(), &options, console),
         Command::Check { input } => check(&load(input)?, &options, console),
+        Command::Inspect(command) => command.run(&observer, console),
+        Command::Rescore { run, sets, output, .. } => {
+            let rescore = Rescore::prepare(run, sets, output.as_deref(), environments, &observer);
+            let rescored = rescore.map_err(Failure::Input)?.run(&observer).map_err(Failure::Run)?;
+            console.print(&rescored.to_string());
+            Ok(0)
+        }
         Command::Judge(command) => command.run(&observer, console),
         Command::Logprob(command) => command.run(&observer, console),
         Command::Sample(command) => command.run(&observer, console),

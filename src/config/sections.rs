@@ -104,7 +104,8 @@ pub struct Lora {
     pub rank: usize,
     /// The adapter's product is scaled by alpha / rank.
     pub alpha: f64,
-    /// Share of the adapter's inputs dropped in training; only where no environment samples.
+    /// Share of the adapter's inputs dropped in training: each projection its own, a prompt's the same for all its completions.
+    /// Only where no environment samples.
     pub dropout: f64,
     /// Scale by alpha / √rank instead (rank-stabilized LoRA).
     pub rslora: bool,
@@ -244,6 +245,8 @@ pub struct Sampling {
     pub temperature: f64,
     /// Strings that end a completion, beside the model's own end tokens.
     pub stop: Vec<String>,
+    /// Whether `logprobs.jsonl` keeps every rollout's tokens with their log-probabilities, which `candor inspect` shades them by.
+    pub logprobs: bool,
     /// How many optimizer steps the sampler may run ahead of the learner; 0: strictly on policy.
     pub async_level: usize,
     /// The servers of `kind = "openai"`.
@@ -253,7 +256,15 @@ pub struct Sampling {
 impl Default for Sampling {
     fn default() -> Self {
         let (stop, endpoints) = (Vec::new(), Vec::new());
-        Sampling { kind: SamplerKind::Local, max_tokens: 32, temperature: 1.0, stop, async_level: 0, endpoints }
+        Sampling {
+            kind: SamplerKind::Local,
+            max_tokens: 32,
+            temperature: 1.0,
+            stop,
+            logprobs: false,
+            async_level: 0,
+            endpoints,
+        }
     }
 }
 

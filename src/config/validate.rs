@@ -176,11 +176,6 @@ impl Config {
     fn check_offered(&self) -> Result<(), KeyError> {
         let later = [
             (
-                self.lora.dropout > 0.0,
-                "lora.dropout",
-                "an environment that samples can have none, and elsewhere it is to come; use 0.0",
-            ),
-            (
                 matches!(self.model.device, Device::Cuda(_)),
                 "model.device",
                 "this build computes on the CPU only; use \"auto\" or \"cpu\"",

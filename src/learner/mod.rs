@@ -52,6 +52,19 @@ pub struct StepShape {
     pub temperature: f64,
     /// The learning rate of this step.
     pub learning_rate: f64,
+    /// Dropout of the adapter's inputs, where there is any.
+    pub dropout: Option<StepDropout>,
+}
+
+/// What decides which of the adapter's inputs a step drops.
+#[derive(Clone, Copy, Debug)]
+pub struct StepDropout {
+    /// The probability of each to be dropped.
+    pub share: f64,
+    /// The run's seed.
+    pub seed: u64,
+    /// The step's number.
+    pub step: u64,
 }
 
 /// What a step did.
@@ -131,12 +144,16 @@ impl Learner {
             done += 1;
             observer(Event::Progress { what: "learning", done, total });
         };
-        for (portion, micro_batches) in packed {
+        let mut earlier = 0;
+        for (portion, mut micro_batches) in packed {
             let counts = portion.counts(portions, shape.max_tokens);
-            for micro in &micro_batches {
+            for micro in &mut micro_batches {
+                micro.dropout =
+                    shape.dropout.map(|StepDropout { share, seed, step }| micro.dropout(share, seed, step, earlier));
                 debug!(rows = micro.ids.len(), branches = micro.branches.len(), "micro-batch");
                 self.accumulate(micro, (portion, &counts), shape, &mut gradients, &mut report, &mut layer_done)?;
             }
+            earlier += portion.trees.len();
         }
         // The sampler needs other sizes.
         buffer::release();
@@ -190,7 +207,7 @@ impl Learner {
     fn layer_inputs(&self, micro: &MicroBatch) -> Result<(Vec<LayerInput>, Buffer)> {
         let adapters = [(0..micro.ids.len(), Some(&self.adapter))];
         let call = call(micro, &adapters);
-        let context = self.model.begin(&call)?;
+        let context = self.model.begin(&call)?.with_dropout(micro.dropout.as_ref());
         let architecture = &self.model.architecture;
         let (mut keys, kept) = (keys(&self.model, micro), kept_layers(architecture, micro.ids.len()));
         let (mut x, mut inputs) = (self.model.embed(&call), Vec::new());
@@ -213,7 +230,7 @@ impl Learner {
     ) -> Result<()> {
         let adapters = [(0..micro.ids.len(), Some(&self.adapter))];
         let call = call(micro, &adapters);
-        let context = self.model.begin(&call)?;
+        let context = self.model.begin(&call)?.with_dropout(micro.dropout.as_ref());
         let (mut keys, mut swapped) = (keys(&self.model, micro), keys(&self.model, micro));
         for (index, (x, kept)) in inputs.into_iter().enumerate().rev() {
             let room = [&mut keys, &mut swapped];
@@ -273,7 +290,7 @@ pub fn completion_logprobs(
     Ok(all)
 }
 
-/// The log-probability of every target of a micro-batch; nothing is kept for a backward pass.
+/// The log-probability of every target of a micro-batch; nothing is kept for a backward pass, and nothing is dropped.
 fn logprobs(model: &Model, adapter: Option<&Adapter>, micro: &MicroBatch, temperature: f64) -> Result<Vec<f64>> {
     let adapters = [(0..micro.ids.len(), adapter)];
     let call = call(micro, &adapters);

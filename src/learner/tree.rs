@@ -4,7 +4,9 @@ use anyhow::{Result, ensure};
 use std::ops::Range;
 
 use crate::ops::attention::Span;
+use crate::ops::dropout::Dropout;
 use crate::ops::keys::{Store, padded};
+use crate::random::{self, Purpose};
 
 /// One prompt and the completions that continue it.
 #[derive(Clone, Debug)]
@@ -85,12 +87,29 @@ pub struct MicroBatch<'a> {
     pub targets: Vec<u32>,
     /// The branches, and where their tokens lie in `targets`.
     pub branches: Vec<(&'a Branch, Range<usize>)>,
+    /// By store: the number of its tree among those that were packed, and of its branch in the tree, from 1; 0 is the prompt.
+    pub origins: Vec<[usize; 2]>,
+    /// What the adapter being trained does not see of its inputs.
+    pub dropout: Option<Dropout>,
 }
 
 impl MicroBatch<'_> {
     /// Rows that the keys of all rows take.
     pub fn key_rows(&self) -> usize {
         self.stores.last().map_or(0, |last| padded(last.to + last.from.len()))
+    }
+
+    /// What is dropped with probability `share` in a step whose trees before these are `earlier`: the same whatever else is in
+    /// the micro-batch. All branches see the same of their prompt.
+    pub fn dropout(&self, share: f64, seed: u64, step: u64, earlier: usize) -> Dropout {
+        let rows = self.stores.iter().zip(&self.origins).flat_map(|(store, [tree, branch])| {
+            let key = move |&position: &usize| {
+                let counters = [step, (earlier + tree) as u64, *branch as u64, position as u64];
+                random::key(seed, Purpose::Dropout, &counters)
+            };
+            self.positions[store.from.clone()].iter().map(key)
+        });
+        Dropout { share, rows: rows.collect() }
     }
 }
 
@@ -100,8 +119,8 @@ impl MicroBatch<'_> {
 /// # Errors
 /// If a prompt or a completion is empty, or a prompt with one branch exceeds the budget; tree and branch are named.
 pub fn pack(trees: &[Tree], budget: usize) -> Result<Vec<MicroBatch<'_>>> {
-    let mut all: Vec<(&Tree, Piece)> = Vec::new();
-    for tree in trees {
+    let mut all: Vec<(usize, &Tree, Piece)> = Vec::new();
+    for (number, tree) in trees.iter().enumerate() {
         ensure!(!tree.prompt_ids.is_empty(), "{}: the prompt has no tokens", tree.name);
         for branch in &tree.branches {
             ensure!(!branch.ids.is_empty(), "{}, rollout {}: the completion has no tokens", tree.name, branch.rollout);
@@ -115,9 +134,10 @@ pub fn pack(trees: &[Tree], budget: usize) -> Result<Vec<MicroBatch<'_>>> {
             );
         }
         let completions = tree.branches.iter().map(|branch| branch.ids.len());
-        all.extend(pieces(tree.prompt_ids.len(), completions, budget).into_iter().map(|piece| (tree, piece)));
+        let cut = pieces(tree.prompt_ids.len(), completions, budget).into_iter();
+        all.extend(cut.map(|piece| (number, tree, piece)));
     }
-    let sizes: Vec<usize> = all.iter().map(|(_, piece)| piece.rows).collect();
+    let sizes: Vec<usize> = all.iter().map(|(.., piece)| piece.rows).collect();
     Ok(batches(&sizes, budget).into_iter().map(|range| lay_out(&all[range])).collect())
 }
 
@@ -160,21 +180,23 @@ pub fn batches(rows: &[usize], budget: usize) -> Vec<Range<usize>> {
     batches
 }
 
-fn lay_out<'a>(pieces: &[(&'a Tree, Piece)]) -> MicroBatch<'a> {
+fn lay_out<'a>(pieces: &[(usize, &'a Tree, Piece)]) -> MicroBatch<'a> {
     let (mut ids, mut positions, mut spans, mut stores) = (Vec::new(), Vec::new(), Vec::new(), Vec::<Store>::new());
-    let (mut predicting, mut targets, mut branches) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut predicting, mut targets, mut branches, mut origins) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
     let mut store = |rows: &Range<usize>| {
         let to = stores.last().map_or(0, |last| padded(last.to + last.from.len()));
         stores.push(Store { from: rows.clone(), to });
         to..to + rows.len()
     };
-    for (tree, piece) in pieces {
+    for (number, tree, piece) in pieces {
         let prompt = ids.len()..ids.len() + tree.prompt_ids.len();
         ids.extend(&tree.prompt_ids);
         positions.extend(0..prompt.len());
         let prompt_keys = store(&prompt);
+        origins.push([*number, 0]);
         spans.push(Span { queries: prompt.clone(), prefix: 0..0, own: prompt_keys.clone() });
-        for branch in &tree.branches[piece.branches.clone()] {
+        for index in piece.branches.clone() {
+            let branch = &tree.branches[index];
             let inputs = &branch.ids[..branch.ids.len() - 1];
             let rows = ids.len()..ids.len() + inputs.len();
             branches.push((branch, targets.len()..targets.len() + branch.ids.len()));
@@ -184,9 +206,10 @@ fn lay_out<'a>(pieces: &[(&'a Tree, Piece)]) -> MicroBatch<'a> {
             positions.extend(prompt.len()..prompt.len() + inputs.len());
             if !rows.is_empty() {
                 let own = store(&rows);
+                origins.push([*number, index + 1]);
                 spans.push(Span { queries: rows, prefix: prompt_keys.clone(), own });
             }
         }
     }
-    MicroBatch { ids, positions, spans, stores, predicting, targets, branches }
+    MicroBatch { ids, positions, spans, stores, predicting, targets, branches, origins, dropout: None }
 }

@@ -9,7 +9,7 @@ use anyhow::Result;
 
 use super::{Architecture, LayerCall, Projection};
 use crate::ops::attention::{self, Heads, LogSums};
-use crate::ops::buffer::Buffer;
+use crate::ops::buffer::{Buffer, copy};
 use crate::ops::feed_forward::{Gated, Inner};
 use crate::ops::kernel::Kernel;
 use crate::ops::keys::Keys;
@@ -90,12 +90,13 @@ impl<'a> Work<'a> {
         self.architecture.heads_of(self.architecture.layers[self.index])
     }
 
-    /// A projection with the adapter of some rows.
-    fn linear(&self, projection: Projection, adapter: Option<&'a Adapter>) -> Linear<'_> {
+    /// A projection of some rows with their adapter.
+    fn linear(&self, projection: Projection, adapter: Option<&'a Adapter>, rows: Range<usize>) -> Linear<'_> {
         Linear {
             weight: &self.weights[projection as usize],
             bias: self.layer.projections[projection as usize].bias.as_deref(),
             adapter: adapter.and_then(|adapter| adapter.low_rank(self.index, projection, self.kernel)),
+            mask: self.call.mask(rows, self.index, projection),
             backward: false,
         }
     }
@@ -112,7 +113,7 @@ impl<'a> Work<'a> {
         let (narrow, mut outputs) = (x.len() / rows.len(), outputs);
         for (part, adapter) in self.call.adapters(rows) {
             let left = Left::new(&x[part.start * narrow..part.end * narrow], narrow, self.kernel);
-            let linears = projections.map(|projection| self.linear(projection, adapter));
+            let linears = projections.map(|projection| self.linear(projection, adapter, of_call(rows, &part)));
             let outputs = outputs.each_mut().map(|output| {
                 let wide = output.len() / rows.len();
                 &mut output[part.start * wide..part.end * wide]
@@ -187,10 +188,10 @@ impl<'a> Work<'a> {
         Middle { returned, x: sum, normed }
     }
 
-    fn gated(&self, adapter: Option<&'a Adapter>) -> Gated<'_> {
+    fn gated(&self, adapter: Option<&'a Adapter>, rows: Range<usize>) -> Gated<'_> {
         Gated {
-            gate: self.linear(Projection::GateProj, adapter),
-            up: self.linear(Projection::UpProj, adapter),
+            gate: self.linear(Projection::GateProj, adapter, rows.clone()),
+            up: self.linear(Projection::UpProj, adapter, rows),
             activation: self.architecture.activation,
             kernel: self.kernel,
         }
@@ -200,9 +201,11 @@ impl<'a> Work<'a> {
         let hidden = self.architecture.hidden;
         let mut returned = Buffer::new(normed.len());
         for (part, adapter) in self.call.adapters(rows) {
-            let part = part.start * hidden..part.end * hidden;
-            let product = self.gated(adapter).forward(&Left::new(&normed[part.clone()], hidden, self.kernel), threads);
-            apply_together(&[self.linear(Projection::DownProj, adapter)], &product, [&mut returned[part]], threads);
+            let (rows, part) = (of_call(rows, &part), part.start * hidden..part.end * hidden);
+            let x = Left::new(&normed[part.clone()], hidden, self.kernel);
+            let product = self.gated(adapter, rows.clone()).forward(&x, threads);
+            let out = self.linear(Projection::DownProj, adapter, rows);
+            apply_together(&[out], &product, [&mut returned[part]], threads);
         }
         returned
     }
@@ -241,10 +244,9 @@ fn before_norm(returned: &[f32], norm: Option<&RmsNorm>, grad: &[f32]) -> Buffer
     }
 }
 
-fn copy(values: &[f32]) -> Buffer {
-    let mut copy = Buffer::new(values.len());
-    copy.copy_from_slice(values);
-    copy
+/// A part of a block, counted from the block's first row, in rows of the call.
+fn of_call(block: &Range<usize>, part: &Range<usize>) -> Range<usize> {
+    block.start + part.start..block.start + part.end
 }
 
 /// The backward pass.
@@ -294,8 +296,8 @@ impl Work<'_> {
             let x = &x[rows.start * hidden..rows.end * hidden];
             let attended = &attended[rows.start * width..rows.end * width];
             let Middle { returned, x, normed } = self.middle(x, attended, &rows, threads);
-            let mut back = Back { work: self, transposed, gradient, threads };
-            let d_normed = back.through_feed_forward(&normed, &rows, grad);
+            let mut back = Back { work: self, transposed, gradient, rows, threads };
+            let d_normed = back.through_feed_forward(&normed, grad);
             self.layer.feed_forward_norm.backward(&x, &d_normed, grad);
             let d_returned = before_norm(&returned, self.layer.attention_output_norm.as_ref(), grad);
             back.through(Projection::OProj, &d_returned, attended, d_attended, false);
@@ -357,7 +359,7 @@ impl Work<'_> {
                 self.layer.attention_norm.forward(x, &mut normed);
             }
             let mut d_normed = Buffer::new(x.len());
-            let mut back = Back { work: self, transposed, gradient, threads };
+            let mut back = Back { work: self, transposed, gradient, rows, threads };
             back.through(Projection::QProj, q, &normed, &mut d_normed, false);
             back.through(Projection::KProj, k, &normed, &mut d_normed, true);
             back.through(Projection::VProj, v, &normed, &mut d_normed, true);
@@ -372,6 +374,8 @@ struct Back<'a> {
     work: &'a Work<'a>,
     transposed: &'a [Panels; 7],
     gradient: &'a mut AdapterGradient,
+    /// Rows of the call.
+    rows: Range<usize>,
     threads: Threads,
 }
 
@@ -381,7 +385,8 @@ impl<'a> Back<'a> {
         let (work, weight) = (self.work, &self.transposed[projection as usize]);
         let adapter = work.call.only_adapter();
         let adapter = adapter.and_then(|adapter| adapter.low_rank(work.index, projection, work.kernel));
-        Linear { weight, bias: None, adapter, backward: true }
+        let mask = work.call.mask(self.rows.clone(), work.index, projection);
+        Linear { weight, bias: None, adapter, mask, backward: true }
     }
 
     /// Writes the gradient of a projection's input `x` to `dx`, or adds it, and adds the adapter's to its own.
@@ -399,17 +404,19 @@ impl<'a> Back<'a> {
 
     /// Adds the gradients of a projection's adapter, if it carries one.
     fn keep(&mut self, projection: Projection, x: &[f32], down: Option<&Down>, grad: &[f32], d_down: Option<&Down>) {
-        let (Some(adapter), Some(down), Some(d_down)) = (self.linear(projection).adapter, down, d_down) else { return };
+        let linear = self.linear(projection);
+        let (Some(adapter), Some(down), Some(d_down)) = (linear.adapter, down, d_down) else { return };
+        let seen = linear.mask.map(|mask| mask.of(x, x.len() / self.rows.len()));
         let own = self.gradient[projection as usize].get_or_insert_with(|| adapter.zeros());
-        adapter.add_gradient(x, down, grad, d_down, own);
+        adapter.add_gradient(seen.as_deref().unwrap_or(x), down, grad, d_down, own);
     }
 
     /// The gradient of the feed-forward block's input `normed`, given that of the residual sum after the block.
-    fn through_feed_forward(&mut self, normed: &[f32], rows: &Range<usize>, grad: &[f32]) -> Buffer {
-        let (work, threads) = (self.work, self.threads);
+    fn through_feed_forward(&mut self, normed: &[f32], grad: &[f32]) -> Buffer {
+        let (work, rows, threads) = (self.work, self.rows.clone(), self.threads);
         let (hidden, intermediate) = (work.architecture.hidden, work.architecture.intermediate);
         let norm = work.layer.feed_forward_output_norm.as_ref();
-        let returned = norm.map(|_| work.feed_forward(normed, rows, threads));
+        let returned = norm.map(|_| work.feed_forward(normed, &rows, threads));
         let d_returned = before_norm(returned.as_deref().unwrap_or(&[]), norm, grad);
         let (x, grad) = (Left::new(normed, hidden, work.kernel), Left::new(&d_returned, hidden, work.kernel));
         let [gate, up, out] =
@@ -417,7 +424,7 @@ impl<'a> Back<'a> {
         let room = |wanted: bool| wanted.then(|| Buffer::new(rows.len() * intermediate));
         let trained = gate.adapter.is_some() || up.adapter.is_some();
         let mut inner = Inner { product: room(out.adapter.is_some()), grads: [room(trained), room(trained)] };
-        let gated = work.gated(work.call.only_adapter());
+        let gated = work.gated(work.call.only_adapter(), rows);
         let (d_down, downs) = (out.down(&grad), [gated.gate.down(&x), gated.up.down(&x)]);
         let [gate_down, up_down] = downs.each_ref().map(Option::as_ref);
         let grads = gated.backward(&x, [gate_down, up_down], &out, (&grad, d_down.as_ref()), &mut inner, threads);

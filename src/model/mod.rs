@@ -38,6 +38,7 @@ pub use weights::Weights;
 use crate::config::Quantization;
 use crate::ops::attention::Span;
 use crate::ops::buffer::Buffer;
+use crate::ops::dropout::{Dropout, Mask};
 use crate::ops::head::Logits;
 use crate::ops::kernel::Kernel;
 use crate::ops::keys::{Keys, Store};
@@ -84,9 +85,19 @@ pub struct LayerCall<'a> {
     kinds: &'a [usize],
     rotations: Vec<Rotation>,
     call: &'a Call<'a>,
+    dropout: Option<&'a Dropout>,
 }
 
-impl LayerCall<'_> {
+impl<'a> LayerCall<'a> {
+    /// The same call, in which adapters do not see all of their inputs.
+    pub fn with_dropout(self, dropout: Option<&'a Dropout>) -> Self {
+        Self { dropout, ..self }
+    }
+
+    fn mask(&self, rows: Range<usize>, layer: usize, projection: Projection) -> Option<Mask<'_>> {
+        self.dropout.map(|dropout| dropout.mask(rows, layer, projection as usize))
+    }
+
     fn rotation(&self, layer: usize) -> &Rotation {
         &self.rotations[self.kinds[layer]]
     }
@@ -172,7 +183,7 @@ impl Model {
         }
         let kinds = self.architecture.attention.iter();
         let rotations = kinds.map(|kind| Rotation::new(call.positions, &kind.frequencies)).collect();
-        Ok(LayerCall { kinds: &self.architecture.layers, rotations, call })
+        Ok(LayerCall { kinds: &self.architecture.layers, rotations, call, dropout: None })
     }
 
     /// Embeds the call's tokens: [rows, hidden].

@@ -29,7 +29,7 @@ pub fn demonstration(batch: &[Sequence], mean: LossMean, counts: &Counts) -> Res
         let weight = counts.weight(mean, live.len());
         let logprobs = live.iter().map(|&t| sequence.logprobs_t[t]);
         objective.loss -= logprobs.map(|logprob| weight * logprob).sum::<f64>();
-        objective.metrics.mean("logprob", sum(sequence.logprobs_t, &live), live.len() as f64);
+        objective.metrics.mean("logps/mean", sum(sequence.logprobs_t, &live), live.len() as f64);
         objective.push(sequence.mask_t.len(), &live, live.iter().map(|_| -weight));
     }
     Ok(objective)
@@ -55,7 +55,7 @@ pub fn judged(batch: &[Judged], settings: &Implicit, counts: &Counts) -> Result<
         let coefficient = slope * counts.weight(LossMean::Sequence, live.len());
         objective.push(sequence.mask_t.len(), &live, live.iter().map(|_| coefficient));
 
-        let name = if *correct { "likelihood_correct" } else { "likelihood_wrong" };
+        let name = if *correct { "likelihood/correct" } else { "likelihood/wrong" };
         objective.metrics.mean(name, mean_logprob.exp(), 1.0);
     }
     Ok(objective)

@@ -214,7 +214,7 @@ fn terms(sampled: &Sampled, live: &[usize], settings: &PolicyGradient, metrics: 
         }
         if let Some(reference_t) = sequence.reference_t {
             let divergence = term.add_kl(settings, ratio, reference_t[t] - sequence.logprobs_t[t]);
-            metrics.mean("kl_reference", divergence, 1.0);
+            metrics.mean("kl", divergence, 1.0);
         }
         ensure!(
             token_ratio.is_finite() && (term.value + term.direct + term.through_ratio).is_finite(),
@@ -304,13 +304,13 @@ impl Term {
 
 fn record(metrics: &mut Metrics, term: &Term, behavior_ratio: f64, gap: f64) {
     let share = |fate| f64::from(term.fate == fate);
-    metrics.mean("clipped_low", share(Fate::ClippedLow), 1.0);
-    metrics.mean("clipped_high", share(Fate::ClippedHigh), 1.0);
-    metrics.mean("masked", share(Fate::Masked), 1.0);
-    metrics.mean("ratio", behavior_ratio, 1.0);
-    metrics.max("ratio_max", behavior_ratio);
+    metrics.mean("clip/low", share(Fate::ClippedLow), 1.0);
+    metrics.mean("clip/high", share(Fate::ClippedHigh), 1.0);
+    metrics.mean("mismatch/masked", share(Fate::Masked), 1.0);
+    metrics.mean("ratio/mean", behavior_ratio, 1.0);
+    metrics.max("ratio/max", behavior_ratio);
     // k3 of KL(behavior ‖ learner), estimated on the behavior policy's samples.
-    metrics.mean("kl_behavior", gap.exp_m1() - gap, 1.0);
-    metrics.mean("logprob_gap", gap.abs(), 1.0);
-    metrics.max("logprob_gap_max", gap.abs());
+    metrics.mean("mismatch/k3", gap.exp_m1() - gap, 1.0);
+    metrics.mean("mismatch/mean", gap.abs(), 1.0);
+    metrics.max("mismatch/max", gap.abs());
 }

@@ -41,12 +41,12 @@ pub fn preference(batch: &[Pair], settings: &Preference, counts: &Counts) -> Res
 
         let (better, worse) = (settings.beta * chosen.log_ratio, settings.beta * rejected.log_ratio);
         let metrics = &mut objective.metrics;
-        metrics.mean("reward_chosen", better, 1.0);
-        metrics.mean("reward_rejected", worse, 1.0);
-        metrics.mean("reward_margin", better - worse, 1.0);
-        metrics.mean("reward_accuracy", f64::from(better > worse), 1.0);
-        metrics.mean("logprob_chosen", chosen.logprob, 1.0);
-        metrics.mean("logprob_rejected", rejected.logprob, 1.0);
+        metrics.mean("rewards/chosen", better, 1.0);
+        metrics.mean("rewards/rejected", worse, 1.0);
+        metrics.mean("rewards/margins", better - worse, 1.0);
+        metrics.mean("rewards/accuracies", f64::from(better > worse), 1.0);
+        metrics.mean("logps/chosen", chosen.logprob, 1.0);
+        metrics.mean("logps/rejected", rejected.logprob, 1.0);
     }
     Ok(objective)
 }

@@ -78,6 +78,13 @@ impl<T: Pooled> Drop for Buffer<T> {
     }
 }
 
+/// The same values again.
+pub fn copy<T: Pooled>(values: &[T]) -> Buffer<T> {
+    let mut copy = Buffer::new(values.len());
+    copy.copy_from_slice(values);
+    copy
+}
+
 /// Gives the memory of all unused buffers back.
 pub fn release() {
     f32::unused().lock().expect("nothing panics while it holds the pool").clear();

@@ -7,6 +7,7 @@ use std::ops::Range;
 use std::sync::OnceLock;
 
 use super::buffer::Buffer;
+use super::dropout::Mask;
 use super::kernel::Kernel;
 use super::matmul::{Matrix, matmul};
 use super::panels::{Left, Panels, Threads, parts};
@@ -53,6 +54,8 @@ pub struct Linear<'a> {
     pub bias: Option<&'a [f32]>,
     /// The adapter, if the projection carries one.
     pub adapter: Option<&'a LowRank>,
+    /// Which of the inputs the adapter does not see, in training with dropout.
+    pub mask: Option<Mask<'a>>,
     /// Whether gradients are going through it, from the output to the input.
     pub backward: bool,
 }
@@ -102,7 +105,7 @@ impl LowRank {
         })
     }
 
-    /// Adds the gradients of A and B for inputs `x` [rows, in], their `down`, the outputs' gradient `grad` [rows, out] and its
+    /// Adds the gradients of A and B for inputs `x` [rows, in] that were not dropped, their `down`, the outputs' gradient `grad` [rows, out] and its
     /// `d_down`.
     pub fn add_gradient(&self, x: &[f32], down: &Down, grad: &[f32], d_down: &Down, gradient: &mut LowRankGradient) {
         let (rank, narrow, wide) = (self.rank, self.a.len() / self.rank, self.b.len() / self.rank);
@@ -139,6 +142,8 @@ impl Linear<'_> {
     pub fn down(&self, x: &Left) -> Option<Down> {
         let LowRank { rank, kernel, .. } = *self.adapter?;
         let panels = &self.adapter?.factors(self.backward).down;
+        let masked = self.mask.filter(|_| !self.backward).map(|mask| x.masked(&mask));
+        let x = masked.as_ref().unwrap_or(x);
         let (rows, wide) = (x.rows(), panels.dims().0);
         let mut parts = Buffer::new(rows * wide);
         panels.multiply(x, 0..wide, &mut parts, wide, false, Threads::One);
@@ -148,6 +153,9 @@ impl Linear<'_> {
             for part in parts[rank..].chunks_exact(rank) {
                 to.iter_mut().zip(part).for_each(|(to, part)| *to += part);
             }
+        }
+        if let Some(mask) = self.mask {
+            values.iter_mut().for_each(|value| *value *= mask.scale());
         }
         let mut left = Left::room(rows, wide, kernel);
         for start in (0..wide).step_by(rank) {
@@ -174,7 +182,17 @@ impl Linear<'_> {
             }
         }
         if let (Some(adapter), Some(down)) = (self.adapter, down) {
-            adapter.factors(self.backward).up.multiply(&down.left, outputs, y, stride, true, threads);
+            let up = &adapter.factors(self.backward).up;
+            let Some(mask) = self.mask.filter(|_| self.backward) else {
+                return up.multiply(&down.left, outputs, y, stride, true, threads);
+            };
+            let width = outputs.len();
+            let mut share = Buffer::new(x.rows() * width);
+            up.multiply(&down.left, outputs.clone(), &mut share, width, false, threads);
+            mask.apply(outputs, &mut share, width);
+            for (y, share) in y.chunks_mut(stride).zip(share.chunks_exact(width)) {
+                y.iter_mut().zip(share).for_each(|(y, share)| *y += share);
+            }
         }
     }
 

@@ -9,7 +9,7 @@
 //! * [`panels`], [`pages`], [`amx`]: products with frozen weights, which are packed once
 //! * [`quantized`], [`nf4`]: frozen weights that stay smaller still, unpacked for one layer at a time
 //! * [`rows`]: work on rows, spread over threads
-//! * [`linear`]: a frozen weight plus an optional low-rank adapter
+//! * [`linear`], [`dropout`]: a frozen weight plus an optional low-rank adapter, and which of its inputs are dropped
 //! * [`norm`], [`rope`], [`gate`]: the point-wise parts of a layer
 //! * [`feed_forward`]: the gated block, fused
 //! * [`keys`], [`attention`]: queries over a tree of keys, never the full score matrix
@@ -20,6 +20,7 @@ pub mod attention;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 pub mod buffer;
+pub mod dropout;
 pub mod feed_forward;
 pub mod gate;
 pub mod head;

@@ -8,6 +8,7 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 use super::buffer::Buffer;
+use super::dropout::Mask;
 use super::kernel::Kernel;
 use super::matmul::{Matrix, matmul, matmul_at};
 use super::pages::Held;
@@ -135,6 +136,16 @@ impl<'a> Left<'a> {
                 }
             }
         }
+    }
+
+    /// The same rows without what a mask drops.
+    pub fn masked(&self, mask: &Mask) -> Left<'static> {
+        let form = match &self.form {
+            Form::F32(rows) => Form::OwnF32(mask.of(rows, self.width)),
+            Form::OwnF32(rows) => Form::OwnF32(mask.of(rows, self.width)),
+            Form::Bf16(rows, stride) => Form::Bf16(mask.of(rows, *stride), *stride),
+        };
+        Left { form, ..*self }
     }
 
     /// How many rows there are.
