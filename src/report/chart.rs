@@ -35,9 +35,13 @@ impl Axis {
 
     /// A tick as text, with the decimals that tell it from its neighbors.
     pub fn tick(&self, value: f64, count: usize) -> String {
-        let decimals = (-self.step(count).log10().floor()).max(0.0) as usize;
-        let text = format!("{value:.decimals$}");
-        if text.trim_matches(['-', '0', '.']).is_empty() { "0".into() } else { text.replace('-', "−") }
+        let power = |value: f64| value.log10().floor() as i32;
+        let (step, largest) = (power(self.step(count)), self.range.0.abs().max(self.range.1.abs()));
+        let text = match largest {
+            tiny if tiny < 1e-3 => format!("{value:.*e}", (power(tiny) - step).max(0) as usize),
+            _ => format!("{value:.*}", (-step).max(0) as usize),
+        };
+        if value.abs() < self.step(count) / 2.0 { "0".into() } else { text.replace('-', "−") }
     }
 
     fn step(&self, count: usize) -> f64 {

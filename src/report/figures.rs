@@ -3,12 +3,15 @@
 use std::collections::BTreeMap;
 
 use anyhow::Result;
+use serde_json::{Map, Value};
 
 use super::chart::{Axis, Chart, Dot, Figure, Layer, Mark};
+use super::read::RecordedRun;
 use super::subject::{Subject, mean, parse_rate, predictions};
 use crate::evaluation::binned::{equal_width, expected_calibration_error};
 use crate::evaluation::{Predictions, accuracy, base_rate_brier, brier};
 use crate::generations::Recorded;
+use crate::metrics::METRICS;
 
 /// Bins of the histograms of confidences.
 const HISTOGRAM_BINS: usize = 20;
@@ -84,6 +87,37 @@ pub fn over_steps(subjects: &[Subject]) -> Result<Figure> {
     })
 }
 
+/// What is drawn of `metrics.jsonl`.
+const LEARNER: [&str; 6] = ["loss", "grad_norm", "entropy", "mismatch/mean", "frac_reward_zero_std", "lr"];
+
+/// What the learner said of itself, step by step; nothing where there is no `metrics.jsonl`.
+pub fn learner(runs: &[RecordedRun]) -> Figure {
+    let (mut charts, mut meanings) = (Vec::new(), Vec::new());
+    for metric in METRICS.iter().filter(|metric| LEARNER.contains(&metric.name)) {
+        let point =
+            |row: &Map<String, Value>| Some((row.get("step")?.as_f64()?, Some(row.get(metric.name)?.as_f64()?)));
+        let line = |(color, run): (usize, &RecordedRun)| Layer {
+            name: (runs.len() > 1).then(|| run.name.clone()),
+            ..Layer::line("", color, run.metrics.iter().filter_map(point).collect())
+        };
+        let layers: Vec<Layer> = runs.iter().enumerate().map(line).filter(|layer| !values(layer).is_empty()).collect();
+        let Some(chart) = over(metric.name, metric.name, None, layers) else { continue };
+        charts.push(chart);
+        meanings.push(format!("{}: {}.", metric.name, metric.meaning));
+    }
+    Figure { name: "learner", title: "The learner".into(), caption: meanings.join(" "), charts }
+}
+
+/// A chart over steps; `None` where there is nothing to draw.
+fn over(title: &str, label: &str, range: Option<(f64, f64)>, layers: Vec<Layer>) -> Option<Chart> {
+    let all = || layers.iter().flat_map(values);
+    let around = Axis::around(label, all().map(|(_, y)| y))?;
+    let y = Axis { range: range.unwrap_or(around.range), ..around };
+    let last = all().map(|(x, _)| x).fold(1.0, f64::max);
+    let x = Axis { label: "optimizer steps done".into(), range: (0.0, last), whole: true };
+    Some(Chart { title: title.into(), x, y, layers, strip: Vec::new() })
+}
+
 /// The Brier score over steps, alone.
 ///
 /// # Errors
@@ -116,11 +150,7 @@ impl Course {
             layers.push(Layer { name, color: Some(color), mark: Mark::Dots(dots.collect()) });
         }
         layers.retain(|layer| !values(layer).is_empty());
-        let all = || layers.iter().flat_map(values);
-        let Some(y) = Axis::around(self.label, all().map(|(_, y)| y)) else { return Ok(None) };
-        let last = all().map(|(x, _)| x).fold(1.0, f64::max);
-        let x = Axis { label: "optimizer steps done".into(), range: (0.0, last), whole: true };
-        Ok(Some(Chart { title: self.title.into(), x, y, layers, strip: Vec::new() }))
+        Ok(over(self.title, self.label, self.label.starts_with("share").then_some((0.0, 1.0)), layers))
     }
 }
 

@@ -114,6 +114,7 @@ impl Report {
             selective::coverage_accuracy(subjects)?,
             selective::routing_curve(subjects, self.large_accuracy)?,
             reliability::calibration_curves(subjects, self.group_size)?,
+            figures::learner(&self.runs),
             figures::brier_over_time(subjects)?,
         ];
         Ok(figures.into_iter().filter(|figure| !figure.charts.is_empty()).collect())
