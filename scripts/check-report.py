@@ -157,7 +157,7 @@ def use(browser, shots):
 def main():
     page, shots = Path(sys.argv[1]).resolve(), Path(sys.argv[2])
     shots.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as profile:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         browser = Browser(profile)
         views = [("desktop", 1280, 900, "light"), ("dark", 1280, 900, "dark"), ("phone", 375, 760, "light")]
         for name, width, height, scheme in views:

@@ -88,8 +88,12 @@ fn unpacked(page: &str) -> (Value, Vec<(Value, String)>) {
 fn everything_is_written_and_the_numbers_are_those_of_the_evaluation() {
     let all: Vec<Value> = rows(SMALL).collect();
     let place = place(all.clone());
-    let metrics =
-        (0..SMALL.steps).map(|step| json!({"step": step, "split": "train", "reward/mean": 0.25, "timing": {"a": 1}}));
+    const LEARNER: [&str; 6] = ["loss", "grad_norm", "entropy", "mismatch/mean", "frac_reward_zero_std", "lr"];
+    let metrics = (0..SMALL.steps).map(|step| {
+        let mut row = json!({"step": step, "split": "train", "reward/mean": 0.25, "grades": {"correct": 0.5}});
+        LEARNER.iter().for_each(|name| row[name] = json!(1e-6 * step as f64));
+        row
+    });
     fs::write(place.path("results/small/metrics.jsonl"), lines(metrics)).unwrap();
     fs::write(place.path("results/small/config.toml"), "name = \"small\"\nsteps = 12\n[model]\nsource = \"m\"\n")
         .unwrap();
@@ -97,9 +101,9 @@ fn everything_is_written_and_the_numbers_are_those_of_the_evaluation() {
     assert_eq!(ended.stdout.trim(), "results/small/report/index.html");
     assert!(ended.stderr.contains("not finished"), "there is no summary.json: {}", ended.stderr);
 
-    let figures =
-        ["over_steps", "reliability_phases", "confidence_histogram", "coverage_accuracy", "calibration_curves"];
-    for name in figures.iter().chain(&["brier_over_time"]) {
+    let figures = "over_steps reliability_phases confidence_histogram coverage_accuracy routing calibration_curves learner \
+                   brier_over_time";
+    for name in figures.split(' ') {
         let bytes = fs::read(place.path(&format!("results/small/report/{name}.png"))).unwrap();
         let mut decoder = png::Decoder::new(Cursor::new(bytes)).read_info().unwrap();
         let mut pixels = vec![0; decoder.output_buffer_size().unwrap()];
@@ -107,6 +111,9 @@ fn everything_is_written_and_the_numbers_are_those_of_the_evaluation() {
         assert!(pixels.iter().any(|&byte| byte < 64), "{name}: nothing is drawn");
         assert!(read(&place, &format!("results/small/report/{name}.svg")).contains("</svg>"));
     }
+
+    let learner = read(&place, "results/small/report/learner.svg");
+    assert!(LEARNER.iter().all(|name| learner.contains(&format!("\n{name}\n"))), "a metric has another name now");
 
     let csv = table(&place, "results/small/report/calibration_metrics.csv");
     assert_eq!(csv.len(), all.len());
@@ -125,6 +132,7 @@ fn everything_is_written_and_the_numbers_are_those_of_the_evaluation() {
             assert_eq!(cell(row, &format!("{prefix}/{}", metric.name)), (metric.of)(&predictions), "{}", metric.name);
         }
         assert_eq!(cell(row, "reward/mean"), (!last).then_some(0.25));
+        assert_eq!(cell(row, "grades/correct"), (!last).then_some(0.5));
         let of_step = csv.iter().filter(|row| row["split"] == split && row["step"] == step.to_string());
         let briers: Vec<f64> = of_step.filter_map(|row| cell(row, "brier")).collect();
         close("mean of the column", briers.iter().sum::<f64>() / briers.len() as f64, brier(&predictions), 1e-12);

@@ -1,7 +1,7 @@
 //! `candor report`: what became of a run, as files for people and for other programs.
 //!
 //! Reading order: [`read`] a run once, cut it into [`subject`]s, draw [`figures`], [`reliability`] diagrams and [`selective`] answering as [`chart`]s
-//! ([`draw`], [`band`]), fill [`table`]s and [`csv`] files, put it all on one [`page`].
+//! ([`draw`], [`band`]), fill a [`table`] and [`csv`] files, put it all on one [`page`].
 
 pub mod band;
 pub mod chart;
@@ -86,19 +86,22 @@ impl Report {
         fs::create_dir_all(&self.output).with_context(|| format!("{}: cannot create", self.output.display()))?;
         let subjects = Subject::of(&self.runs);
         let figures = self.figures(&subjects)?;
+        // On the page it is one of the charts over the steps already.
+        let brier = figures::brier_over_time(&subjects)?;
+        let files = figures.iter().chain(Some(&brier).filter(|brier| !brier.charts.is_empty()));
         let place = |name: &str| self.output.join(name);
-        figures.par_iter().try_for_each(|figure| {
+        files.par_bridge().try_for_each(|figure| {
             write_whole(&place(&format!("{}.png", figure.name)), &draw::png(figure)?)?;
             write_whole(&place(&format!("{}.svg", figure.name)), draw::svg(figure)?.as_bytes())
         })?;
         write_whole(&place("calibration_metrics.csv"), csv::rollouts(&self.runs)?.as_bytes())?;
         write_whole(&place("metrics.csv"), csv::steps(&self.runs, &subjects)?.as_bytes())?;
         write_whole(&place("cot_samples.txt"), samples::samples(&self.runs)?.as_bytes())?;
-        let tables = table::first_and_last(&subjects)?;
+        let table = table::first_and_last(&subjects)?;
         let (page, unfinished) = (place("index.html"), place("index.html.tmp"));
         let mut file =
             File::create(&unfinished).map(BufWriter::new).with_context(|| unfinished.display().to_string())?;
-        page::write(&mut file, &self.runs, &tables, &figures)
+        page::write(&mut file, &self.runs, table.as_ref(), &figures)
             .and_then(|()| Ok(file.flush()?))
             .and_then(|()| Ok(fs::rename(&unfinished, &page)?))
             .with_context(|| format!("{}: cannot write", page.display()))?;
@@ -115,7 +118,6 @@ impl Report {
             selective::routing_curve(subjects, self.large_accuracy)?,
             reliability::calibration_curves(subjects, self.group_size)?,
             figures::learner(&self.runs),
-            figures::brier_over_time(subjects)?,
         ];
         Ok(figures.into_iter().filter(|figure| !figure.charts.is_empty()).collect())
     }

@@ -6,11 +6,12 @@
     const made = document.createElement(name);
     for (const [key, value] of Object.entries(attributes)) {
       if (key.startsWith("on")) made.addEventListener(key.slice(2), value);
-      else if (value !== undefined && value !== false) made.setAttribute(key, value === true ? "" : value);
+      else if (value !== undefined && value !== false) made.setAttribute(key, value === true && !key.startsWith("aria-") ? "" : value);
     }
     made.append(...children.filter((child) => child !== null && child !== undefined));
     return made;
   };
+  const classes = (...names) => names.filter(Boolean).join(" ") || undefined;
   const unpack = async (script) => {
     const bytes = Uint8Array.from(atob(script.textContent), (letter) => letter.charCodeAt(0));
     return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate"))).json();
@@ -128,7 +129,7 @@
   };
   for (const { key, title, sorts, wide } of COLUMNS) {
     const head = sorts ? element("button", { type: "button", onclick: () => sortBy(key, state.sort === key ? !state.descending : true) }, title) : title;
-    $("heads").append(element("th", { scope: "col", "data-key": key, class: wide ? "wide" : undefined }, head));
+    $("heads").append(element("th", { scope: "col", "data-key": key, class: classes(sorts && "number", wide && "wide") }, head));
   }
 
   const update = () => {
@@ -160,11 +161,11 @@
     [$("previous").disabled, $("next").disabled] = [state.page === 0, state.page + 1 === pages];
     $("rows").replaceChildren(...shown.slice(state.page * PAGE, (state.page + 1) * PAGE).map((index) =>
       element("tr", { "aria-current": index === state.chosen },
-        ...COLUMNS.map(({ key, text, wide }) => {
+        ...COLUMNS.map(({ key, text, sorts, wide }) => {
           const value = String(text(index));
           const inner = key === "task" ? element("button", { type: "button", onclick: () => choose(index) }, value) : value;
           const tone = key === "correct" ? { right: "good", wrong: "bad" }[value] : undefined;
-          return element("td", { class: [wide ? "wide" : "", tone ?? ""].join(" ").trim() || undefined }, inner);
+          return element("td", { class: classes(sorts && "number", wide && "wide", tone) }, inner);
         }))));
   };
   const turn = (pages) => { state.page += pages; list(); };
@@ -186,7 +187,7 @@
       ["confidence", number(columns.confidence[index], 2)], ["answer", correct(index)], ["read as", parse(index)],
       ["tokens", `${columns.tokens[index]}${columns.finish[index] ? " (cut)" : ""}`],
     ].filter(([, value]) => value !== "–");
-    const more = Object.entries(details).filter(([, value]) => value !== null && Object.keys(Object(value)).length + (typeof value === "number") + (typeof value === "string"));
+    const more = Object.entries(details).filter(([, value]) => typeof value === "number" || (value && Object.keys(value).length));
     return element("div", { class: "card", "aria-current": index === state.chosen },
       element("h4", {}, `Rollout ${columns.rollout[index]}`),
       element("dl", {}, ...facts.flatMap(([name, value]) => [element("dt", {}, name), element("dd", { class: { right: "good", wrong: "bad" }[value] }, value)])),

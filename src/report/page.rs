@@ -35,7 +35,7 @@ const PARSES: [ParseStatus; 4] =
 ///
 /// # Errors
 /// If it cannot be written.
-pub fn write(out: &mut impl Write, runs: &[RecordedRun], tables: &[Table], figures: &[Figure]) -> Result<()> {
+pub fn write(out: &mut impl Write, runs: &[RecordedRun], table: Option<&Table>, figures: &[Figure]) -> Result<()> {
     let figure = |figure: &Figure| {
         let charts = figure.charts.iter().map(|chart| Ok(json!({ "title": chart.title, "svg": chart_svg(chart)? })));
         let charts = charts.collect::<Result<Vec<_>>>()?;
@@ -51,7 +51,7 @@ pub fn write(out: &mut impl Write, runs: &[RecordedRun], tables: &[Table], figur
         "script": SCRIPT,
         "resamples": RESAMPLES,
         "runs": runs.iter().map(run).collect::<Value>(),
-        "tables": tables,
+        "table": table,
         "figures": figures.iter().map(figure).collect::<Result<Value>>()?,
     });
     let mut templates = Environment::new();

@@ -102,10 +102,12 @@ impl RecordedRun {
         let [first, last] = &mut self.ends;
         let same = |rows: &[Row]| rows.first().is_none_or(|kept| kept.step == row.step && kept.split == row.split);
         let training = first.first().is_some_and(|kept| kept.split == RowSplit::Train);
-        match row.split {
-            RowSplit::Eval if training => return,
-            RowSplit::Train if !training => (first.clear(), last.clear()).0,
-            _ => {}
+        if training && row.split == RowSplit::Eval {
+            return;
+        }
+        if !training && row.split == RowSplit::Train {
+            first.clear();
+            last.clear();
         }
         if same(first) {
             first.push(row.clone());

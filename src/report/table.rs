@@ -13,8 +13,6 @@ use crate::evaluation::posthoc::{Kind, cross_fitted};
 /// A table of the page.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Table {
-    /// What it is about; empty where there is one only.
-    pub title: String,
     /// What its columns are of.
     pub columns: Vec<String>,
     /// Its rows, a metric each.
@@ -60,11 +58,11 @@ impl Cell {
 /// Maps that are fitted after the fact, across folds of questions.
 const POST_HOC: [(Kind, &str); 2] = [(Kind::Platt, "Platt"), (Kind::Isotonic, "isotonic")];
 
-/// The first and last answers of every subject, beside each other; nothing where no rollout is known to be right or wrong.
+/// The first and last answers of every subject, beside each other; `None` where no rollout is known to be right or wrong.
 ///
 /// # Errors
 /// If a confidence is not in [0, 1].
-pub fn first_and_last(subjects: &[Subject]) -> Result<Vec<Table>> {
+pub fn first_and_last(subjects: &[Subject]) -> Result<Option<Table>> {
     let mut measured = Vec::new();
     let mut measure =
         |title: String, answers: &Answers| measured.push((title, Measures::of(answers, Resampling::default())));
@@ -82,7 +80,7 @@ pub fn first_and_last(subjects: &[Subject]) -> Result<Vec<Table>> {
         }
     }
     if measured.is_empty() {
-        return Ok(Vec::new());
+        return Ok(None);
     }
     let row = |title: &str, note: &str, headline: bool, cell: &dyn Fn(&Measures) -> Cell| {
         let cells = measured.iter().map(|(_, measures)| cell(measures)).collect();
@@ -102,7 +100,7 @@ pub fn first_and_last(subjects: &[Subject]) -> Result<Vec<Table>> {
         }
     }
     rows.push(row("spread of confidences", "", false, &|measures| Cell::plain(spread(measures))));
-    Ok(vec![Table { title: String::new(), columns: measured.iter().map(|(title, _)| title.clone()).collect(), rows }])
+    Ok(Some(Table { columns: measured.iter().map(|(title, _)| title.clone()).collect(), rows }))
 }
 
 /// Whether confidences have collapsed, in words.
