@@ -139,7 +139,7 @@ def use(browser, shots):
     browser.run("document.querySelector('#rows button').click()")
     browser.until("document.querySelectorAll('#group .card').length > 0")
     check(browser.run("return document.querySelectorAll('#group .card[aria-current=true]').length") == 1, "the group of a rollout")
-    browser.run("document.getElementById('rollouts').scrollIntoView()")
+    browser.run("document.getElementById('group').scrollIntoView()")
     browser.screenshot(shots / "group.png", whole=False)
     words = browser.run("return document.querySelector('#group .card[aria-current=true] > pre').textContent.trim().slice(0, 12)")
     browser.run(f"""const search = document.querySelector('input[type=search]'); search.value = {json.dumps(words)};

@@ -146,7 +146,7 @@ fn everything_is_written_and_the_numbers_are_those_of_the_evaluation() {
     });
     let measures = Measures::of(&Answers::new(answers).unwrap(), Resampling::default());
     for estimate in [measures.parse_rate].iter().chain(&measures.estimates.0) {
-        let number = |value: f64| format!("{value:.3}").replace('-', "−");
+        let number = |value: f64| format!("{value:.3}").replace("-0.000", "0.000").replace('-', "−");
         let (Some(value), Some(both)) = (estimate.value, estimate.interval) else { continue };
         let want = format!("<td>{}<small>{} to {}</small></td>", number(value), number(both.low), number(both.high));
         assert!(page.contains(&want), "{want}");

@@ -47,7 +47,8 @@ impl Cell {
     }
 
     fn of(estimate: Estimate) -> Self {
-        let number = |value: f64| format!("{value:.3}").replace('-', "−");
+        // What rounds to zero has no sign.
+        let number = |value: f64| format!("{value:.3}").replace("-0.000", "0.000").replace('-', "−");
         let value = estimate.value.map_or("–".into(), number);
         let interval = estimate.interval.filter(|_| estimate.value.is_some());
         let interval = interval.map_or(String::new(), |both| format!("{} to {}", number(both.low), number(both.high)));
