@@ -11,12 +11,14 @@ use super::subject::{Subject, answers};
 use crate::evaluation::Predictions;
 use crate::evaluation::answers::Answers;
 use crate::evaluation::binned::equal_width;
-use crate::evaluation::decomposition::reliability;
+use crate::evaluation::decomposition::{ReliabilityPoint, reliability};
 
 /// Bins of a diagram.
 const BINS: usize = 10;
 /// A dot's radius if it held all answers; its area is their share.
 const LARGEST_DOT: f64 = 16.0;
+/// Confidences that are shown one by one; where more are stated there are no dots, and the band is drawn at so many.
+const MOST_DOTS: usize = 101;
 
 /// One diagram per group of steps, all subjects in each.
 ///
@@ -135,24 +137,32 @@ fn binned(stated: &Predictions, color: usize, name: Option<String>) -> Vec<Layer
 /// The isotonic fit and its band.
 fn fitted(answers: &Answers, stated: &Predictions, color: usize, name: Option<String>) -> Vec<Layer> {
     let curve = reliability(stated);
-    let points = curve.iter().map(|point| (point.confidence, Some(point.fit))).collect();
-    let dots = curve.iter().map(|point| {
+    // Where the fit does not change, its ends say everything.
+    let changes = |index: &usize| {
+        let fit = |index: usize| curve.get(index).map(|point| point.fit);
+        fit(*index) != index.checked_sub(1).and_then(fit) || fit(*index) != fit(index + 1)
+    };
+    let points = (0..curve.len()).filter(changes).map(|index| (curve[index].confidence, Some(curve[index].fit)));
+    let mark = Mark::Line { points: points.collect(), dashed: false };
+    let fit = Layer { name, color: Some(color), mark };
+    let dot = |point: &ReliabilityPoint| {
         let radius = (LARGEST_DOT * 0.6 * (point.count / stated.len() as f64).sqrt()).max(1.2);
         Dot { at: (point.confidence, point.fit), radius, interval: None }
-    });
-    let fit = Layer { name, color: Some(color), mark: Mark::Line { points, dashed: false } };
-    let dots = Layer::of(color, Mark::Dots(dots.collect()));
-    vec![Layer::of(color, fit_band(answers, stated)), fit, dots]
+    };
+    let dots = if curve.len() > MOST_DOTS { Vec::new() } else { curve.iter().map(dot).collect() };
+    vec![Layer::of(color, fit_band(answers, stated)), fit, Layer::of(color, Mark::Dots(dots))]
 }
 
-/// The 95% band of the isotonic fit at every stated confidence.
+/// The 95% band of the isotonic fit at the stated confidences, or at some of them, spread by their rank.
 fn fit_band(answers: &Answers, stated: &Predictions) -> Mark {
-    let confidences: Vec<f64> = stated.atoms().iter().map(|atom| atom.confidence).collect();
+    let atoms = stated.atoms();
+    let count = atoms.len().min(MOST_DOTS);
+    let x: Vec<f64> = (0..count).map(|rank| atoms[rank * (atoms.len() - 1) / (count - 1).max(1)].confidence).collect();
     let curve = |counts: &[u32]| {
         let fit = reliability(&stated.resampled(counts)?);
         Some(fit.iter().map(|point| (point.confidence, point.fit)).collect())
     };
-    Mark::Band(band(answers.questions().len(), &confidences, curve))
+    Mark::Band(band(answers.questions().len(), &x, curve))
 }
 
 /// How the confidences are distributed, as bars.
