@@ -30,7 +30,7 @@
 //! * [`calibration`], [`comparison`], [`routed`], [`calibration_map`]: what the rows of evaluations say by them
 //! * [`metrics`], [`record`], [`summary`], [`tensorboard`]: what came of a run
 //! * [`generations`]: recorded rollouts, read again; [`rescore`], [`rescored`]: scored again;
-//!   [`inspect`]: looked into
+//!   [`inspect`]: looked into; [`report`]: shown
 //! * [`printable`]: a model's text on a terminal
 //! * [`bench`]: how fast a machine samples and learns
 //! * [`random`], [`event`]: random numbers by counter, and what a run tells whoever watches
@@ -69,6 +69,7 @@ pub mod printable;
 pub mod prompts;
 pub mod random;
 pub mod record;
+pub mod report;
 pub mod rescore;
 pub mod rescored;
 pub mod rollout;

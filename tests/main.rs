@@ -54,6 +54,7 @@ mod published;
 mod quantized;
 mod random;
 mod recorded;
+mod report;
 mod rescore;
 mod resume;
 mod routing;

@@ -8,6 +8,7 @@
 //! * [`models`]: the commands on a model rather than on a config; [`chat`] is the one that talks, [`bench`] the one that
 //!   measures
 //! * [`prepare`]: training data of questions
+//! * [`report`]: files and a page about runs
 
 mod bench;
 mod chat;
@@ -18,6 +19,7 @@ mod judge;
 mod log;
 mod models;
 mod prepare;
+mod report;
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -103,6 +105,8 @@ enum Command {
     Chat(chat::Chat),
     /// Make training data of questions: answers, verdicts, confidences, pairs
     Prepare(prepare::Prepare),
+    /// Show what became of a run, or of several: figures, tables, and a page to browse the rollouts
+    Report(report::Report),
     /// Merge an adapter into its model and write both as one
     Export(models::Export),
     /// Measure how fast this machine samples and learns, as JSON lines
@@ -124,7 +128,7 @@ impl Command {
             | Self::Sample(models::Sample { base, .. })
             | Self::Chat(chat::Chat { base, .. })
             | Self::Export(models::Export { base, .. }) => base.quiet,
-            Self::Bench(bench::Arguments { quiet, .. }) => *quiet,
+            Self::Bench(bench::Arguments { quiet, .. }) | Self::Report(report::Report { quiet, .. }) => *quiet,
         }
     }
 }
@@ -199,6 +203,7 @@ fn execute(command: &Command, environments: &[(&str, Load)], console: &Arc<Conso
         Command::Sample(command) => command.run(&observer, console),
         Command::Chat(command) => command.run(&observer, console),
         Command::Prepare(command) => command.run(&observer),
+        Command::Report(command) => command.run(&observer, console),
         Command::Export(command) => command.run(&observer),
         Command::Bench(command) => command.run(&observer, console),
     }

@@ -48,6 +48,15 @@ impl Default for Resampling {
 }
 
 impl Resampling {
+    /// How often each question was drawn in a resample.
+    pub fn draw(&self, resample: usize, questions: usize) -> Vec<u32> {
+        // One stream over all resamples, entered where this one begins.
+        let mut random = SplitMix64::new(self.seed).ahead(resample as u64 * questions as u64);
+        let mut counts = vec![0; questions];
+        (0..questions).for_each(|_| counts[random.below(questions)] += 1);
+        counts
+    }
+
     /// The intervals of several statistics of `questions` questions, resampled together; `None` where no resample defines one.
     /// `statistics` are given how often each question was drawn.
     pub fn intervals<const N: usize>(
@@ -55,13 +64,7 @@ impl Resampling {
         questions: usize,
         statistics: impl Fn(&[u32]) -> [Option<f64>; N] + Sync,
     ) -> [Option<Interval>; N] {
-        let resample = |index: usize| {
-            // One stream over all resamples, entered where this one begins.
-            let mut random = SplitMix64::new(self.seed).ahead(index as u64 * questions as u64);
-            let mut counts = vec![0_u32; questions];
-            (0..questions).for_each(|_| counts[random.below(questions)] += 1);
-            statistics(&counts)
-        };
+        let resample = |index| statistics(&self.draw(index, questions));
         let values: Vec<[Option<f64>; N]> = (0..self.resamples).into_par_iter().map(resample).collect();
         std::array::from_fn(|index| Interval::of(values.iter().filter_map(|values| values[index]).collect()))
     }
