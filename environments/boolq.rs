@@ -26,8 +26,8 @@ use crate::length::Length;
 use crate::parsing::{self, Mode, ParseOutcome};
 use crate::scoring::Rule;
 use crate::{
-    Completion, Context, Environment, Examples as Completions, KeyError, Message, Score, ScoreError, Split, Target,
-    Task,
+    Completion, Context, Environment, Examples as Completions, KeyError, Message, Reading, Score, ScoreError, Split,
+    Target, Task,
 };
 
 /// BoolQ's keys in a config's `[[environment]]`.
@@ -135,6 +135,12 @@ fn balanced(rows: Vec<Row>) -> Vec<Row> {
     yes
 }
 
+/// What a completion states, read as evaluation reads it; see [`crate::READERS`].
+pub fn read(text: &str) -> Reading {
+    let answer = parsing::yes_no_answer(text, Mode::Lenient);
+    Reading { confidence: answer.confidence(), answer: answer.range }
+}
+
 struct Boolq {
     split: Split,
     options: Options,
@@ -184,8 +190,7 @@ impl Environment for Boolq {
         let correct = answer.label == Some(row.answer);
         let mut metrics = vec![("correct", f64::from(correct))];
         let mut parts = Vec::new();
-        if let (ParseOutcome::Ok(p_yes), Some(label)) = (answer.p_yes, answer.label) {
-            let confidence = if label { p_yes } else { 1.0 - p_yes };
+        if let (ParseOutcome::Ok(p_yes), Some(confidence)) = (answer.p_yes, answer.confidence()) {
             metrics.extend([("confidence", confidence), ("p_yes", p_yes), ("y", f64::from(row.answer))]);
             let score = self.options.reward.score(p_yes, row.answer);
             let score = score.map_err(|error| ScoreError::Environment(format!("{}: {error}", self.id(row))))?;

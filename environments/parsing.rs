@@ -57,6 +57,16 @@ pub struct YesNoAnswer {
     pub range: Option<Range<usize>>,
 }
 
+impl YesNoAnswer {
+    /// The probability that the stated answer is right; `None` where none could be read.
+    pub fn confidence(&self) -> Option<f64> {
+        match (self.p_yes, self.label) {
+            (ParseOutcome::Ok(p_yes), Some(label)) => Some(if label { p_yes } else { 1.0 - p_yes }),
+            _ => None,
+        }
+    }
+}
+
 /// A number as people write one, with or without a leading digit.
 pub(crate) const NUMBER: &str = r"[+-]?(?:\d+(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d+)?";
 

@@ -32,8 +32,8 @@ use crate::scoring::{NotAProbability, OwnRule};
 use crate::simpleqa_data::{self, Row};
 pub use crate::simpleqa_data::{gold, question};
 use crate::{
-    Completion, Context, Environment, Examples as Completions, Judge, Judgment, KeyError, Message, Score, ScoreError,
-    Split, Target, Task, Verdict,
+    Completion, Context, Environment, Examples as Completions, Judge, Judgment, KeyError, Message, Reading, Score,
+    ScoreError, Split, Target, Task, Verdict,
 };
 
 /// SimpleQA's keys in a config's `[[environment]]`.
@@ -136,6 +136,13 @@ fn check_rule(options: &Options) -> Result<(), KeyError> {
         }
         _ => Ok(()),
     }
+}
+
+/// What a completion states, read as evaluation reads it; see [`crate::READERS`].
+pub fn read(text: &str) -> Reading {
+    let StatedAnswer { answer, confidence, .. } = stated_answer(text, Mode::Lenient);
+    let confidence = if let ParseOutcome::Ok(stated) = confidence { Some(stated) } else { None };
+    Reading { confidence, answer }
 }
 
 struct Simpleqa {

@@ -8,7 +8,6 @@ use candor_environments::{Finish, Message, Role};
 
 use crate::event::Observer;
 use crate::inputs::{ModelFiles, Policy};
-use crate::logprob::answer_confidence;
 use crate::sampler::Settings;
 use crate::sampler::conversation::Conversation;
 
@@ -92,8 +91,7 @@ impl Chat {
         })?;
         let text_now = generation.completion(tokenizer, settings).text;
         written(text_now.get(shown..).unwrap_or_default())?;
-        let untempered_t: Vec<f64> = generation.untempered_t.iter().copied().map(f64::from).collect();
-        let confidence = answer_confidence(&generation.ids, &untempered_t, 0..text_now.len(), tokenizer);
+        let confidence = generation.answer_confidence(0..text_now.len(), tokenizer);
         messages.extend([Message::user(text), Message::assistant(text_now)]);
         self.settings.step += 1;
         Ok(Reply::Answer { confidence, finish: generation.finish })

@@ -6,6 +6,7 @@ use candor_environments::Verdict;
 use serde::{Serialize, Serializer};
 use serde_json::{Map, Value, json};
 
+use crate::record::shown;
 use crate::rollout::Group;
 use crate::run::{Row, RowSplit};
 
@@ -122,6 +123,24 @@ impl Grades {
             ("penalized, p = 9", self.penalized(9.0), ""),
             ("judge error rate", self.judge_error_rate(), "answers without a verdict, in no line above"),
         ]
+    }
+}
+
+/// A table of grades by label; empty where there are none.
+pub fn breakdown(by_label: &BTreeMap<String, Grades>) -> String {
+    let row = |(label, grades): (&String, &Grades)| {
+        let [correct, incorrect, not_attempted, accuracy, f, ..] = grades.lines().map(|(_, value, _)| shown(value, 3));
+        let graded = grades.graded();
+        format!("  {label:<36} {graded:>6} {correct:>9} {incorrect:>9} {not_attempted:>9} {accuracy:>9} {f:>9}\n")
+    };
+    let rows: String = by_label.iter().map(row).collect();
+    let head = ["graded", "correct", "incorrect", "not att.", "of att.", "F"];
+    let [n, correct, incorrect, not_attempted, accuracy, f] = head;
+    match rows.is_empty() {
+        true => rows,
+        false => {
+            format!("  {:<36} {n:>6} {correct:>9} {incorrect:>9} {not_attempted:>9} {accuracy:>9} {f:>9}\n{rows}", "")
+        }
     }
 }
 

@@ -1,6 +1,5 @@
 //! Held-out tasks: completed with a policy and scored, during a run or by `candor eval`.
 
-use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -18,13 +17,14 @@ use crate::sampler::local::LocalSampler;
 use crate::sampler::{Sampler, Settings};
 use crate::selection::{Source, choose_heldout};
 use crate::setup::Options;
-use crate::summary::Evaluated;
 use crate::tokenizer::Tokenizer;
 
 /// What held-out tasks are completed with.
 pub struct HeldOut<'a> {
     /// How many tasks, and how they are sampled.
     pub config: &'a Config,
+    /// Completions of each.
+    pub samples: usize,
     /// Where the tasks come from.
     pub sources: &'a [Source],
     /// Turns prompts into tokens and tokens into text.
@@ -36,16 +36,16 @@ pub struct HeldOut<'a> {
 }
 
 impl HeldOut<'_> {
-    /// Completes the tasks of every source, one completion each, with the policy as it is after `step` steps.
+    /// Completes the tasks of every source, with the policy as it is after `step` steps.
     ///
     /// # Errors
     /// As [`Collector::collect`].
     pub fn complete(&self, sampler: &mut dyn Sampler, adapter: Option<&Adapter>, step: u64) -> Result<Vec<Group>> {
-        let Self { config, sources, tokenizer, observer, stop } = *self;
+        let Self { config, samples, sources, tokenizer, observer, stop } = *self;
         let chosen = choose_heldout(sources, config.evaluation.tasks, config.seed);
         let collector =
             Collector { sources, tokenizer, observer, patience: SCORE_TIMEOUT, what: "held-out tasks", stop };
-        let groups = collector.collect(&chosen, 1, sampler, adapter, &Settings::evaluation(config, step));
+        let groups = collector.collect(&chosen, samples, sampler, adapter, &Settings::evaluation(config, step));
         groups.with_context(|| format!("evaluation after {step} steps"))
     }
 }
@@ -53,6 +53,7 @@ impl HeldOut<'_> {
 /// An evaluation that is ready to start.
 pub struct Evaluation {
     config: Config,
+    samples: usize,
     sources: Vec<Source>,
     tokenizer: Arc<Tokenizer>,
     sampler: LocalSampler,
@@ -61,12 +62,16 @@ pub struct Evaluation {
 
 impl Evaluation {
     /// Loads the model and held-out tasks of a config, and the PEFT adapter in a folder if there is one. The adapter's rank,
-    /// scale and targets are its own, not the config's.
+    /// scale and targets are its own, not the config's. Every task is to be completed `samples` times.
     ///
     /// # Errors
-    /// If anything that the config names, or the adapter, is not what it should be.
-    pub fn prepare(config: Config, adapter: Option<&Path>, options: &Options) -> Result<Self> {
+    /// If anything that the config names, or the adapter, is not what it should be; several completions that would all be the same.
+    pub fn prepare(config: Config, adapter: Option<&Path>, samples: usize, options: &Options) -> Result<Self> {
         ensure!(config.evaluation.tasks > 0, "evaluation.tasks is 0, so there is nothing to evaluate; raise it");
+        ensure!(
+            samples == 1 || config.evaluation.temperature > 0.0,
+            "evaluation.temperature is 0, so {samples} completions of a task would be the same; raise it"
+        );
         // A slip in its name is told before anything is fetched.
         adapter.map(peft::described).transpose().context("--adapter")?;
         let Inputs { model, heldout, judges, .. } =
@@ -75,19 +80,18 @@ impl Evaluation {
         let base = || Ok((model.clone(), tokenizer.clone()));
         judges.iter().try_for_each(|judge| judge.load(&base, options.observer))?;
         let sampler = LocalSampler::new(model, tokenizer.clone());
-        Ok(Self { config, sources: heldout, tokenizer, sampler, adapter })
+        Ok(Self { config, samples, sources: heldout, tokenizer, sampler, adapter })
     }
 
-    /// Completes and scores the tasks: what came of it, by environment.
+    /// Completes and scores the tasks: a row for every completion.
     ///
     /// # Errors
     /// As [`Collector::collect`].
-    pub fn run(&mut self, observer: Observer) -> Result<BTreeMap<String, Evaluated>> {
-        let Self { config, sources, tokenizer, sampler, adapter } = self;
-        let groups =
-            HeldOut { config, sources, tokenizer, observer, stop: &|| false }.complete(sampler, adapter.as_ref(), 0)?;
+    pub fn run(&mut self, observer: Observer) -> Result<Vec<Row>> {
+        let Self { config, samples, sources, tokenizer, sampler, adapter } = self;
+        let heldout = HeldOut { config, samples: *samples, sources, tokenizer, observer, stop: &|| false };
+        let groups = heldout.complete(sampler, adapter.as_ref(), 0)?;
         ScoreErrors::default().observe(&groups)?;
-        let rows = Row::all(RowSplit::Eval, 0, &groups);
-        Evaluated::by_environment(&rows.iter().collect::<Vec<_>>())
+        Ok(Row::all(RowSplit::Eval, 0, &groups))
     }
 }

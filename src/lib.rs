@@ -26,16 +26,21 @@
 //! * [`ops`]: fused operations with exact backward
 //! * [`tokenizer`]: text, tokens and the chat template
 //! * [`config`], [`source`], [`run`], [`checkpoint`], [`peft`], [`tensors`]: what is read, fetched and written
-//! * [`evaluation`], [`record`], [`summary`]: what came of it
+//! * [`evaluation`]: metrics of confidences, in plain floats
+//! * [`calibration`], [`comparison`], [`routed`], [`calibration_map`]: what the rows of evaluations say by them
+//! * [`record`], [`summary`]: what came of a run
 //! * [`bench`]: how fast a machine samples and learns
 //! * [`random`], [`event`]: random numbers by counter, and what a run tells whoever watches
 
 pub mod advantage;
 pub mod bench;
+pub mod calibration;
+pub mod calibration_map;
 pub mod chat;
 pub mod check;
 pub mod checkpoint;
 pub mod cli;
+pub mod comparison;
 pub mod config;
 pub mod evaluation;
 pub mod event;
@@ -58,6 +63,7 @@ pub mod prompts;
 pub mod random;
 pub mod record;
 pub mod rollout;
+pub mod routed;
 pub mod run;
 pub mod sample;
 pub mod sampler;

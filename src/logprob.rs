@@ -1,6 +1,5 @@
 //! `candor logprob`: the log-probability that a model gives to each token of completions that are already there.
 
-use std::ops::Range;
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
@@ -9,13 +8,13 @@ use candor_environments::rows::field;
 use serde::Serialize;
 
 use crate::config::{Batch, Dtype};
-use crate::evaluation::token_confidence;
 use crate::event::{Event, Observer};
 use crate::inputs::{ModelFiles, Policy};
 use crate::learner::completion_logprobs;
 use crate::learner::tree::{Branch, Tree};
 use crate::ops::kernel::Kernel;
 use crate::prompts::{Prompt, check_room};
+use crate::sampler::answer_confidence;
 use crate::tokenizer::Tokenizer;
 
 /// Rows that are computed before the next are begun; how they share forward calls depends on their lengths.
@@ -100,16 +99,4 @@ impl Scored {
             token_ids,
         }
     }
-}
-
-/// The [`token_confidence`] of the tokens that spell these bytes of a completion's text: special tokens and the end of a turn are no
-/// part of an answer.
-pub fn answer_confidence(ids: &[u32], logprobs_t: &[f64], bytes: Range<usize>, tokenizer: &Tokenizer) -> Option<f64> {
-    let (_, ranges) = tokenizer.token_ranges(ids);
-    let spells = |(id, range): (&u32, &Range<usize>)| {
-        !range.is_empty() && range.start < bytes.end && bytes.start < range.end && !tokenizer.end_tokens().contains(id)
-    };
-    let answer =
-        ids.iter().zip(&ranges).zip(logprobs_t).filter_map(|(token, logprob)| spells(token).then_some(*logprob));
-    token_confidence(&answer.collect::<Vec<_>>())
 }

@@ -14,6 +14,11 @@ impl SplitMix64 {
         Self(seed)
     }
 
+    /// The same stream after `draws` more draws.
+    pub fn ahead(self, draws: u64) -> Self {
+        Self(self.0.wrapping_add(GAMMA.wrapping_mul(draws)))
+    }
+
     /// The next 64 bits.
     pub fn next_u64(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(GAMMA);

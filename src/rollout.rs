@@ -29,6 +29,8 @@ pub struct Rollout {
     pub text: String,
     /// Its score, or why there is none.
     pub score: Result<Score, ScoreError>,
+    /// What the model's own probabilities say of its answer; `None` where the environment finds none.
+    pub token_confidence: Option<f64>,
     /// Its advantage; `None` where there is no score or the group was dropped.
     pub advantage: Option<f64>,
 }
@@ -118,7 +120,15 @@ impl Collector<'_> {
         all.sort_by_key(|(ended, _)| (ended.generation.group, ended.generation.rollout));
         for (Ended { generation, completion }, score) in all {
             let group = &mut groups[generation.group];
-            group.rollouts.push(Rollout { generation, text: completion.text, score, advantage: None });
+            let answer = score.as_ref().ok().and_then(|score| score.answer.clone());
+            let token_confidence = answer.and_then(|range| generation.answer_confidence(range, self.tokenizer));
+            group.rollouts.push(Rollout {
+                generation,
+                text: completion.text,
+                score,
+                token_confidence,
+                advantage: None,
+            });
         }
         Ok(groups)
     }

@@ -74,6 +74,9 @@ pub struct Row {
     pub judge: Option<Value>,
     /// Mean log-probability of its tokens at temperature 1.
     pub mean_logprob: f64,
+    /// The geometric mean of the probabilities of its answer's tokens; only where the environment finds an answer.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub token_confidence: Option<f64>,
     /// Why there is no score.
     pub error: Option<String>,
 }
@@ -118,6 +121,7 @@ impl Row {
             flags: score.map(|score| score.flags.iter().map(|flag| flag.to_string()).collect()).unwrap_or_default(),
             judge: score.and_then(|score| score.judge.as_ref()).or(failed.map(|(judgment, _)| judgment)).map(said),
             mean_logprob: rollout.generation.mean_logprob(),
+            token_confidence: rollout.token_confidence,
             error: rollout.score.as_ref().err().map(ToString::to_string),
         }
     }

@@ -6,9 +6,9 @@ use anyhow::{Context, Result};
 use candle_core::Device;
 use serde_json::{Map, Value, json};
 
+use crate::calibration_map::CalibrationMap;
 use crate::event::{Event, Observer};
 use crate::inputs::{ModelFiles, Policy};
-use crate::logprob::answer_confidence;
 use crate::prompts::{Prompt, check_room};
 use crate::sampler::local::{LocalSampler, most_rollouts};
 use crate::sampler::{Generation, Request, Sampler, Settings};
@@ -72,13 +72,27 @@ impl Sample {
     }
 
     /// Samples all completions and hands each to `answered`, as its prompt's row with what was sampled: in the order of the
-    /// prompts, though they end in another one.
+    /// prompts, though they end in another one. With a map, the confidence that it was fitted for is read of each and mapped.
     ///
     /// # Errors
     /// If the device fails, or `answered` does.
-    pub fn run(&self, observer: Observer, answered: &mut dyn FnMut(Map<String, Value>) -> Result<()>) -> Result<()> {
+    pub fn run(
+        &self,
+        map: Option<&CalibrationMap>,
+        observer: Observer,
+        answered: &mut dyn FnMut(Map<String, Value>) -> Result<()>,
+    ) -> Result<()> {
         let Self { policy: Policy { tokenizer, .. }, settings, .. } = self;
-        self.each(observer, &mut |prompt, generation| answered(row(prompt, generation, tokenizer, settings)))
+        self.each(observer, &mut |prompt, generation| {
+            let mut row = row(prompt, generation, tokenizer, settings);
+            if let Some(map) = map {
+                let text = generation.completion(tokenizer, settings).text;
+                let confidence = map.confidence(&text, |range| generation.answer_confidence(range, tokenizer))?;
+                row.insert("uncalibrated_confidence".to_string(), json!(confidence));
+                row.insert("calibrated_confidence".to_string(), json!(confidence.map(|raw| map.map.apply(raw))));
+            }
+            answered(row)
+        })
     }
 
     /// The tokenizer, and how completions are sampled.
@@ -128,8 +142,7 @@ fn row(
     settings: &Settings,
 ) -> Map<String, Value> {
     let completion = generation.completion(tokenizer, settings);
-    let untempered_t: Vec<f64> = generation.untempered_t.iter().copied().map(f64::from).collect();
-    let confidence = answer_confidence(&generation.ids, &untempered_t, 0..completion.text.len(), tokenizer);
+    let confidence = generation.answer_confidence(0..completion.text.len(), tokenizer);
     let mut row = row.clone();
     for (name, value) in [
         ("completion", json!(completion.text)),

@@ -3,7 +3,7 @@
 //! It is computed from the run folder alone, so it says the same of a run that was stopped and resumed.
 
 use std::collections::BTreeMap;
-use std::fmt::{self, Write};
+use std::fmt;
 use std::path::Path;
 
 use anyhow::Result;
@@ -12,10 +12,14 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
-use crate::evaluation::{
-    Interval, Predictions, accuracy, auroc, base_rate_brier, brier, brier_skill, paired_bootstrap,
-};
-use crate::grades::Grades;
+use crate::calibration::answers;
+use crate::calibration_map::Confidence;
+use crate::evaluation::answers::Answers;
+use crate::evaluation::bootstrap::{Interval, paired_bootstrap};
+use crate::evaluation::posthoc::{Kind, cross_fitted};
+use crate::evaluation::selective::auroc;
+use crate::evaluation::{Predictions, accuracy, base_rate_brier, brier, brier_skill};
+use crate::grades::{Grades, breakdown};
 use crate::record::{peak_memory, shown};
 use crate::run::{GENERATIONS, METRICS, Row, RowSplit};
 
@@ -43,6 +47,10 @@ pub struct Evaluated {
     pub constant_accuracy_brier: Option<f64>,
     /// The Brier score of always stating the base rate of YES, on the same rows; only where the environment tells `y`.
     pub constant_base_rate_brier: Option<f64>,
+    /// The Brier score of the same confidences through a Platt map that was fitted on other questions.
+    pub platt_brier: Option<f64>,
+    /// The same through an isotonic map.
+    pub isotonic_brier: Option<f64>,
     /// Chance that a right answer has the higher confidence.
     pub auroc: Option<f64>,
     /// What the judge said of all rows; only where one was asked.
@@ -70,10 +78,12 @@ impl Evaluated {
     fn of(rows: &[&Row]) -> Result<Self> {
         let outcome = |row: &Row| Some((row.task.clone(), row.parts.values().next()?.as_f64()?));
         let outcomes: BTreeMap<String, f64> = rows.iter().filter_map(|row| outcome(row)).collect();
-        let pair =
-            |row: &&Row| Some((row.metrics.get("confidence")?.as_f64()?, row.metrics.get("correct")?.as_f64()? == 1.0));
-        let (confidences, correct): (Vec<f64>, Vec<bool>) = rows.iter().filter_map(pair).unzip();
-        let predictions = (!confidences.is_empty()).then(|| Predictions::new(confidences, correct)).transpose()?;
+        let stated = answers(rows, Confidence::Stated)?;
+        let predictions = stated.as_ref().and_then(Answers::predictions);
+        let mapped = |kind| {
+            let answers = cross_fitted(stated.as_ref()?, kind)?;
+            answers.predictions().as_ref().map(brier)
+        };
         let parsed = predictions.as_ref().map_or(0, Predictions::len);
         let gold: Vec<f64> = rows.iter().filter_map(|row| row.metrics.get("y")?.as_f64()).collect();
         let base_rate = gold.iter().sum::<f64>() / gold.len() as f64;
@@ -90,6 +100,8 @@ impl Evaluated {
             constant_accuracy_brier: some(base_rate_brier),
             constant_base_rate_brier: (!gold.is_empty() && gold.len() == parsed)
                 .then_some(base_rate * (1.0 - base_rate)),
+            platt_brier: mapped(Kind::Platt),
+            isotonic_brier: mapped(Kind::Isotonic),
             auroc: predictions.as_ref().and_then(auroc),
             grades,
             grades_by_label,
@@ -183,23 +195,10 @@ fn read_lines<T: DeserializeOwned>(path: &Path) -> Result<Vec<T>> {
     Ok(rows)
 }
 
-/// The table of one evaluation, by environment; `policy` says who answered.
-pub fn evaluation_table(policy: &str, evaluated: &BTreeMap<String, Evaluated>) -> String {
-    let mut text = String::new();
-    for (environment, evaluated) in evaluated {
-        let tasks = evaluated.tasks;
-        let written = writeln!(text, "{environment}: {tasks} held-out tasks")
-            .and_then(|()| table(&mut text, &[(policy, evaluated)], "the outcome, without shaping"))
-            .and_then(|()| text.write_str(&breakdown(&evaluated.grades_by_label)));
-        written.expect("a string takes every line");
-    }
-    text
-}
-
 /// The lines of a table of evaluations, one column each; `note` follows the mean reward.
 fn table(f: &mut impl fmt::Write, columns: &[(&str, &Evaluated)], note: &str) -> fmt::Result {
     type Cell = fn(&Evaluated) -> String;
-    let lines: [(&str, Cell, &str); 9] = [
+    let lines: [(&str, Cell, &str); 11] = [
         ("parse rate", |e| shown(Some(e.parsed as f64 / e.tasks as f64), 3), ""),
         ("mean reward, all rows", |e| shown(e.reward, 3), note),
         ("parsed rows", |e| e.parsed.to_string(), "the rows below are over these"),
@@ -207,6 +206,8 @@ fn table(f: &mut impl fmt::Write, columns: &[(&str, &Evaluated)], note: &str) ->
         ("Brier score", |e| shown(e.brier, 3), "lower is better"),
         ("  constant base rate", |e| shown(e.constant_base_rate_brier, 3), "always stating the share of YES"),
         ("  constant accuracy", |e| shown(e.constant_accuracy_brier, 3), "always stating the accuracy"),
+        ("  through Platt", |e| shown(e.platt_brier, 3), "fitted on other questions"),
+        ("  through isotonic", |e| shown(e.isotonic_brier, 3), "the same; training has to beat these"),
         ("Brier skill", |e| shown(e.brier_skill, 3), "above 0 beats the constant accuracy"),
         ("AUROC", |e| shown(e.auroc, 3), "0.5 is chance"),
     ];
@@ -224,24 +225,6 @@ fn table(f: &mut impl fmt::Write, columns: &[(&str, &Evaluated)], note: &str) ->
         line(name, graded.iter().map(|lines| shown(lines[index].1, 3)).collect(), note)?;
     }
     Ok(())
-}
-
-/// A table of grades by label; empty where there are none.
-pub fn breakdown(by_label: &BTreeMap<String, Grades>) -> String {
-    let row = |(label, grades): (&String, &Grades)| {
-        let [correct, incorrect, not_attempted, accuracy, f, ..] = grades.lines().map(|(_, value, _)| shown(value, 3));
-        let graded = grades.graded();
-        format!("  {label:<36} {graded:>6} {correct:>9} {incorrect:>9} {not_attempted:>9} {accuracy:>9} {f:>9}\n")
-    };
-    let rows: String = by_label.iter().map(row).collect();
-    let head = ["graded", "correct", "incorrect", "not att.", "of att.", "F"];
-    let [n, correct, incorrect, not_attempted, accuracy, f] = head;
-    match rows.is_empty() {
-        true => rows,
-        false => {
-            format!("  {:<36} {n:>6} {correct:>9} {incorrect:>9} {not_attempted:>9} {accuracy:>9} {f:>9}\n{rows}", "")
-        }
-    }
 }
 
 impl fmt::Display for Summary {

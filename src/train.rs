@@ -125,7 +125,7 @@ fn evaluate(
         return Ok(Outcome::Finished);
     }
     let adapter = learner.adapter().publish(step);
-    let held_out = HeldOut { config, sources: heldout, tokenizer, observer, stop };
+    let held_out = HeldOut { config, samples: 1, sources: heldout, tokenizer, observer, stop };
     let groups = match held_out.complete(&mut **sampler, Some(&adapter), step) {
         Err(error) if error.is::<Interrupted>() => return Ok(Outcome::Interrupted),
         groups => groups?,

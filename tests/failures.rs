@@ -140,6 +140,7 @@ fn batch(errors: &[bool]) -> Vec<Group> {
         },
         text: String::new(),
         score: if error { Err(ScoreError::Environment("odd".to_string())) } else { Ok(no_score()) },
+        token_confidence: None,
         advantage: None,
     };
     let task = Task { id: "toy/0".to_string(), prompt: Vec::new(), target: Target::Reward };

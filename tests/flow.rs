@@ -9,7 +9,7 @@ use candor::config::Lora;
 use candor::heldout::Evaluation;
 use candor::selection::{Choice, Source, choose_heldout, choose_tasks, shares};
 use candor::setup::Options;
-use candor::summary::Summary;
+use candor::summary::{Evaluated, Summary};
 use candor_environments::{Environment, Load, Message, Target, Task};
 use proptest::prelude::*;
 use serde_json::{Value, json};
@@ -85,7 +85,8 @@ fn an_evaluation_finds_what_the_run_found() {
             environments: &[("toy", load as Load)],
             observer: &|_| {},
         };
-        let evaluated = Evaluation::prepare(other.clone(), adapter, &options).unwrap().run(&|_| {}).unwrap();
+        let rows = Evaluation::prepare(other.clone(), adapter, 1, &options).unwrap().run(&|_| {}).unwrap();
+        let evaluated = Evaluated::by_environment(&rows.iter().collect::<Vec<_>>()).unwrap();
         assert_eq!(evaluated["toy"].reward, found.reward);
         assert_eq!((evaluated["toy"].tasks, evaluated["toy"].scored), (5, 5));
     }

@@ -2,6 +2,7 @@
 //!
 //! * [`console`]: lines and progress bars
 //! * [`log`]: the log in the run folder
+//! * [`eval`]: evaluations, and two of them compared
 //! * [`judge`]: files of answers
 //! * [`models`]: the commands on a model rather than on a config; [`chat`] is the one that talks, [`bench`] the one that
 //!   measures
@@ -10,6 +11,7 @@
 mod bench;
 mod chat;
 mod console;
+mod eval;
 mod judge;
 mod log;
 mod models;
@@ -27,13 +29,12 @@ use clap::{Args, Parser, Subcommand};
 use crate::check::Check;
 use crate::config::Config;
 use crate::event::Event;
-use crate::heldout::Evaluation;
 use crate::inputs::Inputs;
 use crate::plan::Plan;
 use crate::run::{SUMMARY, write_whole};
 use crate::scorers::caught;
 use crate::setup::{Options, Run};
-use crate::summary::{Summary, evaluation_table};
+use crate::summary::Summary;
 use crate::train::{Outcome, train};
 use console::Console;
 use log::Log;
@@ -62,14 +63,12 @@ enum Command {
         #[arg(long)]
         dry_run: bool,
     },
-    /// Answer the held-out tasks and say how good the answers are
-    Eval {
-        #[command(flatten)]
-        input: Input,
-        /// A PEFT adapter folder, such as results/NAME/checkpoints/step-000020; without it, the model as it is
-        #[arg(long, value_name = "DIR")]
-        adapter: Option<PathBuf>,
-    },
+    /// Answer the held-out tasks and say how good the answers and their confidences are
+    Eval(eval::Eval),
+    /// Compare two evaluations of the same tasks
+    Compare(eval::Compare),
+    /// Say which answers to leave to a larger model
+    Route(eval::Route),
     /// Show a prompt and how answers are scored, and say what is odd
     Check {
         #[command(flatten)]
@@ -95,7 +94,10 @@ impl Command {
     /// Whether lines and progress are unwanted.
     fn quiet(&self) -> bool {
         match self {
-            Self::Train { input, .. } | Self::Eval { input, .. } | Self::Check { input } => input.quiet,
+            Self::Train { input, .. } | Self::Check { input } => input.quiet,
+            Self::Eval(eval::Eval { quiet, .. })
+            | Self::Compare(eval::Compare { quiet, .. })
+            | Self::Route(eval::Route { quiet, .. }) => *quiet,
             Self::Judge(judge::Judge { quiet, .. }) => *quiet,
             Self::Prepare(command) => command.quiet(),
             Self::Logprob(models::Logprob { base, .. })
@@ -161,7 +163,9 @@ fn execute(command: &Command, environments: &[(&str, Load)], console: &Arc<Conso
         Command::Train { input, resume, .. } => {
             run_training(load(input)?, &Options { resume: *resume, ..options }, input, console, &log)
         }
-        Command::Eval { input, adapter } => evaluate(load(input)?, adapter.as_deref(), &options, console),
+        Command::Eval(command) => command.run(&options, console),
+        Command::Compare(command) => command.run(console),
+        Command::Route(command) => command.run(console),
         Command::Check { input } => check(&load(input)?, &options, console),
         Command::Judge(command) => command.run(&observer, console),
         Command::Logprob(command) => command.run(&observer, console),
@@ -237,13 +241,6 @@ fn plan(config: &Config, options: &Options, console: &Console) -> Result<u8, Fai
         .and_then(|inputs| Ok((config.to_toml()?, Plan::of(config, &inputs)?)));
     let (resolved, plan) = planned.map_err(Failure::Input)?;
     console.print(&format!("{resolved}\n{plan}"));
-    Ok(0)
-}
-
-fn evaluate(config: Config, adapter: Option<&Path>, options: &Options, console: &Console) -> Result<u8, Failure> {
-    let mut evaluation = Evaluation::prepare(config, adapter, options).map_err(Failure::Input)?;
-    let evaluated = evaluation.run(options.observer).map_err(Failure::Run)?;
-    console.print(&evaluation_table(if adapter.is_some() { "adapter" } else { "base" }, &evaluated));
     Ok(0)
 }
 

@@ -3,7 +3,7 @@
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use clap::builder::NonEmptyStringValueParser;
 use clap::{ArgGroup, Args, value_parser};
 use serde::Serialize;
@@ -12,6 +12,7 @@ use serde::de::{DeserializeOwned, IntoDeserializer};
 
 use super::Failure;
 use super::console::Console;
+use crate::calibration_map::CalibrationMap;
 use crate::config::Dtype;
 use crate::event::{Event, Observer};
 use crate::export;
@@ -79,7 +80,9 @@ Every row holds one of:
 Printed: every row, in order, with \"completion\", \"finish\", \"tokens\",
 \"mean_logprob\" and \"confidence\" in place of its own fields of these names. Mean
 and confidence are at temperature 1; the confidence is the geometric mean of the
-probabilities of the completion's tokens that are text.";
+probabilities of the completion's tokens that are text. With --calibrate also
+\"uncalibrated_confidence\" and \"calibrated_confidence\": what the map is for, as
+the completion or the probabilities of its answer state it, and what it becomes.";
 
 /// `candor sample`.
 #[derive(Args)]
@@ -104,6 +107,9 @@ pub struct Sample {
     /// The softmax temperature; 0 takes the most likely token
     #[arg(long, value_name = "T", default_value = "1", value_parser = temperature)]
     temperature: f64,
+    /// A map of candor eval: rows get the confidence that it is for, and the calibrated one
+    #[arg(long, value_name = "FILE")]
+    calibrate: Option<PathBuf>,
 }
 
 /// How completions are made.
@@ -128,12 +134,15 @@ impl Sampling {
 impl Sample {
     /// Runs it.
     pub fn run(&self, observer: Observer, console: &Console) -> Result<u8, Failure> {
-        let Self { base: Base { model, adapter, .. }, file, prompt, samples, stop, sampling, temperature } = self;
+        let Self { base: Base { model, adapter, .. }, file, prompt, samples, stop, sampling, temperature, calibrate } =
+            self;
         let (samples, settings) = (*samples as usize, sampling.settings(*temperature, stop));
+        let map = calibrate.as_deref().map(CalibrationMap::read).transpose().map_err(Failure::Input)?;
+        map.as_ref().map_or(Ok(()), |map| map.reader().map(drop)).context("--calibrate").map_err(Failure::Input)?;
         let prompts = file.as_deref().map_or(Prompts::Written(prompt), Prompts::File);
         let sample = sample::Sample::prepare(model, prompts, adapter.as_deref(), samples, settings, observer);
         let print = &mut |row| print(&row, console);
-        sample.map_err(Failure::Input)?.run(observer, print).map_err(Failure::Run)?;
+        sample.map_err(Failure::Input)?.run(map.as_ref(), observer, print).map_err(Failure::Run)?;
         Ok(0)
     }
 }

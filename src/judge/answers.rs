@@ -257,7 +257,7 @@ impl fmt::Display for Graded {
         for (name, value, note) in grades.lines() {
             writeln!(f, "{}", format!("  {name:<22} {:>8}  {note}", crate::record::shown(value, 3)).trim_end())?;
         }
-        f.write_str(&crate::summary::breakdown(by_label))?;
+        f.write_str(&crate::grades::breakdown(by_label))?;
         let cost = dollars.map_or(String::new(), |dollars| format!(", {dollars:.4} dollars"));
         writeln!(
             f,

@@ -13,7 +13,6 @@ use serde_json::json;
 use super::labels::prompt;
 use super::{Object, Writer};
 use crate::event::Observer;
-use crate::logprob::answer_confidence;
 use crate::sample::{Prompts, Sample};
 use crate::sampler::Settings;
 
@@ -70,9 +69,7 @@ impl Answers<'_> {
             let stated = stated_answer(&completion.text, Mode::Lenient);
             // Who was not asked for a confidence says nothing but the answer.
             let range = if confidence { stated.answer } else { Some(0..completion.text.len()) };
-            let untempered_t: Vec<f64> = generation.untempered_t.iter().copied().map(f64::from).collect();
-            let of_tokens =
-                range.clone().and_then(|range| answer_confidence(&generation.ids, &untempered_t, range, tokenizer));
+            let of_tokens = range.clone().and_then(|range| generation.answer_confidence(range, tokenizer));
             let answer = range.map(|range| completion.text[range].trim()).filter(|answer| !answer.is_empty());
             let verbal = match stated.confidence {
                 ParseOutcome::Ok(value) if confidence => Some(value),

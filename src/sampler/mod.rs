@@ -7,10 +7,13 @@ pub mod conversation;
 pub mod local;
 mod rows;
 
+use std::ops::Range;
+
 use anyhow::Result;
 use candor_environments::{Completion, Finish};
 
 use crate::config::{Config, Evaluation, Sampling};
+use crate::evaluation::token_confidence;
 use crate::ops::head::Choice;
 use crate::policy::Adapter;
 use crate::random::{self, Purpose};
@@ -104,10 +107,28 @@ impl Generation {
         Completion { text, finish: self.finish, num_tokens: self.ids.len(), max_tokens: settings.max_tokens }
     }
 
+    /// The confidence that the model's own probabilities state in the tokens that spell these bytes of its text.
+    pub fn answer_confidence(&self, bytes: Range<usize>, tokenizer: &Tokenizer) -> Option<f64> {
+        let logprobs_t: Vec<f64> = self.untempered_t.iter().copied().map(f64::from).collect();
+        answer_confidence(&self.ids, &logprobs_t, bytes, tokenizer)
+    }
+
     /// The mean log-probability of its tokens at temperature 1.
     pub fn mean_logprob(&self) -> f64 {
         self.untempered_t.iter().copied().map(f64::from).sum::<f64>() / self.untempered_t.len() as f64
     }
+}
+
+/// The [`token_confidence`] of the tokens that spell these bytes of a completion's text: special tokens and the end of a turn are no
+/// part of an answer.
+pub fn answer_confidence(ids: &[u32], logprobs_t: &[f64], bytes: Range<usize>, tokenizer: &Tokenizer) -> Option<f64> {
+    let (_, ranges) = tokenizer.token_ranges(ids);
+    let spells = |(id, range): (&u32, &Range<usize>)| {
+        !range.is_empty() && range.start < bytes.end && bytes.start < range.end && !tokenizer.end_tokens().contains(id)
+    };
+    let answer =
+        ids.iter().zip(&ranges).zip(logprobs_t).filter_map(|(token, logprob)| spells(token).then_some(*logprob));
+    token_confidence(&answer.collect::<Vec<_>>())
 }
 
 /// What continues prompts.
