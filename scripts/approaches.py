@@ -62,7 +62,7 @@ def candor(*words, settings=None, output=None):
         process = subprocess.Popen(command, stdout=file)
         _, status, usage = os.wait4(process.pid, 0)
     code = os.waitstatus_to_exitcode(status)
-    if code not in (0, INTERRUPTED):
+    if code != 0 and (code, words[0]) != (INTERRUPTED, "train"):
         sys.exit(f"{words[0]} failed")
     return code, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024 / 1e9
 
@@ -90,29 +90,36 @@ def write(path, objects):
 
 
 def answers():
-    """Answers of the model as it is, eight to each of the questions that GRPO is trained on, that are the line asked for and
-    nothing else; with the question's number in BoolQ, the right answer, and whether it is given."""
+    """Answers of the model as it is, eight to each of the questions that GRPO is trained on: of those that begin with the line
+    asked for, that line, the question's number in BoolQ, and whether the answer is right."""
     asked = {}
     for row in rows(train("grpo", {}) / "generations.jsonl"):
         if "y" in row["metrics"]:
             gold = "YES" if row["metrics"]["y"] else "NO"
             asked[row["task"]] = {"task": row["task"], "messages": row["prompt"], "gold": gold}
-    write(OUT / "asked.jsonl", asked.values())
-    words = ["--samples", "8", "--temperature", "1", "--max-tokens", "32"]
-    candor("sample", MODEL, OUT / "asked.jsonl", *words, output=OUT / "answers.jsonl")
+    if not (OUT / "asked.jsonl").exists():
+        words = ["--samples", "8", "--temperature", "1", "--max-tokens", "32"]
+        write(OUT / "asking.jsonl", asked.values())
+        candor("sample", MODEL, OUT / "asking.jsonl", *words, output=OUT / "answers.jsonl")
+        (OUT / "asking.jsonl").rename(OUT / "asked.jsonl")
     for row in rows(OUT / "answers.jsonl"):
-        if line := re.fullmatch(r"ANSWER: (YES|NO) with (\d+)% probability", row["completion"].strip()):
-            answer, percent = line.groups()
-            if int(percent) <= 100:
-                yield row | {"answer": answer, "stated": int(percent) / 100, "is_correct": answer == row["gold"]}
+        line = re.match(r"\s*ANSWER: (YES|NO) with (\d+)% probability", row["completion"], re.IGNORECASE)
+        if line and int(line[2]) <= 100:
+            answer, stated = line[1].upper(), int(line[2]) / 100
+            made = {"answer": answer, "stated": stated, "completion": worded(answer, stated)}
+            yield row | made | {"is_correct": answer == row["gold"]}
+
+
+def worded(answer, confidence):
+    """An answer as BoolQ's prompt asks for it."""
+    return f"ANSWER: {answer} with {100 * float(confidence):.0f}% probability"
 
 
 def reworded(row, prompts):
     """A row of `candor prepare` in the words of BoolQ's prompt."""
 
     def line(text):
-        answer, confidence = re.fullmatch(r"Answer: (.*)\nConfidence: (.*)", text).groups()
-        return f"ANSWER: {answer} with {100 * float(confidence):.0f}% probability"
+        return worded(*re.fullmatch(r"Answer: (.*)\nConfidence: (.*)", text).groups())
 
     texts = {"completion": "output", "chosen": "chosen", "rejected": "rejected"}
     texts = {ours: line(row[theirs]) for ours, theirs in texts.items() if theirs in row}
