@@ -18,7 +18,8 @@ use crate::learner::{Learner, StepShape};
 use crate::model::{Architecture, Footprint, KeyValueStore, Model, Projection};
 use crate::ops::head;
 use crate::ops::kernel::Kernel;
-use crate::ops::panels::{Left, Panels, Threads};
+use crate::ops::left::Left;
+use crate::ops::panels::{Panels, Threads};
 use crate::policy::Adapter;
 use crate::random::SplitMix64;
 use crate::record::{page_faults, peak_memory, resident_memory};
@@ -114,6 +115,8 @@ impl Bench {
     /// # Errors
     /// If it does not fit the model or `micro_tokens`.
     pub fn measure(&self, measurement: Measurement) -> Result<Value> {
+        let learns = !matches!(measurement, Measurement::Decode(_));
+        ensure!(!learns || self.model.kernel != Kernel::Int8, "int8 is for decoding; leave --dtype out");
         let mut line = match measurement {
             Measurement::Products => self.products(),
             Measurement::Learner { sequences, tokens } => self.learner(sequences, tokens),

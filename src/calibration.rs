@@ -54,9 +54,9 @@ pub fn read_rows(source: &Path) -> Result<Vec<Row>> {
 }
 
 /// The rows of every environment, in the order of their tasks, so that two evaluations of the same tasks number them the same.
-pub fn by_environment(rows: &[Row]) -> BTreeMap<&str, Vec<&Row>> {
+pub fn by_environment<'a>(rows: impl IntoIterator<Item = &'a Row>) -> BTreeMap<&'a str, Vec<&'a Row>> {
     let mut by_environment: BTreeMap<&str, Vec<&Row>> = BTreeMap::new();
-    rows.iter().for_each(|row| by_environment.entry(&row.environment).or_default().push(row));
+    rows.into_iter().for_each(|row| by_environment.entry(&row.environment).or_default().push(row));
     by_environment.values_mut().for_each(|rows| rows.sort_by_key(|row| (&row.task, row.rollout)));
     by_environment
 }
@@ -240,15 +240,15 @@ impl Calibration {
         columns
     }
 
-    /// What was not read, above everything else where it is more than one in a hundred.
+    /// What was not read, for above everything else, where it is more than one in a hundred.
     fn unread(&self) -> Option<String> {
-        let raw = &self.stated.as_ref()?.raw;
-        let few = raw.parse_rate.value.is_some_and(|rate| rate < 0.99);
+        let read = self.parse.get("ok").copied().unwrap_or(0);
         let count = |counts: &BTreeMap<String, usize>| {
             counts.iter().map(|(name, count)| format!("{name} {count}")).collect::<Vec<_>>().join(", ")
         };
-        let flags = if self.flags.is_empty() { String::new() } else { format!(" ({})", count(&self.flags)) };
-        few.then(|| format!("read {} of {} answers: {}{flags}", raw.parsed, raw.answers, count(&self.parse)))
+        let flags = if self.flags.is_empty() { String::new() } else { format!("\n  odd: {}", count(&self.flags)) };
+        let few = (read as f64) < 0.99 * self.completions as f64;
+        few.then(|| format!("read {read} of {} answers: {}{flags}", self.completions, count(&self.parse)))
     }
 }
 
@@ -261,8 +261,19 @@ fn counts(words: impl Iterator<Item = String>) -> BTreeMap<String, usize> {
 /// What is wrong with how confidences are spread, in words.
 fn warnings(measures: &Measures) -> Vec<String> {
     let mut warnings = Vec::new();
-    if let Some(Collapse { flat, collapsed, two_atom, spans, mode, mode_share, top2_share, q05, q95, .. }) =
-        measures.collapse
+    if let Some(Collapse {
+        flat,
+        collapsed,
+        two_atom,
+        spans,
+        mode,
+        mode_share,
+        top2_share,
+        q05,
+        q95,
+        occupied_02_09,
+        ..
+    }) = measures.collapse
     {
         warnings.push(match (flat, collapsed, two_atom, spans) {
             (true, ..) => format!("FLAT: every confidence is {mode:.3}"),
@@ -270,7 +281,10 @@ fn warnings(measures: &Measures) -> Vec<String> {
                 format!("COLLAPSED: {:.0}% are {mode:.3}, nine tenths lie in {q05:.3} to {q95:.3}", 100.0 * mode_share)
             }
             (_, _, true, _) => format!("TWO_ATOM: two confidences have {:.0}%", 100.0 * top2_share),
-            (.., false) => format!("narrow: nine tenths lie in {q05:.3} to {q95:.3}"),
+            (.., false) => {
+                let used = format!("{occupied_02_09} of the 7 tenths from 0.2 to 0.9 are used");
+                format!("not spread out: nine tenths lie in {q05:.3} to {q95:.3}, {used}")
+            }
             _ => String::new(),
         });
     }

@@ -6,8 +6,10 @@ use anyhow::Result;
 use candle_core::Device;
 use candor_environments::{Finish, Message, Role};
 
+use crate::config::Dtype;
 use crate::event::Observer;
 use crate::inputs::{ModelFiles, Policy};
+use crate::ops::kernel::Kernel;
 use crate::sampler::Settings;
 use crate::sampler::conversation::Conversation;
 
@@ -48,12 +50,13 @@ impl Chat {
     /// If the model or the adapter is not what it should be, or the model knows no chats.
     pub fn prepare(
         source: &str,
+        dtype: Dtype,
         adapter: Option<&Path>,
         system: Option<&str>,
         settings: Settings,
         observer: Observer,
     ) -> Result<Self> {
-        let model = ModelFiles::open(source, observer)?;
+        let model = ModelFiles::open(source, observer)?.computed_by(Kernel::choose(dtype, None)?)?;
         let system = system.map(|text| Message { role: Role::System, content: text.into() });
         let first = system.iter().cloned().chain([Message::user("")]);
         model.tokenizer.render(&first.collect::<Vec<_>>(), true)?;

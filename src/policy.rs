@@ -121,6 +121,7 @@ impl Adapter {
     pub fn low_rank(&self, layer: usize, projection: Projection, kernel: Kernel) -> Option<&LowRank> {
         let pair = &self.pairs[self.index[layer * Projection::ALL.len() + projection as usize]?];
         let floats = |tensor: &Tensor| tensor.flatten_all()?.to_vec1::<f32>();
+        let kernel = kernel.of_adapters();
         Some(pair.ready[kernel as usize].get_or_init(|| {
             let (a, b) = (floats(&pair.a), floats(&pair.b));
             let (a, b) = (a.expect("adapters are f32"), b.expect("adapters are f32"));

@@ -50,7 +50,8 @@ pub struct Row {
     /// What kind of task it is, such as its topic; only where the environment says.
     #[serde(default, skip_serializing_if = "Map::is_empty")]
     pub labels: Map<String, Value>,
-    /// The messages of the prompt.
+    /// The messages of the prompt; empty where a reported run leaves them out.
+    #[serde(default)]
     pub prompt: Vec<Message>,
     /// What the model wrote.
     pub completion: String,

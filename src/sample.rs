@@ -7,8 +7,10 @@ use candle_core::Device;
 use serde_json::{Map, Value, json};
 
 use crate::calibration_map::CalibrationMap;
+use crate::config::Dtype;
 use crate::event::{Event, Observer};
 use crate::inputs::{ModelFiles, Policy};
+use crate::ops::kernel::Kernel;
 use crate::prompts::{Prompt, check_room};
 use crate::sampler::local::{LocalSampler, most_rollouts};
 use crate::sampler::{Generation, Request, Sampler, Settings};
@@ -38,19 +40,19 @@ pub struct Sample {
 }
 
 impl Sample {
-    /// Reads the prompts and loads the model; `samples` completions are to be made of each.
+    /// Reads the prompts and loads the model, which computes in `dtype`; `samples` completions are to be made of each.
     ///
     /// # Errors
     /// If a prompt, the model or the adapter is not what it should be, or a prompt leaves no room for a completion.
     pub fn prepare(
-        source: &str,
+        (source, dtype): (&str, Dtype),
         prompts: Prompts,
         adapter: Option<&Path>,
         samples: usize,
         settings: Settings,
         observer: Observer,
     ) -> Result<Self> {
-        let model = ModelFiles::open(source, observer)?;
+        let model = ModelFiles::open(source, observer)?.computed_by(Kernel::choose(dtype, None)?)?;
         let fitting = |prompt: Prompt| {
             check_room(&model, prompt.ids.len(), settings.max_tokens)?;
             Ok(prompt)

@@ -12,7 +12,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
-use crate::calibration::answers;
+use crate::calibration::{answers, by_environment};
 use crate::calibration_map::Confidence;
 use crate::evaluation::answers::Answers;
 use crate::evaluation::bootstrap::{Interval, paired_bootstrap};
@@ -70,9 +70,10 @@ impl Evaluated {
     /// # Errors
     /// If a confidence is not in [0, 1].
     pub fn by_environment(rows: &[&Row]) -> Result<BTreeMap<String, Self>> {
-        let mut by_environment: BTreeMap<&str, Vec<&Row>> = BTreeMap::new();
-        rows.iter().for_each(|row| by_environment.entry(&row.environment).or_default().push(row));
-        by_environment.into_iter().map(|(name, rows)| Ok((name.to_string(), Self::of(&rows)?))).collect()
+        by_environment(rows.iter().copied())
+            .into_iter()
+            .map(|(name, rows)| Ok((name.to_string(), Self::of(&rows)?)))
+            .collect()
     }
 
     fn of(rows: &[&Row]) -> Result<Self> {

@@ -3,9 +3,8 @@
 
 use std::ops::Range;
 
-use candle_core::{DType, Device, Result, Tensor};
+use candle_core::{Device, Result, Tensor};
 use candle_nn::ops::softmax;
-use candor::config::Dtype;
 use candor::ops::attention::{self, Gradients, Heads, Saved, Span};
 use candor::ops::buffer::Buffer;
 use candor::ops::gate::Activation;
@@ -63,11 +62,13 @@ fn slow_attention(x: &[Tensor], heads: Heads, spans: &[Span]) -> Result<Tensor> 
     Tensor::cat(&all, 0)
 }
 
-/// Keys and values of these rows, one after the other. Those that no span has are there too, and must not be seen.
-fn stored(heads: Heads, keys: &[f32], values: &[f32], kernel: Kernel) -> Keys {
+/// Keys and values of these rows, one after the other. Those that no span has are somebody else's leftovers, and must not be seen.
+fn stored(heads: Heads, keys: &[f32], values: &[f32], spans: &[Span], kernel: Kernel) -> Keys {
     let rows = keys.len() / (heads.key * heads.dim);
     let mut stored = Keys::new(rows, heads, kernel, false);
     stored.write(keys, values, &[Store { from: 0..rows, to: 0 }]);
+    let own = |span: &Span| Store { from: span.own.clone(), to: span.own.start };
+    stored.write(keys, values, &spans.iter().map(own).collect::<Vec<_>>());
     stored
 }
 
@@ -81,11 +82,11 @@ fn attend(heads: Heads, queries: &[f32], keys: &Keys, spans: &[Span]) -> (Vec<f3
 
 /// Attention of queries over rows of keys and values.
 fn attention<'a>(x: &[Vec<f32>], heads: Heads, spans: &'a [Span], kernel: Kernel) -> Computed<'a> {
-    let keys = stored(heads, &x[1], &x[2], kernel);
+    let keys = stored(heads, &x[1], &x[2], spans, kernel);
     let (value, log_sums) = attend(heads, &x[0], &keys, spans);
     let (attended, x) = (value.clone(), x.to_vec());
     let backward = move |grad: &[f32]| {
-        let swapped = stored(heads, &x[2], &x[1], kernel);
+        let swapped = stored(heads, &x[2], &x[1], spans, kernel);
         let mut gradients = [vec![f32::NAN; x[0].len()], vec![0.0; x[1].len()], vec![0.0; x[2].len()]];
         let [queries, d_keys, values] = &mut gradients;
         let saved =
@@ -147,7 +148,7 @@ fn attention_over_caches() {
             let inputs = inputs(heads, 78, 256);
             let want = slow_attention(&inputs, heads, &spans).unwrap();
             let [q, k, v] = inputs.each_ref().map(floats);
-            let got: Vec<f64> = attend(heads, &q, &stored(heads, &k, &v, check::f32_kernel()), &spans)
+            let got: Vec<f64> = attend(heads, &q, &stored(heads, &k, &v, &spans, check::f32_kernel()), &spans)
                 .0
                 .into_iter()
                 .map(f64::from)
@@ -168,21 +169,25 @@ fn attention_with_saturated_scores_stays_finite() {
     got.iter().zip(&want).for_each(|(got, want)| same("saturated", got, want, 1e-2));
 }
 
-/// Keys and values that a kernel in bf16 rounds: all else is exact, so with rounded ones it is attention as before.
+/// A kernel in bf16 rounds queries, keys, values and weights, and sums in f32: what it returns is off by that, and no more. A
+/// pair in the wrong order, or a channel that is missing, is off by its whole size.
 #[test]
-fn stored_rows_are_rounded_and_nothing_else_is() {
+fn attention_in_bf16_is_off_by_rounding() {
     let spans = tree(&tree(&[], 17, &[3, 40]), 33, &[1, 70]);
     let last = spans.last().unwrap();
-    for kernel in check::kernels().into_iter().filter(|kernel| kernel.dtype() == Dtype::Bf16) {
-        for (soft_cap, window) in KINDS {
-            let heads = Heads { query: 6, key: 2, dim: 16, scale: 0.2, soft_cap, window };
-            let [q, k, v] = inputs(heads, last.queries.end, last.own.end);
-            let rounded = |x: &Tensor| x.to_dtype(DType::BF16).unwrap().to_dtype(DType::F64).unwrap();
-            let exact = [q.clone(), rounded(&k), rounded(&v)];
-            let got = computed(|x| attention(x, heads, &spans, kernel), &[q, k, v], 5);
-            let want = value_and_gradients(|x| slow_attention(x, heads, &spans), &exact, 5);
+    for kernel in check::kernels().into_iter().filter(|kernel| kernel.rounds_inputs()) {
+        for ((query, key, dim), (soft_cap, window)) in
+            [(6, 2, 16), (2, 2, 64), (3, 1, 33)].into_iter().flat_map(|heads| KINDS.map(|kind| (heads, kind)))
+        {
+            let heads = Heads { query, key, dim, scale: 0.2, soft_cap, window };
+            let inputs = inputs(heads, last.queries.end, last.own.end);
+            let got = computed(|x| attention(x, heads, &spans, kernel), &inputs, 5);
+            let want = value_and_gradients(|x| slow_attention(x, heads, &spans), &inputs, 5);
             for (part, (got, want)) in got.iter().zip(&want).enumerate() {
-                same(&format!("{kernel:?}, {heads:?}, {part}"), got, want, 5e-6);
+                let size = (want.iter().map(|x| x * x).sum::<f64>() / want.len() as f64).sqrt();
+                let off: Vec<f64> = got.iter().zip(want).map(|(got, want)| got - want).collect();
+                let mean = (off.iter().map(|x| x * x).sum::<f64>() / off.len() as f64).sqrt();
+                assert!(mean < 0.01 * size, "{kernel:?}, {heads:?}, {part}: off by {mean} of {size}");
             }
         }
     }
@@ -247,7 +252,7 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(100))]
 
     /// Sampling computes one query at a time, over a prompt's rows and its own; the learner whole spans. Catches sums whose order
-    /// depends on the block a query is in, on where the prompt ends, or on where rows are stored.
+    /// depends on the block a query is in, or on where rows are stored.
     #[test]
     fn a_query_has_the_same_bits_alone_and_over_any_layout(
         prompt in 0usize..100,
@@ -262,15 +267,18 @@ proptest! {
         let (rows, queries) = (prompt + own, queries.min(own));
         let [q, k, v] = inputs(heads, queries, rows).each_ref().map(floats);
         for kernel in check::row_invariant_kernels() {
-            // One stretch, and a prompt with its branch behind it and something between.
-            let flat = stored(heads, &k, &v, kernel);
+            // A prompt with its branch right behind it, and with something between.
+            let stored = |apart: usize| {
+                let mut keys = Keys::new(apart + own, heads, kernel, true);
+                keys.write(&k, &v, &[Store { from: 0..prompt, to: 0 }, Store { from: prompt..rows, to: apart }]);
+                let span = Span { queries: 0..queries, prefix: 0..prompt, own: apart..apart + own };
+                let attended = attend(heads, &q, &keys, &[span]);
+                (keys, attended)
+            };
             let apart = padded(prompt) + gap * BLOCK;
-            let mut split = Keys::new(apart + own, heads, kernel, true);
-            split.write(&k, &v, &[Store { from: 0..prompt, to: 0 }, Store { from: prompt..rows, to: apart }]);
-            let together = attend(heads, &q, &flat, &[Span { queries: 0..queries, prefix: 0..0, own: 0..rows }]);
-            let over_a_tree = attend(heads, &q, &split, &[Span { queries: 0..queries, prefix: 0..prompt, own: apart..apart + own }]);
-            check::same_bits("over a tree", &over_a_tree.0, &together.0);
-            check::same_bits("log-sums over a tree", &over_a_tree.1, &together.1);
+            let ((_, together), (split, elsewhere)) = (stored(padded(prompt)), stored(apart));
+            check::same_bits("elsewhere", &elsewhere.0, &together.0);
+            check::same_bits("log-sums elsewhere", &elsewhere.1, &together.1);
             for (number, alone) in q.chunks(query * dim).enumerate() {
                 let seen = own - queries + number + 1;
                 let span = Span { queries: 0..1, prefix: 0..prompt, own: apart..apart + seen };

@@ -5,6 +5,7 @@ use std::fs;
 use std::sync::Arc;
 
 use candor::chat::{Chat, Reply};
+use candor::config::Dtype;
 use candor::model::Model;
 use candor::sampler::conversation::Conversation;
 use candor::sampler::local::LocalSampler;
@@ -62,7 +63,7 @@ fn a_conversation_goes_on_as_if_every_turn_were_the_first() {
 #[test]
 fn the_pieces_of_an_answer_make_up_its_text_whatever_its_bytes() {
     let model = toy::model();
-    let mut chat = Chat::prepare(model.to_str().unwrap(), None, None, settings(1.5), &|_| {}).unwrap();
+    let mut chat = Chat::prepare(model.to_str().unwrap(), Dtype::Auto, None, None, settings(1.5), &|_| {}).unwrap();
     let (mut unfinished, mut answers) = (0, Vec::new());
     for _ in 0..6 {
         let mut pieces = Vec::new();

@@ -17,6 +17,8 @@ fn help_fits_a_terminal_of_80_columns() {
         &["--help"][..],
         &["train", "--help"],
         &["eval", "--help"],
+        &["compare", "--help"],
+        &["route", "--help"],
         &["check", "--help"],
         &["judge", "--help"],
         &["train", "-h"],
@@ -160,8 +162,12 @@ fn an_evaluation_prints_a_table_and_leaves_nothing() {
     let place = Place::new("");
     let ended = place.candor(&["eval", "run.toml", "--quiet"]);
     assert_eq!((ended.code, ended.stderr.as_str()), (Some(0), ""));
-    assert!(ended.stdout.starts_with("boolq: 3 held-out tasks\n"), "{}", ended.stdout);
-    assert!(ended.stdout.contains("base") && ended.stdout.contains("-0.250"), "{}", ended.stdout);
+    assert!(ended.stdout.starts_with("boolq: 3 held-out tasks, base model\n"), "{}", ended.stdout);
+    assert!(
+        ended.stdout.contains("read 0 of 3 answers: missing 3") && ended.stdout.contains("-0.250"),
+        "{}",
+        ended.stdout
+    );
     assert!(!place.path("results").exists());
     place.finish(&[]);
     let ended = place.candor(&["eval", "run.toml", "--adapter", "results/tiny/checkpoints/step-000003"]);

@@ -10,8 +10,9 @@ use candor::learner::tree::{Branch, Signal, Tree, pack};
 use candor::learner::{Learner, StepDropout, StepShape};
 use candor::objective::{LossMean, Preference};
 use candor::ops::dropout::Dropout;
+use candor::ops::left::Left;
 use candor::ops::linear::{Linear, LowRank};
-use candor::ops::panels::{Left, Panels, Threads};
+use candor::ops::panels::{Panels, Threads};
 use candor::random::SplitMix64;
 use serde_json::Value;
 

@@ -22,6 +22,8 @@ fn confidence() -> impl Strategy<Value = f64> {
 }
 
 proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
     /// Catches a sum over the wrong rows, and an error that a permutation changes.
     #[test]
     fn identities_hold_for_any_predictions(rows in prop::collection::vec((confidence(), any::<bool>()), 1..60), shift in 0..60_usize) {

@@ -7,7 +7,7 @@ use std::sync::atomic::AtomicBool;
 
 use candle_core::Device;
 use candor::checkpoint;
-use candor::config::Config;
+use candor::config::{Config, Dtype};
 use candor::inputs::ModelFiles;
 use candor::learner::completion_logprobs;
 use candor::learner::tree::{Branch, Tree};
@@ -80,10 +80,12 @@ fn answer(results: &Path, question: &str) -> (String, Value) {
     let settings = Settings { stop: Vec::new(), ..settings };
     let questions = [question.to_string()];
     let source = model().display().to_string();
-    let sample = Sample::prepare(&source, Prompts::Written(&questions), Some(&newest), 1, settings, &|_| {}).unwrap();
+    let sample =
+        Sample::prepare((&source, Dtype::Auto), Prompts::Written(&questions), Some(&newest), 1, settings, &|_| {})
+            .unwrap();
     let mut rows = Vec::new();
     sample
-        .run(&|_| {}, &mut |row| {
+        .run(None, &|_| {}, &mut |row| {
             rows.push(row);
             Ok(())
         })

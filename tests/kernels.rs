@@ -5,8 +5,9 @@ use std::ops::Range;
 use candle_core::{DType, Tensor};
 use candor::config::Dtype;
 use candor::ops::kernel::Kernel;
+use candor::ops::left::Left;
 use candor::ops::linear::{Linear, LowRank};
-use candor::ops::panels::{Left, PANEL, Panels, Threads};
+use candor::ops::panels::{PANEL, Panels, Threads};
 use proptest::prelude::*;
 
 use crate::ops::{floats, random};

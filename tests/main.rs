@@ -6,6 +6,7 @@ mod advantage;
 mod attention;
 mod binary;
 mod boolq;
+mod calibration;
 mod chat;
 mod check;
 mod commands;

@@ -15,7 +15,8 @@ use candor::model::{Call, KeyValueStore, Model};
 use candor::ops::attention::Span;
 use candor::ops::buffer;
 use candor::ops::keys::{Store, padded};
-use candor::ops::panels::{Left, Threads};
+use candor::ops::left::Left;
+use candor::ops::panels::Threads;
 use candor::policy::Adapter;
 
 use crate::{check, learner, toy};

@@ -5,9 +5,10 @@ use candle_core::{DType, Device, Result, Tensor, Var};
 use candle_nn::ops::sigmoid;
 use candor::config::Dtype;
 use candor::ops::gate::Activation;
+use candor::ops::left::Left;
 use candor::ops::linear::{Linear, LowRank};
 use candor::ops::norm::RmsNorm;
-use candor::ops::panels::{Left, Panels, Threads};
+use candor::ops::panels::{Panels, Threads};
 use candor::ops::rope::{Direction, Rotation};
 use candor::random::SplitMix64;
 

@@ -41,10 +41,10 @@ pub struct Arguments {
     /// Rows per forward and backward pass
     #[arg(long, default_value_t = 4096)]
     micro_tokens: usize,
-    /// What is computed in: f32, bf16, or auto for the fastest
+    /// What is computed in: f32, bf16, auto for the fastest, or int8 to decode only
     #[arg(long, value_parser = word::<Dtype>, default_value = "auto")]
     dtype: Dtype,
-    /// With which instructions: amx, avx512_bf16, avx512 or gemm
+    /// With which instructions: amx, avx512_bf16, avx512, gemm or int8
     #[arg(long, value_parser = word::<Kernel>)]
     kernel: Option<Kernel>,
     /// Say nothing but errors and the result

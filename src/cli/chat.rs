@@ -8,7 +8,7 @@ use clap::Args;
 
 use super::Failure;
 use super::console::Console;
-use super::models::{Base, Sampling, temperature};
+use super::models::{Base, Format, Sampling, temperature};
 use crate::chat::{self, Reply};
 use crate::event::Observer;
 
@@ -29,14 +29,16 @@ pub struct Chat {
     /// The softmax temperature; 0 takes the most likely token
     #[arg(long, value_name = "T", default_value = "0.7", value_parser = temperature)]
     temperature: f64,
+    #[command(flatten)]
+    format: Format,
 }
 
 impl Chat {
     /// Runs it.
     pub fn run(&self, observer: Observer, console: &Console) -> Result<u8, Failure> {
-        let Self { base, system, sampling, temperature } = self;
+        let Self { base, system, sampling, temperature, format } = self;
         let (settings, adapter) = (sampling.settings(*temperature, &[]), base.adapter.as_deref());
-        let chat = chat::Chat::prepare(&base.model, adapter, system.as_deref(), settings, observer);
+        let chat = chat::Chat::prepare(&base.model, format.dtype, adapter, system.as_deref(), settings, observer);
         talk(&mut chat.map_err(Failure::Input)?, console).map_err(Failure::Run)?;
         Ok(0)
     }

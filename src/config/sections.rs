@@ -81,6 +81,8 @@ pub enum Dtype {
     F32,
     /// 16-bit brain floats with f32 accumulation.
     Bf16,
+    /// 8-bit integers with a scale for every 32 inputs: to talk and to sample with, not to train.
+    Int8,
 }
 
 /// A packed format of the base weights.

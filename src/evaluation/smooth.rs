@@ -19,7 +19,7 @@ const VANISHED: f64 = 1e-16;
 /// The smooth ECE: that of the width which equals it, or of 0.001 where that is narrower.
 pub fn smooth_ece(predictions: &Predictions) -> f64 {
     let coefficients = coefficients(predictions, terms(NARROWEST));
-    let cosines: Vec<f64> = (0..2 * CELLS).map(|index| (PI * index as f64 / CELLS as f64).cos()).collect();
+    let cosines = cosines();
     let error = |width: f64| smoothed(&coefficients, &cosines, width);
     let (mut low, mut high) = (NARROWEST, 1.0);
     // What bisection needs to tell two widths of this size apart.
@@ -32,8 +32,13 @@ pub fn smooth_ece(predictions: &Predictions) -> f64 {
 
 /// The calibration error after smoothing with a given width, at least 0.001.
 pub fn smoothed_ece(predictions: &Predictions, width: f64) -> f64 {
-    let cosines: Vec<f64> = (0..2 * CELLS).map(|index| (PI * index as f64 / CELLS as f64).cos()).collect();
-    smoothed(&coefficients(predictions, terms(width.max(NARROWEST))), &cosines, width)
+    let width = width.max(NARROWEST);
+    smoothed(&coefficients(predictions, terms(width)), &cosines(), width)
+}
+
+/// cos(πi/CELLS) over a whole turn.
+fn cosines() -> Vec<f64> {
+    (0..2 * CELLS).map(|index| (PI * index as f64 / CELLS as f64).cos()).collect()
 }
 
 /// How many coefficients a width leaves.
@@ -57,7 +62,7 @@ fn coefficients(predictions: &Predictions, terms: usize) -> Vec<f64> {
     sums.iter().map(|sum| sum / predictions.len() as f64).collect()
 }
 
-/// The integral over [0, 1] of the smoothed residuals' size, by trapezoids. `cosines` are cos(πi/CELLS) over a whole turn.
+/// The integral over [0, 1] of the smoothed residuals' size, by trapezoids. `cosines` are those of [`cosines()`].
 fn smoothed(coefficients: &[f64], cosines: &[f64], width: f64) -> f64 {
     let kept = coefficients.iter().take(terms(width)).enumerate();
     let damped = |(k, coefficient): (usize, &f64)| {

@@ -82,8 +82,8 @@ impl Tiles {
         unreachable!("tiles are not permitted")
     }
 
-    /// `c += a · b`, or `c = a · b` if `keep` is false, for `a` of 16 (or, if `two` is set, 32) rows of bf16, `stride` values
-    /// apart, `b` of pairs of k [steps · 16, 32, 2], and `c` of as many rows of 32, `c_stride` values apart, in f32.
+    /// `c += a · b`, or `c = a · b` if `keep` is false, for `a` of 16 rows of bf16 in tiles, one after the other along k (and, if
+    /// `two` is set, 16 more, whose tiles come so many values later as stands beside it), `b` of pairs of k [steps · 16, 32, 2], and `c` of as many rows of 32, `c_stride` values apart, in f32.
     ///
     /// # Safety
     /// `a`, `b` and `c` must reach as far as these shapes say; a step is 32 values of k.
@@ -91,7 +91,7 @@ impl Tiles {
     #[inline]
     pub unsafe fn multiply(
         &self,
-        (a, stride): (*const u16, usize),
+        (a, second): (*const u16, usize),
         b: *const u16,
         steps: usize,
         (c, c_stride): (*mut f32, usize),
@@ -122,13 +122,13 @@ impl Tiles {
                     "tileloadd tmm5, [{a2} + {s}]",
                     "tdpbf16ps tmm2, tmm5, tmm6",
                     "tdpbf16ps tmm3, tmm5, tmm7",
-                    "add {a}, 64", "add {a2}, 64", "add {b}, 2048",
+                    "add {a}, 1024", "add {a2}, 1024", "add {b}, 2048",
                     "dec {n}",
                     "jnz 2b",
                     "tilestored [{c} + {cs}], tmm0", "tilestored [{c} + {cs} + 64], tmm1",
                     "tilestored [{c2} + {cs}], tmm2", "tilestored [{c2} + {cs} + 64], tmm3",
-                    a = inout(reg) a => _, a2 = inout(reg) a.add(16 * stride) => _, b = inout(reg) b => _,
-                    n = inout(reg) steps => _, s = in(reg) 2 * stride, bs = in(reg) 4 * SIDE, cs = in(reg) 4 * c_stride,
+                    a = inout(reg) a => _, a2 = inout(reg) a.add(second) => _, b = inout(reg) b => _,
+                    n = inout(reg) steps => _, s = in(reg) 64usize, bs = in(reg) 4 * SIDE, cs = in(reg) 4 * c_stride,
                     c = in(reg) c, c2 = in(reg) c.add(16 * c_stride), keep = in(reg) keep as u32,
                     out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
                     out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
@@ -148,12 +148,12 @@ impl Tiles {
                     "tileloadd tmm7, [{b} + {bs} + 64]",
                     "tdpbf16ps tmm0, tmm4, tmm6",
                     "tdpbf16ps tmm1, tmm4, tmm7",
-                    "add {a}, 64", "add {b}, 2048",
+                    "add {a}, 1024", "add {b}, 2048",
                     "dec {n}",
                     "jnz 2b",
                     "tilestored [{c} + {cs}], tmm0", "tilestored [{c} + {cs} + 64], tmm1",
                     a = inout(reg) a => _, b = inout(reg) b => _,
-                    n = inout(reg) steps => _, s = in(reg) 2 * stride, bs = in(reg) 4 * SIDE, cs = in(reg) 4 * c_stride,
+                    n = inout(reg) steps => _, s = in(reg) 64usize, bs = in(reg) 4 * SIDE, cs = in(reg) 4 * c_stride,
                     c = in(reg) c, keep = in(reg) keep as u32,
                     out("tmm0") _, out("tmm1") _, out("tmm4") _, out("tmm6") _, out("tmm7") _,
                     options(nostack)

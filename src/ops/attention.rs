@@ -11,8 +11,8 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 use super::buffer::Buffer;
-use super::keys::{BLOCK, Keys};
-use super::matmul::{Matrix, matmul, matmul_right};
+use super::keys::{BLOCK, Keys, padded};
+use super::left::Left;
 use super::shared::SharedRows;
 use super::{exp, vectorized};
 
@@ -79,15 +79,24 @@ impl Block<'_> {
         self.span.visible(self.first + self.len - 1, None).end
     }
 
-    /// Prefix and own rows among the first `keys`, with the logical position where each begins.
+    /// Blocks of prefix and own rows among the first `keys`, with the column where each begins.
     fn context(&self) -> [(Range<usize>, usize); 2] {
         let Span { prefix, own, .. } = self.span;
-        [(prefix.clone(), 0), (own.start..own.start + (self.keys() - prefix.len()), prefix.len())]
+        let blocks = |start: usize, rows: usize| start / BLOCK..(start + rows).div_ceil(BLOCK);
+        let own_rows = self.keys() - prefix.len();
+        [(blocks(prefix.start, prefix.len()), 0), (blocks(own.start, own_rows), padded(prefix.len()))]
     }
 
-    /// The distance between two rows of scores: whole strands, and a block more because blocks are computed whole.
+    /// The columns of logical key positions: prefix and own rows each begin with a block.
+    fn columns(&self, visible: Range<usize>) -> [Range<usize>; 2] {
+        let prefix = self.span.prefix.len();
+        let own = |position: usize| padded(prefix) + position.max(prefix) - prefix;
+        [visible.start.min(prefix)..visible.end.min(prefix), own(visible.start)..own(visible.end)]
+    }
+
+    /// How many columns scores have.
     fn stride(&self) -> usize {
-        self.keys().next_multiple_of(LANES) + BLOCK
+        self.columns(0..self.keys())[1].end.next_multiple_of(BLOCK)
     }
 }
 
@@ -118,7 +127,8 @@ pub fn forward(
         let mut weights = heads.scores(block, &queries, keys);
         let mut sums = Buffer::<f32>::new(block.len * group);
         for (row, weights) in weights.chunks_exact_mut(stride).enumerate() {
-            sums[row] = softmax(weights, block.span.visible(block.first + row / group, heads.window), heads.soft_cap);
+            let visible = block.span.visible(block.first + row / group, heads.window);
+            sums[row] = softmax(weights, block.columns(visible), heads.soft_cap);
         }
         let values = heads.combine(block, &weights, keys);
         for row in 0..block.len {
@@ -154,49 +164,41 @@ impl Heads {
         gathered
     }
 
-    /// `rows` [len · group, dim] times the transposed keys of the block's context: [len · group, stride], columns at their
-    /// logical positions. What is not visible holds anything.
+    /// `rows` [len · group, dim] times the keys of the block's context: [len · group, stride]. What is not visible holds
+    /// anything.
     fn scores(&self, block: &Block, rows: &[f32], keys: &Keys) -> Buffer {
         let stride = block.stride();
         let mut scores = Buffer::new(rows.len() / self.dim * stride);
-        let rows = Matrix::dense(rows, self.dim);
-        // The prefix's last block may reach into the columns of the first own keys, which are written after it.
-        for (part, start) in block.context() {
-            for (number, key_block) in (part.start / BLOCK..part.end.div_ceil(BLOCK)).enumerate() {
-                let block_keys = keys.block(key_block, block.key_head);
-                matmul_right(&mut scores[start + number * BLOCK..], stride, false, rows, block_keys);
-            }
+        let rows = Left::new(rows, self.dim, keys.kernel());
+        for (blocks, start) in block.context() {
+            keys.scores(&rows, block.key_head, blocks, &mut scores[start..], stride);
         }
         scores
     }
 
     /// `weights` [len · group, stride] times the values of the block's context: [len · group, dim].
     fn combine(&self, block: &Block, weights: &[f32], keys: &Keys) -> Buffer {
-        let (m, stride) = (block.len * self.group(), block.stride());
-        let mut combined = Buffer::new(m * self.dim);
-        for (part, start) in block.context() {
-            let weights = Matrix::new(&weights[start..], m, part.len(), stride);
-            let values = keys.values(&part, block.key_head);
-            matmul_right(&mut combined, self.dim, start > 0, weights, values);
+        let mut combined = Buffer::zeros(block.len * self.group() * self.dim);
+        let weights = Left::new(weights, block.stride(), keys.kernel());
+        for (blocks, start) in block.context() {
+            keys.combine(&weights, start, block.key_head, blocks, &mut combined);
         }
         combined
     }
 }
 
 /// Replaces scores by their softmax, zero where they are not visible, and returns their log-sum-exp.
-fn softmax(scores: &mut [f32], visible: Range<usize>, soft_cap: Option<f32>) -> f32 {
-    let (start, end) = (visible.start / LANES * LANES, visible.end.next_multiple_of(LANES));
-    scores[..start].fill(0.0);
-    scores[start..visible.start].fill(f32::NEG_INFINITY);
-    scores[visible.end..end].fill(f32::NEG_INFINITY);
-    scores[end..].fill(0.0);
+fn softmax(scores: &mut [f32], visible: [Range<usize>; 2], soft_cap: Option<f32>) -> f32 {
+    let [prefix, own] = visible;
     vectorized(
         #[inline(always)]
         || {
             if let Some(cap) = soft_cap {
-                scores[visible].iter_mut().for_each(|score| *score = cap * tanh(*score / cap));
+                scores.iter_mut().for_each(|score| *score = cap * tanh(*score / cap));
             }
-            let scores = &mut scores[start..end];
+            for outside in [0..prefix.start, prefix.end..own.start, own.end..scores.len()] {
+                scores[outside].fill(f32::NEG_INFINITY);
+            }
             let mut most = [f32::NEG_INFINITY; LANES];
             for chunk in scores.chunks_exact(LANES) {
                 most.iter_mut().zip(chunk).for_each(|(most, score)| *most = most.max(*score));
@@ -263,11 +265,9 @@ pub fn backward(heads: Heads, saved: &Saved, spans: &[Span], gradients: Gradient
     tasks.par_iter().with_max_len(1).for_each(|(tree, head)| {
         let rows = tree.iter().map(|span| span.own.start).min().unwrap_or(0)
             ..tree.iter().map(|span| span.own.end).max().unwrap_or(0);
-        let mut own = TreeGradient {
-            first: rows.start,
-            keys: Buffer::zeros(rows.len() * dim),
-            values: Buffer::zeros(rows.len() * dim),
-        };
+        let whole = padded(rows.len());
+        let [keys_t, values_t] = [(); 2].map(|()| Buffer::zeros(whole * dim));
+        let mut own = TreeGradient { first: rows.start, rows: whole, keys_t, values_t };
         for block in tree.iter().flat_map(|span| blocks(span, *head)) {
             let queries = own.add(heads, &block, saved);
             for (row, from) in queries.chunks_exact(chunk).enumerate() {
@@ -277,22 +277,23 @@ pub fn backward(heads: Heads, saved: &Saved, spans: &[Span], gradients: Gradient
                 to.iter_mut().zip(from).for_each(|(to, from)| *to = heads.scale * from);
             }
         }
-        for (row, (keys, values)) in rows.zip(own.keys.chunks_exact(dim).zip(own.values.chunks_exact(dim))) {
+        for (index, row) in rows.enumerate() {
             // SAFETY: each tree has its own key rows, and each task its own columns.
-            let (to_keys, to_values) = unsafe {
-                (d_keys.part(row, head * dim..head * dim + dim), d_values.part(row, head * dim..head * dim + dim))
-            };
-            to_keys.copy_from_slice(keys);
-            to_values.copy_from_slice(values);
+            let to = unsafe { [&d_keys, &d_values].map(|gradient| gradient.part(row, head * dim..head * dim + dim)) };
+            for (to, from_t) in to.into_iter().zip([&own.keys_t, &own.values_t]) {
+                to.iter_mut().zip(from_t[index..].iter().step_by(whole)).for_each(|(to, from)| *to = *from);
+            }
         }
     });
 }
 
-/// Gradients of the keys and values of one tree and key head, [key rows, dim].
+/// Gradients of the keys and values of one tree and key head, transposed: [dim, rows].
 struct TreeGradient {
+    /// The first key row, and how many there are, in whole blocks.
     first: usize,
-    keys: Buffer,
-    values: Buffer,
+    rows: usize,
+    keys_t: Buffer,
+    values_t: Buffer,
 }
 
 impl TreeGradient {
@@ -312,28 +313,29 @@ impl TreeGradient {
             let visible = block.span.visible(query, heads.window);
             let log_sum =
                 saved.log_sums[(block.span.queries.start + query) * heads.query + block.key_head * group + row % group];
-            for outside in [0..visible.start, visible.end..stride] {
+            let [prefix, own] = block.columns(visible);
+            for outside in [0..prefix.start, prefix.end..own.start, own.end..stride] {
                 weights[outside.clone()].fill(0.0);
                 d_scores[outside].fill(0.0);
             }
-            let (weights, d_scores) = (&mut weights[visible.clone()], &mut d_scores[visible]);
             let (d_output, output) = (&d_outputs[row * dim..][..dim], &outputs[row * dim..][..dim]);
             vectorized(
                 #[inline(always)]
                 || {
                     let pull = dot(d_output, output);
-                    score_gradient(weights, d_scores, log_sum, pull, heads.soft_cap);
+                    for part in [prefix, own] {
+                        let (weights, d_scores) = (&mut weights[part.clone()], &mut d_scores[part]);
+                        score_gradient(weights, d_scores, log_sum, pull, heads.soft_cap);
+                    }
                 },
             );
         }
-        let m = block.len * group;
-        let (queries, d_outputs) = (Matrix::dense(&queries, dim), Matrix::dense(&d_outputs, dim));
-        for (part, start) in block.context() {
-            let at = (part.start.max(self.first) - self.first) * dim;
-            let d_scores = Matrix::new(&d_scores[start..], m, part.len(), stride).t();
-            let weights = Matrix::new(&weights[start..], m, part.len(), stride).t();
-            matmul(&mut self.keys[at..], dim, true, d_scores, queries);
-            matmul(&mut self.values[at..], dim, true, weights, d_outputs);
+        let keys = saved.keys;
+        for (blocks, start) in block.context().into_iter().filter(|(blocks, _)| !blocks.is_empty()) {
+            let (at, columns) = (blocks.start * BLOCK - self.first, start..start + blocks.len() * BLOCK);
+            let rows = self.rows;
+            keys.add_outer((&queries, dim), (&d_scores, stride), columns.clone(), (&mut self.keys_t[at..], rows));
+            keys.add_outer((&d_outputs, dim), (&weights, stride), columns, (&mut self.values_t[at..], rows));
         }
         heads.combine(block, &d_scores, saved.swapped)
     }

@@ -6,52 +6,45 @@
 #![cfg(target_arch = "x86_64")]
 
 use std::arch::x86_64::{
-    __m512, __m512bh, __mmask16, _mm256_loadu_epi16, _mm256_maskz_loadu_epi16, _mm512_castsi512_ps,
-    _mm512_cvtepu16_epi32, _mm512_dpbf16_ps, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_mask_storeu_ps,
-    _mm512_maskz_loadu_ps, _mm512_set1_epi32, _mm512_set1_ps, _mm512_setzero_ps, _mm512_slli_epi32, _mm512_storeu_ps,
+    __m512, __m512bh, __mmask16, _mm_loadu_si128, _mm256_loadu_epi16, _mm512_add_ps, _mm512_castsi512_ps,
+    _mm512_cvtepi8_epi32, _mm512_cvtepi32_ps, _mm512_cvtepu16_epi32, _mm512_dpbf16_ps, _mm512_fmadd_ps,
+    _mm512_loadu_ps, _mm512_mask_storeu_ps, _mm512_maskz_loadu_ps, _mm512_set1_epi32, _mm512_set1_ps,
+    _mm512_setzero_ps, _mm512_slli_epi32, _mm512_storeu_ps,
 };
 use std::mem::transmute;
+
+use super::left::{TILE, TILE_WIDTH};
 
 /// Numbers in a vector.
 const LANES: usize = 16;
 
-/// What the second operand of a product may hold.
-pub(super) trait Number: Copy {
-    /// Sixteen numbers, those outside the mask zero.
-    ///
-    /// # Safety
-    /// AVX-512 must be there, and the numbers inside the mask.
-    unsafe fn load(at: *const Self, mask: __mmask16) -> __m512;
+/// Sixteen numbers, those outside the mask zero.
+///
+/// # Safety
+/// AVX-512 must be there, and the numbers inside the mask.
+#[inline(always)]
+unsafe fn load(at: *const f32, mask: __mmask16) -> __m512 {
+    // SAFETY: the caller's; what is masked is not read.
+    unsafe { if mask == !0 { _mm512_loadu_ps(at) } else { _mm512_maskz_loadu_ps(mask, at) } }
 }
 
-impl Number for f32 {
-    #[inline(always)]
-    unsafe fn load(at: *const f32, mask: __mmask16) -> __m512 {
-        // SAFETY: the caller's; what is masked is not read.
-        unsafe { if mask == !0 { _mm512_loadu_ps(at) } else { _mm512_maskz_loadu_ps(mask, at) } }
-    }
-}
-
-/// As bf16.
-impl Number for u16 {
-    #[inline(always)]
-    unsafe fn load(at: *const u16, mask: __mmask16) -> __m512 {
-        // SAFETY: the caller's; what is masked is not read.
-        unsafe {
-            let at = at.cast();
-            let halves = if mask == !0 { _mm256_loadu_epi16(at) } else { _mm256_maskz_loadu_epi16(mask, at) };
-            _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(halves)))
-        }
-    }
+/// Sixteen numbers in bf16.
+///
+/// # Safety
+/// As [`load`].
+#[inline(always)]
+unsafe fn load_bf16(at: *const u16) -> __m512 {
+    // SAFETY: the caller's.
+    unsafe { _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(_mm256_loadu_epi16(at.cast())))) }
 }
 
 /// Where the operands of a product lie; strides in numbers.
 #[derive(Clone, Copy)]
-pub(super) struct Operands<B> {
+pub(super) struct Operands {
     pub a: *const f32,
     pub a_row: usize,
     pub a_k: usize,
-    pub b: *const B,
+    pub b: *const f32,
     /// Columns of b are neighbors.
     pub b_k: usize,
     pub c: *mut f32,
@@ -61,7 +54,7 @@ pub(super) struct Operands<B> {
     pub keep: bool,
 }
 
-impl<B: Number> Operands<B> {
+impl Operands {
     fn at(self, row: usize, column: usize) -> Self {
         // SAFETY: only rows and columns of the product are asked for, which lie inside the operands.
         unsafe {
@@ -80,7 +73,7 @@ impl<B: Number> Operands<B> {
 /// # Safety
 /// AVX-512 (F, BW and VL) must be there, and every element of the operands, at the given strides, must be inside its slice.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-pub(super) unsafe fn product<B: Number>(operands: Operands<B>, m: usize, n: usize) {
+pub(super) unsafe fn product(operands: Operands, m: usize, n: usize) {
     let mut column = 0;
     while column < n {
         let left = n - column;
@@ -98,12 +91,12 @@ pub(super) unsafe fn product<B: Number>(operands: Operands<B>, m: usize, n: usiz
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-unsafe fn block<B: Number>(operands: Operands<B>, rows: usize, vectors: usize, columns: usize) {
+unsafe fn block(operands: Operands, rows: usize, vectors: usize, columns: usize) {
     macro_rules! rows {
         ($vectors:literal: $($rows:literal)*) => {
             match rows {
                 // SAFETY: the caller's.
-                $($rows => unsafe { tile::<B, $rows, $vectors>(operands, columns) },)*
+                $($rows => unsafe { tile::<$rows, $vectors>(operands, columns) },)*
                 _ => unreachable!("blocks have these numbers of rows"),
             }
         };
@@ -125,7 +118,7 @@ fn lanes(columns: usize, vector: usize) -> __mmask16 {
 #[expect(clippy::needless_range_loop, reason = "they are the numbers of rows and vectors in memory too")]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
 #[inline]
-unsafe fn tile<B: Number, const ROWS: usize, const VECTORS: usize>(operands: Operands<B>, columns: usize) {
+unsafe fn tile<const ROWS: usize, const VECTORS: usize>(operands: Operands, columns: usize) {
     let Operands { a, a_row, a_k, b, b_k, c, c_row, k, keep } = operands;
     let full = columns == VECTORS * LANES;
     // SAFETY: the caller's; lanes outside the columns are masked.
@@ -135,14 +128,14 @@ unsafe fn tile<B: Number, const ROWS: usize, const VECTORS: usize>(operands: Ope
         if keep {
             for row in 0..ROWS {
                 for vector in 0..VECTORS {
-                    sums[row][vector] = f32::load(c.add(row * c_row + vector * LANES), mask(vector));
+                    sums[row][vector] = load(c.add(row * c_row + vector * LANES), mask(vector));
                 }
             }
         }
         for step in 0..k {
             let mut line = [_mm512_setzero_ps(); VECTORS];
             for vector in 0..VECTORS {
-                line[vector] = B::load(b.add(step * b_k + vector * LANES), mask(vector));
+                line[vector] = load(b.add(step * b_k + vector * LANES), mask(vector));
             }
             for row in 0..ROWS {
                 let x = _mm512_set1_ps(*a.add(row * a_row + step * a_k));
@@ -164,39 +157,41 @@ unsafe fn tile<B: Number, const ROWS: usize, const VECTORS: usize>(operands: Ope
     }
 }
 
-/// `c = a · b` (or `+=`) for up to 12 rows of bf16, and `b` of pairs of k [pairs, 32, 2]; `c` has as many rows of 32 in f32.
-/// Rows of `a` and `c` are so many values apart as stands beside them.
+/// Calls a function that is generic in the number of rows.
+macro_rules! by_rows {
+    ($rows:ident: $($count:literal)* => $function:ident $arguments:tt) => {
+        match $rows {
+            // SAFETY: the caller's.
+            $($count => unsafe { $function::<$count> $arguments },)*
+            _ => unreachable!("blocks have these numbers of rows"),
+        }
+    };
+}
+
+/// `c = a · b` (or `+=`) for up to 8 rows of bf16 in tiles, so many along k, and `b` of pairs of k [steps · 16, 32, 2]; `c` has as
+/// many rows of 32 in f32, which are so many values apart as stands beside it.
 ///
 /// # Safety
 /// AVX-512-BF16 must be there, and the operands must reach as far as these shapes say.
 #[target_feature(enable = "avx512f,avx512bf16")]
 pub(super) unsafe fn bf16_block(
-    a: (*const u16, usize),
+    a: *const u16,
     b: *const u16,
-    pairs: usize,
+    steps: usize,
     c: (*mut f32, usize),
     rows: usize,
     keep: bool,
 ) {
-    macro_rules! rows {
-        ($($rows:literal)*) => {
-            match rows {
-                // SAFETY: the caller's.
-                $($rows => unsafe { bf16_tile::<$rows>(a, b, pairs, c, keep) },)*
-                _ => unreachable!("blocks have up to 12 rows"),
-            }
-        };
-    }
-    rows!(1 2 3 4 5 6 7 8 9 10 11 12)
+    by_rows!(rows: 1 2 3 4 5 6 7 8 => bf16_tile(a, b, steps, c, keep))
 }
 
 #[expect(clippy::needless_range_loop, reason = "they are the numbers of rows and vectors in memory too")]
 #[target_feature(enable = "avx512f,avx512bf16")]
 #[inline]
 unsafe fn bf16_tile<const ROWS: usize>(
-    (a, a_row): (*const u16, usize),
+    a: *const u16,
     b: *const u16,
-    pairs: usize,
+    steps: usize,
     (c, c_row): (*mut f32, usize),
     keep: bool,
 ) {
@@ -208,16 +203,79 @@ unsafe fn bf16_tile<const ROWS: usize>(
                 sums[row] = [_mm512_loadu_ps(c.add(row * c_row)), _mm512_loadu_ps(c.add(row * c_row + LANES))];
             }
         }
-        for pair in 0..pairs {
+        for pair in 0..steps * TILE_WIDTH / 2 {
             let columns = |vector: usize| -> __m512bh {
                 transmute(_mm512_loadu_ps(b.add(pair * 64 + vector * 32).cast::<f32>()))
             };
             let (first, second) = (columns(0), columns(1));
+            let a = a.add(pair / (TILE_WIDTH / 2) * TILE + 2 * (pair % (TILE_WIDTH / 2)));
             for row in 0..ROWS {
-                let x = a.add(row * a_row + 2 * pair).cast::<i32>().read_unaligned();
+                let x = a.add(row * TILE_WIDTH).cast::<i32>().read_unaligned();
                 let x: __m512bh = transmute(_mm512_set1_epi32(x));
                 sums[row][0] = _mm512_dpbf16_ps(sums[row][0], x, first);
                 sums[row][1] = _mm512_dpbf16_ps(sums[row][1], x, second);
+            }
+        }
+        for row in 0..ROWS {
+            _mm512_storeu_ps(c.add(row * c_row), sums[row][0]);
+            _mm512_storeu_ps(c.add(row * c_row + LANES), sums[row][1]);
+        }
+    }
+}
+
+/// `c = x · w` (or `+=`) for up to 4 rows of f32, and a panel of weights in 8 bits [narrow, 32] with scales in bf16 [narrow / 32,
+/// 32]; `c` has as many rows of 32. Rows of `x` and `c` are so many values apart as stands beside them, those of `x` dense.
+///
+/// # Safety
+/// AVX-512 must be there, and the operands must reach as far as these shapes say.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+pub(super) unsafe fn int8_block(
+    x: (*const f32, usize),
+    w: (*const i8, *const u16),
+    c: (*mut f32, usize),
+    rows: usize,
+    keep: bool,
+) {
+    by_rows!(rows: 1 2 3 4 => int8_tile(x, w, c, keep))
+}
+
+#[expect(clippy::needless_range_loop, reason = "they are the numbers of rows and vectors in memory too")]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+#[inline]
+unsafe fn int8_tile<const ROWS: usize>(
+    (x, narrow): (*const f32, usize),
+    (w, scales): (*const i8, *const u16),
+    (c, c_row): (*mut f32, usize),
+    keep: bool,
+) {
+    const GROUP: usize = 32;
+    // SAFETY: the caller's.
+    unsafe {
+        let mut sums = [[_mm512_setzero_ps(); 2]; ROWS];
+        if keep {
+            for row in 0..ROWS {
+                sums[row] = [_mm512_loadu_ps(c.add(row * c_row)), _mm512_loadu_ps(c.add(row * c_row + LANES))];
+            }
+        }
+        for start in (0..narrow).step_by(GROUP) {
+            // Two strands of each sum, or one addition would wait for the other.
+            let mut strands = [[[_mm512_setzero_ps(); 2]; 2]; ROWS];
+            for k in start..narrow.min(start + GROUP) {
+                for vector in 0..2 {
+                    let eight = _mm_loadu_si128(w.add(k * 2 * LANES + vector * LANES).cast());
+                    let line = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(eight));
+                    for row in 0..ROWS {
+                        let strand = &mut strands[row][k % 2][vector];
+                        *strand = _mm512_fmadd_ps(_mm512_set1_ps(*x.add(row * narrow + k)), line, *strand);
+                    }
+                }
+            }
+            for vector in 0..2 {
+                let scale = load_bf16(scales.add(start / GROUP * 2 * LANES + vector * LANES));
+                for row in 0..ROWS {
+                    let [even, odd] = [strands[row][0][vector], strands[row][1][vector]];
+                    sums[row][vector] = _mm512_fmadd_ps(_mm512_add_ps(even, odd), scale, sums[row][vector]);
+                }
             }
         }
         for row in 0..ROWS {

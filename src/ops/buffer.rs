@@ -20,10 +20,14 @@ macro_rules! pooled {
     )*};
 }
 
-pooled!(f32 u16);
+pooled!(f32 u16 i8);
 
 /// Numbers whose memory goes back to the pool when they are dropped.
-pub struct Buffer<T: Pooled = f32>(Vec<T>);
+pub struct Buffer<T: Pooled = f32> {
+    /// At least as many as are used: what is written once stays written.
+    values: Vec<T>,
+    len: usize,
+}
 
 /// Buffers of fewer numbers are left to the allocator, which is quick at that.
 const SMALL: usize = 8 * 1024;
@@ -32,19 +36,15 @@ impl<T: Pooled> Buffer<T> {
     /// Room for `len` numbers. What they are is left over from earlier uses: whoever takes a buffer writes all of it.
     pub fn new(len: usize) -> Self {
         if len < SMALL {
-            return Self(vec![T::default(); len]);
+            return Self { values: vec![T::default(); len], len };
         }
         let mut unused = T::unused().lock().expect("nothing panics while it holds the pool");
-        let fits = |buffer: &&Vec<T>| buffer.capacity() >= len && buffer.capacity() / 2 <= len;
-        let best = unused.iter().filter(fits).map(Vec::capacity).min();
-        let found = best.and_then(|best| unused.iter().position(|buffer| buffer.capacity() == best));
-        let mut values = found.map(|index| unused.swap_remove(index)).unwrap_or_default();
+        let fits = |values: &&Vec<T>| values.len() >= len && values.len() / 2 <= len;
+        let best = unused.iter().filter(fits).map(Vec::len).min();
+        let found = best.and_then(|best| unused.iter().position(|values| values.len() == best));
+        let found = found.map(|index| unused.swap_remove(index));
         drop(unused);
-        if values.capacity() == 0 {
-            return Self(vec![T::default(); len]);
-        }
-        values.resize(len, T::default());
-        Self(values)
+        Self { values: found.unwrap_or_else(|| vec![T::default(); len]), len }
     }
 
     /// `len` zeros.
@@ -59,20 +59,20 @@ impl<T: Pooled> Deref for Buffer<T> {
     type Target = [T];
 
     fn deref(&self) -> &[T] {
-        &self.0
+        &self.values[..self.len]
     }
 }
 
 impl<T: Pooled> DerefMut for Buffer<T> {
     fn deref_mut(&mut self) -> &mut [T] {
-        &mut self.0
+        &mut self.values[..self.len]
     }
 }
 
 impl<T: Pooled> Drop for Buffer<T> {
     fn drop(&mut self) {
-        let values = std::mem::take(&mut self.0);
-        if values.capacity() >= SMALL {
+        let values = std::mem::take(&mut self.values);
+        if values.len() >= SMALL {
             T::unused().lock().expect("nothing panics while it holds the pool").push(values);
         }
     }

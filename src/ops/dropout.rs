@@ -43,21 +43,25 @@ impl Mask<'_> {
 
     /// Sets to zero what is dropped of some channels, which lie in rows `stride` values apart.
     pub fn apply<T: Copy + Default>(&self, channels: Range<usize>, values: &mut [T], stride: usize) {
-        // 64 bits are below it with probability p.
-        let bound = (self.share * 2f64.powi(64)) as u64;
-        for (row, key) in values.chunks_mut(stride).zip(self.rows) {
-            let counters = [self.layer as u64, self.projection as u64];
-            let stream = SplitMix64::new(random::key(*key, Purpose::Dropout, &counters));
+        for (index, row) in values.chunks_mut(stride).take(self.rows.len()).enumerate() {
+            let dropped = self.row(index);
             let row = row.iter_mut().zip(channels.clone());
             vectorized(
                 #[inline(always)]
-                || {
-                    row.for_each(|(x, channel)| {
-                        *x = if stream.nth(channel as u64) < bound { T::default() } else { *x };
-                    });
-                },
+                || row.for_each(|(x, channel)| *x = if dropped(channel) { T::default() } else { *x }),
             );
         }
+    }
+
+    /// Whether channels of row number `row` are dropped.
+    #[inline(always)]
+    pub fn row(&self, row: usize) -> impl Fn(usize) -> bool + use<> {
+        // 64 bits are below it with probability p.
+        let bound = (self.share * 2f64.powi(64)) as u64;
+        let counters = [self.layer as u64, self.projection as u64];
+        let stream = SplitMix64::new(random::key(self.rows[row], Purpose::Dropout, &counters));
+        #[inline(always)]
+        move |channel| stream.nth(channel as u64) < bound
     }
 
     /// Rows of all channels, without what is dropped.

@@ -6,8 +6,9 @@ use std::ops::Range;
 use super::buffer::Buffer;
 use super::gate::Activation;
 use super::kernel::Kernel;
+use super::left::Left;
 use super::linear::{Down, Linear};
-use super::panels::{Left, Threads};
+use super::panels::Threads;
 use super::rows::{WIDTH, in_columns, write_columns};
 
 /// The two projections into the block, and what comes between them and the one out of it.

@@ -9,7 +9,8 @@ use anyhow::{Context, Result, ensure};
 use rayon::prelude::*;
 
 use super::buffer::Buffer;
-use super::panels::{Left, Panels, Threads};
+use super::left::Left;
+use super::panels::{Panels, Threads};
 use super::{exp, vectorized};
 
 /// How logits are made from `weight · hidden`.

@@ -21,18 +21,32 @@ pub enum Kernel {
     Avx512,
     /// f32 through the `gemm` crate, on any processor; rows depend on the shape of their batch in the last bits.
     Gemm,
+    /// Weights rounded to 8 bits with a scale for every 32 inputs, the rest in f32 in vectors of 16: half the memory to walk
+    /// through for every token. Only to talk and to sample with.
+    Int8,
 }
 
 impl Kernel {
-    /// From the fastest on.
+    /// Those that train, from the fastest on.
     pub const ALL: [Kernel; 4] = [Kernel::Amx, Kernel::Avx512Bf16, Kernel::Avx512, Kernel::Gemm];
 
-    /// What weights and the inputs of products are held in.
+    /// What weights are held in.
     pub fn dtype(self) -> Dtype {
         match self {
             Kernel::Amx | Kernel::Avx512Bf16 => Dtype::Bf16,
             Kernel::Avx512 | Kernel::Gemm => Dtype::F32,
+            Kernel::Int8 => Dtype::Int8,
         }
+    }
+
+    /// Whether what is multiplied with weights is rounded to bf16 first.
+    pub fn rounds_inputs(self) -> bool {
+        self.dtype() == Dtype::Bf16
+    }
+
+    /// What multiplies with the small matrices of adapters: they are not rounded to 8 bits.
+    pub fn of_adapters(self) -> Self {
+        if self == Kernel::Int8 { Kernel::Avx512 } else { self }
     }
 
     /// Whether a row's numbers are the same bits in every batch.
@@ -48,7 +62,7 @@ impl Kernel {
             Kernel::Avx512Bf16 => has_avx512() && is_x86_feature_detected!("avx512bf16"),
             #[cfg(not(target_arch = "x86_64"))]
             Kernel::Avx512Bf16 => false,
-            Kernel::Avx512 => has_avx512(),
+            Kernel::Avx512 | Kernel::Int8 => has_avx512(),
             Kernel::Gemm => true,
         }
     }
@@ -64,7 +78,7 @@ impl Kernel {
             ensure!(kernel.available(), "this processor cannot run the kernel {kernel:?}; leave model.kernel out");
             return Ok(kernel);
         }
-        match Self::ALL.into_iter().find(|kernel| fits(kernel) && kernel.available()) {
+        match Self::ALL.into_iter().chain([Self::Int8]).find(|kernel| fits(kernel) && kernel.available()) {
             Some(kernel) => Ok(kernel),
             None => bail!("this processor has no instructions for {dtype:?}; use \"f32\" or \"auto\""),
         }

@@ -1,19 +1,24 @@
-//! Keys and values of one layer, laid out for attention: keys in blocks of 32 rows, transposed, so that one query's scores are
-//! neighbors; values row by row.
+//! Keys and values of one layer, laid out for attention in blocks of 32 rows. Both are the second operand of a product: keys with
+//! 32 of their rows as its columns, values with 32 of their channels.
+//!
+//! In bf16 they are panels as the weights' are: pairs along what is summed over lie side by side.
 
 use std::ops::Range;
 
-use super::attention::Heads;
-use super::kernel::Kernel;
-use super::matmul::{Matrix, Right};
-use super::pages::Held;
-use super::panels::to_bf16;
-use super::shared::SharedRows;
-use crate::config::Dtype;
 use rayon::prelude::*;
 
-/// Rows of a block of keys. Stretches of rows that belong to one sequence start with a block.
-pub const BLOCK: usize = 32;
+use super::amx;
+use super::attention::Heads;
+use super::buffer::Buffer;
+use super::kernel::Kernel;
+use super::left::{Left, to_bf16};
+use super::matmul::{Matrix, matmul};
+use super::pages::Held;
+use super::panels::{PANEL, bf16_panel};
+use super::shared::{Columns, SharedRows};
+
+/// Rows of a block. Stretches of rows that belong to one sequence start with a block.
+pub const BLOCK: usize = PANEL;
 
 /// Consecutive rows of a call, and where their keys and values go.
 #[derive(Clone, Debug)]
@@ -26,16 +31,19 @@ pub struct Store {
 
 /// In the type of the kernel.
 enum Numbers {
+    /// Keys [blocks, heads, dim, 32] or values [heads, rows, dim].
     F32(Held<f32>),
+    /// Keys [blocks, heads, dim / 2, 32, 2] or values [heads, dim / 32, rows / 2, 32, 2], `dim` up to whole panels.
     Bf16(Held<u16>),
 }
 
 /// Keys and values of one layer.
 pub struct Keys {
-    /// [rows / 32, key heads, dim, 32].
-    blocks: Numbers,
-    /// [rows, key heads · dim].
+    kernel: Kernel,
+    keys: Numbers,
     values: Numbers,
+    /// In whole blocks.
+    rows: usize,
     /// Key heads.
     heads: usize,
     dim: usize,
@@ -49,83 +57,185 @@ pub fn padded(rows: usize) -> usize {
 impl Keys {
     /// Room for `rows` rows, whole blocks, of zeros; for longer than a call if it stays.
     pub fn new(rows: usize, heads: Heads, kernel: Kernel, stays: bool) -> Self {
-        let len = padded(rows) * heads.key * heads.dim;
-        let zeros = || match kernel.dtype() {
-            Dtype::F32 => Numbers::F32(Held::zeros(len, stays)),
-            _ => Numbers::Bf16(Held::zeros(len, stays)),
+        let Heads { key, dim, .. } = heads;
+        let zeros = || match kernel.rounds_inputs() {
+            false => Numbers::F32(Held::zeros(padded(rows) * key * dim, stays)),
+            true => Numbers::Bf16(Held::zeros(padded(rows) * key * padded(dim), stays)),
         };
-        Self { blocks: zeros(), values: zeros(), heads: heads.key, dim: heads.dim }
+        Self { kernel, keys: zeros(), values: zeros(), rows: padded(rows), heads: key, dim }
     }
 
     /// What a row takes, in bytes.
     pub fn row_bytes(heads: Heads, kernel: Kernel) -> usize {
-        let number = if kernel.dtype() == Dtype::F32 { size_of::<f32>() } else { size_of::<u16>() };
-        2 * heads.key * heads.dim * number
+        let number =
+            if kernel.rounds_inputs() { size_of::<u16>() * padded(heads.dim) } else { size_of::<f32>() * heads.dim };
+        2 * heads.key * number
     }
 
-    /// Width of a row.
-    fn width(&self) -> usize {
-        self.heads * self.dim
+    /// What products with them are made with.
+    pub(super) fn kernel(&self) -> Kernel {
+        self.kernel
     }
 
-    /// Writes the keys and values [rows, key heads · dim] of a call. Each block receives rows of one store.
+    /// Writes the keys and values [rows, key heads · dim] of a call. Each block receives rows of one store. Where a block begins,
+    /// what was left in it is forgotten.
     ///
     /// # Panics
     /// If a store lies outside: a mistake of the caller.
     pub fn write(&mut self, keys: &[f32], values: &[f32], stores: &[Store]) {
-        let width = self.width();
-        match (&mut self.blocks, &mut self.values) {
-            (Numbers::F32(blocks), Numbers::F32(rows)) => write(blocks, rows, width, keys, values, stores, |x| x),
-            (Numbers::Bf16(blocks), Numbers::Bf16(rows)) => write(blocks, rows, width, keys, values, stores, to_bf16),
+        let Self { heads, dim, rows, .. } = *self;
+        let (width, panels) = (heads * dim, padded(dim) / PANEL);
+        match (&mut self.keys, &mut self.values) {
+            (Numbers::F32(to_keys), Numbers::F32(to_values)) => {
+                let to_keys = SharedRows::new(to_keys, BLOCK * dim);
+                let to_values = SharedRows::new(to_values, BLOCK * dim);
+                each_row(stores, heads, |row, to, head| {
+                    let (block, lane, from) = (to / BLOCK, to % BLOCK, row * width + head * dim);
+                    let (keys, values) = (&keys[from..from + dim], &values[from..from + dim]);
+                    // SAFETY: no two stores write to one block.
+                    let (to_keys, to_values) = unsafe {
+                        (
+                            to_keys.part(block * heads + head, 0..BLOCK * dim),
+                            to_values.part(head * (rows / BLOCK) + block, 0..BLOCK * dim),
+                        )
+                    };
+                    if lane == 0 {
+                        to_keys.fill(0.0);
+                        to_values.fill(0.0);
+                    }
+                    to_values[lane * dim..][..dim].copy_from_slice(values);
+                    to_keys[lane..].iter_mut().step_by(BLOCK).zip(keys).for_each(|(to, key)| *to = *key);
+                });
+            }
+            (Numbers::Bf16(to_keys), Numbers::Bf16(to_values)) => {
+                let to_keys = SharedRows::new(to_keys, BLOCK * padded(dim));
+                let to_values = SharedRows::new(to_values, BLOCK * PANEL);
+                each_row(stores, heads, |row, to, head| {
+                    let (block, lane, from) = (to / BLOCK, to % BLOCK, row * width + head * dim);
+                    let (keys, values) = (&keys[from..from + dim], &values[from..from + dim]);
+                    // SAFETY: no two stores write to one block.
+                    let to_keys = unsafe { to_keys.part(block * heads + head, 0..BLOCK * padded(dim)) };
+                    if lane == 0 {
+                        to_keys.fill(0);
+                    }
+                    for (to, pair) in to_keys.chunks_exact_mut(2 * BLOCK).zip(keys.chunks(2)) {
+                        to[2 * lane..].iter_mut().zip(pair).for_each(|(to, key)| *to = to_bf16(*key));
+                    }
+                    for (panel, values) in values.chunks(PANEL).enumerate() {
+                        let index = (head * panels + panel) * (rows / BLOCK) + block;
+                        // SAFETY: as above.
+                        let to_values = unsafe { to_values.part(index, 0..BLOCK * PANEL) };
+                        if lane == 0 {
+                            to_values.fill(0);
+                        }
+                        let pairs = to_values[lane / 2 * 2 * PANEL..].iter_mut().skip(lane % 2).step_by(2);
+                        pairs.zip(values).for_each(|(to, value)| *to = to_bf16(*value));
+                    }
+                });
+            }
             _ => unreachable!("both are of one type"),
         }
     }
 
-    /// The keys of one head in one block, [dim, 32].
-    pub(super) fn block(&self, block: usize, head: usize) -> Right<'_> {
-        let (len, rows) = (self.dim * BLOCK, self.dim);
-        let start = (block * self.heads + head) * len;
-        match &self.blocks {
-            Numbers::F32(numbers) => Right::F32(Matrix::dense(&numbers[start..start + len], BLOCK)),
-            Numbers::Bf16(numbers) => {
-                Right::Bf16 { data: &numbers[start..start + len], rows, columns: BLOCK, stride: BLOCK }
+    /// `rows` [m, dim] times the keys of one head in some blocks: the first columns of `scores`, whose rows are `stride` values
+    /// apart.
+    pub(super) fn scores(&self, rows: &Left, head: usize, blocks: Range<usize>, scores: &mut [f32], stride: usize) {
+        let tiles = self.tiles();
+        for (number, block) in blocks.enumerate() {
+            let (index, to) = (block * self.heads + head, &mut scores[number * BLOCK..]);
+            match &self.keys {
+                Numbers::F32(keys) => {
+                    let len = self.dim * BLOCK;
+                    let keys = Matrix::dense(&keys[index * len..][..len], BLOCK);
+                    matmul(to, stride, false, Matrix::dense(rows.f32(), self.dim), keys);
+                }
+                Numbers::Bf16(keys) => {
+                    let len = padded(self.dim) * BLOCK;
+                    let mut to = Columns::first(to, rows.rows(), BLOCK, stride);
+                    bf16_panel(tiles.as_ref(), rows.tiles(0, 0), (&keys[index * len..][..len], &[]), &mut to, false);
+                }
             }
         }
     }
 
-    /// The values of one head in some rows, [rows, dim].
-    pub(super) fn values(&self, rows: &Range<usize>, head: usize) -> Right<'_> {
-        let (columns, stride) = (self.dim, self.width());
-        let start = rows.start * stride + head * columns;
+    /// `weights`, from column `from` on, times the values of one head in some blocks, added to `combined` [m, dim].
+    pub(super) fn combine(&self, weights: &Left, from: usize, head: usize, blocks: Range<usize>, combined: &mut [f32]) {
+        if blocks.is_empty() {
+            return;
+        }
+        let (m, dim) = (weights.rows(), self.dim);
         match &self.values {
-            Numbers::F32(numbers) => {
-                Right::F32(Matrix::new(&numbers[start.min(numbers.len())..], rows.len(), columns, stride))
+            Numbers::F32(values) => {
+                let weights = Matrix::new(&weights.f32()[from..], m, blocks.len() * BLOCK, weights.width());
+                let first = (head * self.rows + blocks.start * BLOCK) * dim;
+                let values = Matrix::dense(&values[first..][..blocks.len() * BLOCK * dim], dim);
+                matmul(combined, dim, true, weights, values);
             }
-            Numbers::Bf16(numbers) => {
-                Right::Bf16 { data: &numbers[start.min(numbers.len())..], rows: rows.len(), columns, stride }
+            Numbers::Bf16(values) => {
+                let (tiles, panels) = (self.tiles(), padded(dim) / PANEL);
+                for panel in 0..panels {
+                    let first = ((head * panels + panel) * self.rows + blocks.start * BLOCK) * PANEL;
+                    let values = &values[first..][..blocks.len() * BLOCK * PANEL];
+                    let columns = PANEL.min(dim - panel * PANEL);
+                    let mut to = Columns::first(&mut combined[panel * PANEL..], m, columns, dim);
+                    bf16_panel(tiles.as_ref(), weights.tiles(0, from), (values, &[]), &mut to, true);
+                }
             }
+        }
+    }
+
+    fn tiles(&self) -> Option<amx::Tiles> {
+        (self.kernel == Kernel::Amx).then(amx::Tiles::configure)
+    }
+
+    /// `total` [wide, ·] += xᵀ · y for `x` [m, wide] and some columns of `y` [m, ·], whole blocks from `from` on; rows of `total`
+    /// are `stride` values apart. As the kernel of these keys does it.
+    pub(super) fn add_outer(
+        &self,
+        (x, wide): (&[f32], usize),
+        (y, y_stride): (&[f32], usize),
+        from: Range<usize>,
+        (total, stride): (&mut [f32], usize),
+    ) {
+        let m = x.len() / wide;
+        if !self.kernel.rounds_inputs() {
+            let y = Matrix::new(&y[from.start..], m, from.len(), y_stride);
+            return matmul(total, stride, true, Matrix::dense(x, wide).t(), y);
+        }
+        let mut transposed = Buffer::new(x.len());
+        for (column, to) in transposed.chunks_exact_mut(m).enumerate() {
+            to.iter_mut().zip(x[column..].iter().step_by(wide)).for_each(|(to, x)| *to = *x);
+        }
+        let (x, tiles) = (Left::new(&transposed, m, self.kernel), self.tiles());
+        let mut panel = Buffer::<u16>::new(padded(m) * PANEL);
+        for block in from.clone().step_by(BLOCK) {
+            pair_rows(&y[block..], m, y_stride, &mut panel);
+            let mut to = Columns::first(&mut total[block - from.start..], wide, BLOCK, stride);
+            bf16_panel(tiles.as_ref(), x.tiles(0, 0), (&panel, &[]), &mut to, true);
         }
     }
 }
 
-fn write<T: Copy + Send + Sync>(
-    blocks: &mut [T],
-    rows: &mut [T],
-    width: usize,
-    keys: &[f32],
-    values: &[f32],
-    stores: &[Store],
-    number: impl Fn(f32) -> T + Sync,
-) {
-    let block = BLOCK * width;
-    let (blocks, rows) = (SharedRows::new(blocks, block), SharedRows::new(rows, width));
-    stores.par_iter().with_min_len(64).for_each(|Store { from, to }| {
-        for (row, to) in from.clone().zip(*to..) {
-            // SAFETY: stores write to different rows, and no two to the same block.
-            let (blocks, rows) = unsafe { (blocks.part(to / BLOCK, 0..block), rows.part(to, 0..width)) };
-            rows.iter_mut().zip(&values[row * width..][..width]).for_each(|(to, value)| *to = number(*value));
-            let lanes = blocks[to % BLOCK..].iter_mut().step_by(BLOCK);
-            lanes.zip(&keys[row * width..][..width]).for_each(|(to, key)| *to = number(*key));
-        }
+/// The first 32 columns of `m` rows as a panel: pairs of rows side by side.
+fn pair_rows(y: &[f32], m: usize, stride: usize, panel: &mut [u16]) {
+    const ZEROS: [f32; PANEL] = [0.0; PANEL];
+    let row = |row: usize| if row < m { &y[row * stride..][..PANEL] } else { &ZEROS };
+    for (pair, to) in panel.chunks_exact_mut(2 * PANEL).enumerate() {
+        let (even, odd) = (row(2 * pair), row(2 * pair + 1));
+        super::vectorized(
+            #[inline(always)]
+            || {
+                for (to, (even, odd)) in to.chunks_exact_mut(2).zip(even.iter().zip(odd)) {
+                    (to[0], to[1]) = (to_bf16(*even), to_bf16(*odd));
+                }
+            },
+        );
+    }
+}
+
+/// Calls `f(row of the call, row of the keys, head)` for all of them, one store after the other.
+fn each_row(stores: &[Store], heads: usize, f: impl Fn(usize, usize, usize) + Sync) {
+    stores.par_iter().with_min_len(16).for_each(|Store { from, to }| {
+        from.clone().zip(*to..).for_each(|(row, to)| (0..heads).for_each(|head| f(row, to, head)));
     });
 }

@@ -9,8 +9,9 @@ use std::sync::OnceLock;
 use super::buffer::Buffer;
 use super::dropout::Mask;
 use super::kernel::Kernel;
+use super::left::{Left, parts};
 use super::matmul::{Matrix, matmul};
-use super::panels::{Left, Panels, Threads, parts};
+use super::panels::{Panels, Threads};
 use super::rows::{WIDTH, in_columns, write_columns};
 
 /// The adapter of one projection, as its products want it.

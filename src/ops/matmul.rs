@@ -44,54 +44,6 @@ impl<'a> Matrix<'a> {
     }
 }
 
-/// A second operand: row-major, its columns neighbors.
-#[derive(Clone, Copy)]
-pub enum Right<'a> {
-    /// In f32.
-    F32(Matrix<'a>),
-    /// In bf16, [rows, columns], rows `stride` values apart. Only where there is AVX-512.
-    Bf16 {
-        /// The numbers.
-        data: &'a [u16],
-        /// How many rows.
-        rows: usize,
-        /// How many columns.
-        columns: usize,
-        /// The distance between two rows.
-        stride: usize,
-    },
-}
-
-/// [`matmul`] with a second operand of either kind.
-///
-/// # Panics
-/// As [`matmul`], or if there is bf16 without AVX-512: a mistake of whoever chose it.
-pub fn matmul_right(c: &mut [f32], c_stride: usize, keep: bool, a: Matrix, b: Right) {
-    match b {
-        Right::F32(b) => matmul(c, c_stride, keep, a, b),
-        Right::Bf16 { data, rows, columns, stride } => {
-            let (m, k) = (a.rows, a.columns);
-            assert!(k == rows && columns <= stride.min(c_stride), "shapes differ");
-            if m == 0 || columns == 0 {
-                return;
-            }
-            assert!(k == 0 || (k - 1) * stride + columns <= data.len(), "second operand out of bounds");
-            assert!((m - 1) * c_stride + columns <= c.len(), "product out of bounds");
-            #[cfg(target_arch = "x86_64")]
-            {
-                assert!(has_avx512(), "bf16 is for processors with AVX-512");
-                let (a, a_row, a_k) = (a.data.as_ptr(), a.row_stride, a.column_stride);
-                let (b, b_k, c, c_row) = (data.as_ptr(), stride, c.as_mut_ptr(), c_stride);
-                let operands = super::avx512::Operands { a, a_row, a_k, b, b_k, c, c_row, k, keep };
-                // SAFETY: AVX-512 is there; by the asserts and `Matrix`, every element is inside its slice.
-                unsafe { super::avx512::product(operands, m, columns) };
-            }
-            #[cfg(not(target_arch = "x86_64"))]
-            unreachable!("bf16 is for x86-64");
-        }
-    }
-}
-
 /// `c = a · b`, or `c += a · b` if `keep` is set, where `c` is row-major with rows `c_stride` values apart. On one thread:
 /// callers run many products in parallel. Each number is summed up in the order of k, starting from what `c` holds.
 ///

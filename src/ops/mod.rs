@@ -6,7 +6,7 @@
 //! * [`kernel`]: which instructions multiply matrices
 //! * [`buffer`], [`shared`]: memory that is used again, and rows that several threads write
 //! * [`matmul`], [`avx512`]: small products in f32
-//! * [`panels`], [`pages`], [`amx`]: products with frozen weights, which are packed once
+//! * [`left`], [`panels`], [`pages`], [`amx`]: products with frozen weights, which are packed once
 //! * [`quantized`], [`nf4`]: frozen weights that stay smaller still, unpacked for one layer at a time
 //! * [`rows`]: work on rows, spread over threads
 //! * [`linear`], [`dropout`]: a frozen weight plus an optional low-rank adapter, and which of its inputs are dropped
@@ -26,6 +26,7 @@ pub mod gate;
 pub mod head;
 pub mod kernel;
 pub mod keys;
+pub mod left;
 pub mod linear;
 pub mod matmul;
 pub mod nf4;

@@ -74,6 +74,7 @@ pub struct Pages<T> {
 
 /// Numbers for which zero bytes are zero.
 pub trait Plain: Copy {}
+impl Plain for i8 {}
 impl Plain for u16 {}
 impl Plain for f32 {}
 

@@ -7,14 +7,13 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
+use super::amx;
 use super::buffer::Buffer;
-use super::dropout::Mask;
 use super::kernel::Kernel;
+use super::left::{self, Left, TILE, TILE_ROWS, TILE_WIDTH, to_bf16, to_f32};
 use super::matmul::{Matrix, matmul, matmul_at};
 use super::pages::Held;
 use super::shared::{Columns, SharedRows};
-use super::{amx, vectorized};
-use crate::config::Dtype;
 
 /// Outputs of a panel, and what inputs are padded to.
 pub const PANEL: usize = amx::SIDE;
@@ -22,6 +21,9 @@ pub const PANEL: usize = amx::SIDE;
 const ROWS: usize = 256;
 /// Inputs of a product in f32 after which another sum begins: one over a head's vocabulary would lose digits.
 const CHAIN: usize = 512;
+/// Inputs that share a scale where weights are rounded to 8 bits.
+const GROUP: usize = 32;
+
 /// How many threads share a product.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Threads {
@@ -42,124 +44,12 @@ pub struct Panels {
 enum Values {
     Bf16(Held<u16>),
     F32(Held<f32>),
-}
-
-/// The rows that a weight is multiplied with, in the type of its kernel.
-pub struct Left<'a> {
-    rows: usize,
-    width: usize,
-    form: Form<'a>,
-}
-
-enum Form<'a> {
-    F32(&'a [f32]),
-    OwnF32(Buffer<f32>),
-    /// Padded to whole tiles; with the distance between two rows.
-    Bf16(Buffer<u16>, usize),
-}
-
-/// The nearest bf16, ties to even; NaN stays NaN.
-#[inline(always)]
-pub(super) fn to_bf16(x: f32) -> u16 {
-    let bits = x.to_bits();
-    let rounded = bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) >> 16;
-    if x.is_nan() { 0x7fc0 } else { rounded as u16 }
-}
-
-/// What a kernel's type holds of each value, and what that leaves, if it leaves anything.
-pub fn parts(values: &[f32], kernel: Kernel) -> Vec<Vec<f32>> {
-    if kernel.dtype() == Dtype::F32 {
-        return vec![values.to_vec()];
-    }
-    let held: Vec<f32> = values.iter().map(|&x| to_f32(to_bf16(x))).collect();
-    let left = values.iter().zip(&held).map(|(x, held)| x - held).collect();
-    vec![held, left]
-}
-
-#[inline(always)]
-fn to_f32(x: u16) -> f32 {
-    f32::from_bits(u32::from(x) << 16)
+    /// [narrow, 32] a panel, and what they are to be multiplied with in bf16, [narrow / 32, 32].
+    Int8(Held<i8>, Held<u16>),
 }
 
 fn padded(n: usize) -> usize {
     n.next_multiple_of(PANEL)
-}
-
-impl<'a> Left<'a> {
-    /// Prepares dense rows of `width` values.
-    pub fn new(rows: &'a [f32], width: usize, kernel: Kernel) -> Self {
-        if kernel.dtype() == Dtype::F32 {
-            return Self { rows: rows.len() / width, width, form: Form::F32(rows) };
-        }
-        let mut left = Self::room(rows.len() / width, width, kernel);
-        left.write(0..width, rows, width);
-        left
-    }
-
-    /// Room for rows that are written column by column.
-    pub fn room(rows: usize, width: usize, kernel: Kernel) -> Left<'static> {
-        let form = match kernel.dtype() {
-            Dtype::F32 => Form::OwnF32(Buffer::new(rows * width)),
-            _ => {
-                // Rows a power of two apart would all fall into the same lines of the cache.
-                let stride = if padded(width).is_multiple_of(512) { padded(width) + PANEL } else { padded(width) };
-                let mut narrowed = Buffer::new(rows.next_multiple_of(16) * stride);
-                // What comes after the last column is multiplied with the zeros after the last input.
-                narrowed.chunks_exact_mut(stride).for_each(|row| row[width..].fill(0));
-                Form::Bf16(narrowed, stride)
-            }
-        };
-        Left { rows, width, form }
-    }
-
-    /// Writes some columns of all rows, which lie `stride` values apart in `values`.
-    ///
-    /// # Panics
-    /// If the rows are borrowed: a mistake of the caller.
-    pub fn write(&mut self, columns: Range<usize>, values: &[f32], stride: usize) {
-        let (rows, width) = (self.rows, self.width);
-        let from = values.chunks(stride).take(rows);
-        match &mut self.form {
-            Form::F32(_) => unreachable!("borrowed rows are there already"),
-            Form::OwnF32(own) => {
-                for (to, from) in own.chunks_exact_mut(width).zip(from) {
-                    to[columns.clone()].copy_from_slice(&from[..columns.len()]);
-                }
-            }
-            Form::Bf16(own, own_stride) => {
-                for (to, from) in own.chunks_exact_mut(*own_stride).zip(from) {
-                    let to = &mut to[columns.clone()];
-                    vectorized(
-                        #[inline(always)]
-                        || to.iter_mut().zip(from).for_each(|(to, from)| *to = to_bf16(*from)),
-                    );
-                }
-            }
-        }
-    }
-
-    /// The same rows without what a mask drops.
-    pub fn masked(&self, mask: &Mask) -> Left<'static> {
-        let form = match &self.form {
-            Form::F32(rows) => Form::OwnF32(mask.of(rows, self.width)),
-            Form::OwnF32(rows) => Form::OwnF32(mask.of(rows, self.width)),
-            Form::Bf16(rows, stride) => Form::Bf16(mask.of(rows, *stride), *stride),
-        };
-        Left { form, ..*self }
-    }
-
-    /// How many rows there are.
-    pub fn rows(&self) -> usize {
-        self.rows
-    }
-
-    fn f32(&self) -> &[f32] {
-        match &self.form {
-            Form::F32(rows) => rows,
-            Form::OwnF32(rows) => rows,
-            Form::Bf16(..) => unreachable!("rows were prepared for another kernel"),
-        }
-    }
 }
 
 impl Panels {
@@ -173,6 +63,10 @@ impl Panels {
             Kernel::Amx | Kernel::Avx512Bf16 => Values::Bf16(Held::zeros(padded(wide) * padded(narrow), stays)),
             Kernel::Avx512 => Values::F32(Held::zeros(padded(wide) * padded(narrow), stays)),
             Kernel::Gemm => Values::F32(Held::zeros(wide * narrow, stays)),
+            Kernel::Int8 => {
+                let len = padded(wide) * padded(narrow);
+                Values::Int8(Held::zeros(len, stays), Held::zeros(len / GROUP, stays))
+            }
         };
         Self { kernel, wide, narrow, values }
     }
@@ -229,6 +123,16 @@ impl Panels {
                 }
                 Ok(())
             }),
+            Values::Int8(values, scales) => {
+                let panels = values.par_chunks_mut(piece * depth).zip(scales.par_chunks_mut(piece * depth / GROUP));
+                panels.enumerate().try_for_each(|(index, (values, scales))| {
+                    let rows = rows(index)?;
+                    rows.chunks_exact(narrow)
+                        .enumerate()
+                        .for_each(|(number, row)| round(row, number, depth, values, scales));
+                    Ok(())
+                })
+            }
             Values::Bf16(values) => values.par_chunks_mut(piece * depth).enumerate().try_for_each(|(index, panels)| {
                 let rows = rows(index)?;
                 for (number, row) in rows.chunks_exact(narrow).enumerate() {
@@ -259,6 +163,7 @@ impl Panels {
             Kernel::Amx | Kernel::Avx512Bf16 => 2 * padded(wide) * padded(narrow),
             Kernel::Avx512 => 4 * padded(wide) * padded(narrow),
             Kernel::Gemm => 4 * wide * narrow,
+            Kernel::Int8 => padded(wide) * padded(narrow) / GROUP * (GROUP + size_of::<u16>()),
         }
     }
 
@@ -272,6 +177,12 @@ impl Panels {
             Values::F32(values) => {
                 let from = values[panel..].iter().skip(lane).step_by(PANEL);
                 row.iter_mut().zip(from).for_each(|(to, from)| *to = *from);
+            }
+            Values::Int8(values, scales) => {
+                let scales =
+                    scales[panel / GROUP..].iter().skip(lane).step_by(PANEL).flat_map(|scale| [to_f32(*scale); GROUP]);
+                let from = values[panel..].iter().skip(lane).step_by(PANEL).zip(scales);
+                row.iter_mut().zip(from).for_each(|(to, (from, scale))| *to = f32::from(*from) * scale);
             }
             Values::Bf16(values) => {
                 for (to, pair) in row.chunks_mut(2).zip(values[panel..].chunks_exact(2 * PANEL)) {
@@ -321,6 +232,7 @@ impl Panels {
                 });
                 Values::Bf16(Held::Product(transposed))
             }
+            Values::Int8(..) => unreachable!("nothing is trained through rounded weights"),
         };
         Panels { kernel: self.kernel, wide: self.narrow, narrow: wide, values }
     }
@@ -331,8 +243,8 @@ impl Panels {
     /// # Panics
     /// If shapes disagree: a mistake of the calling operation.
     pub fn multiply(&self, x: &Left, outputs: Range<usize>, c: &mut [f32], stride: usize, add: bool, threads: Threads) {
-        let rows = x.rows;
-        assert!(x.width == self.narrow && outputs.end <= self.wide, "inner dimensions or outputs differ");
+        let rows = x.rows();
+        assert!(x.width() == self.narrow && outputs.end <= self.wide, "inner dimensions or outputs differ");
         assert!(outputs.start.is_multiple_of(PANEL), "outputs start with a panel");
         if rows == 0 || outputs.is_empty() {
             return;
@@ -365,26 +277,47 @@ impl Panels {
     fn some(&self, x: &Left, panels: Range<usize>, outputs: &Range<usize>, c: &SharedRows, add: bool) {
         let depth = padded(self.narrow);
         let tiles = (self.kernel == Kernel::Amx).then(amx::Tiles::configure);
-        for first in (0..x.rows).step_by(ROWS) {
-            let rows = first..(first + ROWS).min(x.rows);
+        for first in (0..x.rows()).step_by(ROWS) {
+            let rows = first..(first + ROWS).min(x.rows());
             for panel in panels.clone() {
                 let columns = panel * PANEL - outputs.start..(panel * PANEL + PANEL).min(outputs.end) - outputs.start;
                 // SAFETY: each panel's columns are written by the one thread that has the panel.
                 let mut c = unsafe { c.columns(rows.clone(), columns) };
-                match (&self.values, &x.form) {
-                    (Values::Bf16(values), Form::Bf16(narrowed, stride)) => {
+                match &self.values {
+                    Values::Bf16(values) => {
                         let (start, len) = (panel * PANEL * depth, PANEL * depth);
                         let next = values.get(start + len..start + 2 * len).unwrap_or(&[]);
-                        let rows = (&narrowed[first * stride..], *stride);
-                        bf16_panel(tiles.as_ref(), rows, (&values[start..start + len], next), &mut c, add);
+                        bf16_panel(tiles.as_ref(), x.tiles(first, 0), (&values[start..start + len], next), &mut c, add);
                     }
-                    (Values::F32(values), _) => {
+                    Values::F32(values) => {
                         let panel = &values[panel * PANEL * depth..][..PANEL * self.narrow];
                         f32_panel(&x.f32()[rows.start * self.narrow..rows.end * self.narrow], panel, &mut c, add);
                     }
-                    (Values::Bf16(_), _) => unreachable!("rows were prepared for another kernel"),
+                    Values::Int8(values, scales) => {
+                        let values = &values[panel * PANEL * depth..][..PANEL * depth];
+                        let scales = &scales[panel * depth..][..depth];
+                        let x = &x.f32()[rows.start * self.narrow..rows.end * self.narrow];
+                        int8_panel(x, (values, scales), &mut c, add);
+                    }
                 }
             }
+        }
+    }
+}
+
+/// Rounds a row into its place in a panel: the largest of a group of inputs becomes 127.
+fn round(row: &[f32], number: usize, depth: usize, values: &mut [i8], scales: &mut [u16]) {
+    let (panel, lane) = (number / PANEL * PANEL * depth, number % PANEL);
+    let mut values = values[panel..].iter_mut().skip(lane).step_by(PANEL);
+    for (group, scale) in row.chunks(GROUP).zip(scales[panel / GROUP..].iter_mut().skip(lane).step_by(PANEL)) {
+        let largest = group.iter().fold(0.0f32, |largest, x| largest.max(x.abs()));
+        *scale = to_bf16(largest / 127.0);
+        // Rounded up, or the largest would not fit.
+        *scale += u16::from(to_f32(*scale) * 127.0 < largest);
+        let scale = to_f32(*scale);
+        // The group first, or a value would be taken for which there is no input.
+        for (x, to) in group.iter().zip(values.by_ref()) {
+            *to = if scale > 0.0 { (x / scale).round() as i8 } else { 0 };
         }
     }
 }
@@ -429,40 +362,42 @@ fn f32_panel(x: &[f32], panel: &[f32], c: &mut Columns, add: bool) {
     }
 }
 
-/// All rows times one panel of bf16. `a` has whole tiles of rows. Meanwhile `next`, the panel after it, is fetched.
-fn bf16_panel(
+/// All rows times one panel of bf16. Meanwhile `next`, the panel after it, is fetched.
+pub(super) fn bf16_panel(
     tiles: Option<&amx::Tiles>,
-    (a, stride): (&[u16], usize),
+    a: left::Tiles,
     (panel, next): (&[u16], &[u16]),
     c: &mut Columns,
     add: bool,
 ) {
-    let (depth, rows) = (panel.len() / PANEL, c.rows());
-    assert!(a.len() >= rows.next_multiple_of(16) * stride && stride >= depth, "rows are padded to tiles");
-    let (steps, b) = (depth / PANEL, panel.as_ptr());
+    let (steps, rows, b) = (panel.len() / (PANEL * TILE_WIDTH), c.rows(), panel.as_ptr());
+    let last = (rows.div_ceil(TILE_ROWS) - 1) * a.row_tiles;
+    assert!(last + steps * TILE <= a.numbers.len(), "rows are padded to tiles");
     // With one pair of tiles a panel is fetched as fast as it is used, and the processor sees that coming by itself.
     let ahead = if rows > PANEL { next } else { &[] };
     let mut ahead = ahead.chunks(ahead.len().div_ceil(rows.div_ceil(PANEL)).max(1));
     let mut row = 0;
     while row < rows {
-        let a = (a[row * stride..].as_ptr(), stride);
+        let of_row = &a.numbers[row / TILE_ROWS * a.row_tiles + row % TILE_ROWS * TILE_WIDTH..];
         match tiles {
             Some(tiles) => {
                 amx::fetch(ahead.next().unwrap_or(&[]));
-                let two = rows - row > 16;
-                let height = if two { 32 } else { 16 };
-                // SAFETY: by the assert above, `height` rows of `a` are there, and all inputs of the panel; `whole` gives room
-                // for as many rows of 32.
+                let two = rows - row > TILE_ROWS;
+                let height = if two { 2 * TILE_ROWS } else { TILE_ROWS };
+                let a = (of_row.as_ptr(), if two { a.row_tiles } else { 0 });
+                // SAFETY: by the assert above, all tiles of `height` rows are there, and all inputs of the panel; `whole` gives
+                // room for as many rows of 32.
                 c.whole(row..row + height, add, |c| unsafe { tiles.multiply(a, b, steps, c, add, two) });
                 row += height;
             }
             #[cfg(target_arch = "x86_64")]
             None => {
-                let count = (rows - row).min(12);
-                // SAFETY: the kernel was chosen because AVX-512-BF16 is there; `count` rows of `a` are there, and all inputs of
-                // the panel; `whole` gives room for as many rows of 32.
+                // Half a tile.
+                let count = (rows - row).min(TILE_ROWS / 2);
+                // SAFETY: the kernel was chosen because AVX-512-BF16 is there; by the assert above `count` rows of all tiles are
+                // there, and all inputs of the panel; `whole` gives room for as many rows of 32.
                 c.whole(row..row + count, add, |c| unsafe {
-                    super::avx512::bf16_block(a, b, steps * PANEL / 2, c, count, add);
+                    super::avx512::bf16_block(of_row.as_ptr(), b, steps, c, count, add);
                 });
                 row += count;
             }
@@ -472,9 +407,29 @@ fn bf16_panel(
     }
 }
 
+/// All rows times one panel of rounded weights and their scales.
+fn int8_panel(x: &[f32], panel: (&[i8], &[u16]), c: &mut Columns, add: bool) {
+    const ROWS: usize = 4;
+    let (rows, narrow) = (c.rows(), x.len() / c.rows());
+    let (values, scales) = panel;
+    assert!(narrow * PANEL <= values.len() && values.len() <= scales.len() * GROUP, "as many inputs as the panel has");
+    for row in (0..rows).step_by(ROWS) {
+        let count = (rows - row).min(ROWS);
+        let x = &x[row * narrow..(row + count) * narrow];
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: the kernel was chosen because AVX-512 is there; the rows are those of `x`, and by the assert above the panel has
+        // all inputs; `whole` gives room for as many rows of 32.
+        c.whole(row..row + count, add, |c| unsafe {
+            super::avx512::int8_block((x.as_ptr(), narrow), (values.as_ptr(), scales.as_ptr()), c, count, add);
+        });
+        #[cfg(not(target_arch = "x86_64"))]
+        unreachable!("the kernel is for x86-64");
+    }
+}
+
 /// Through the `gemm` crate.
 fn multiply_rows(weight: &[f32], x: &Left, c: &mut [f32], stride: usize, add: bool, threads: Threads) {
-    let wide = weight.len() / x.width;
+    let wide = weight.len() / x.width();
     let parallelism = match threads {
         Threads::One => gemm::Parallelism::None,
         Threads::All => gemm::Parallelism::Rayon(0),
@@ -482,18 +437,18 @@ fn multiply_rows(weight: &[f32], x: &Left, c: &mut [f32], stride: usize, add: bo
     // SAFETY: `multiply` checked that `c` holds [rows, wide] at this stride; `x` and `weight` are dense.
     unsafe {
         gemm::gemm(
-            x.rows,
+            x.rows(),
             wide,
-            x.width,
+            x.width(),
             c.as_mut_ptr(),
             1,
             stride as isize,
             add,
             x.f32().as_ptr(),
             1,
-            x.width as isize,
+            x.width() as isize,
             weight.as_ptr(),
-            x.width as isize,
+            x.width() as isize,
             1,
             1.0,
             1.0,

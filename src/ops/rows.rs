@@ -2,6 +2,8 @@
 //! the threads inside the products.
 
 use std::ops::Range;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
 use rayon::prelude::*;
 
@@ -82,9 +84,37 @@ pub fn scratch(width: usize, rows: usize) -> usize {
     width * rows.min(BLOCK * rayon::current_num_threads())
 }
 
-/// Runs `f` on a thread of the pool, so that parallel parts within it wake no one but the others.
+/// How long a thread of the pool without work stays awake.
+const AWAKE: Duration = Duration::from_micros(100);
+
+/// Runs `f` on a thread of the pool and keeps the others awake meanwhile: `f` has parallel parts every few dozen microseconds,
+/// and to wake a thread takes as long as one of them.
 pub fn on_the_pool<R: Send>(f: impl FnOnce() -> R + Send) -> R {
-    rayon::scope(|_| f())
+    let returned = AtomicBool::new(false);
+    rayon::scope(|scope| {
+        let (own, returned) = (rayon::current_thread_index(), &returned);
+        scope.spawn_broadcast(move |_, thread| {
+            // It may have been found by a thread that waits for a part of `f`, so it ends by itself.
+            let mut worked = Instant::now();
+            while Some(thread.index()) != own && !returned.load(Ordering::Acquire) && worked.elapsed() < AWAKE {
+                match rayon::yield_now() {
+                    Some(rayon::Yield::Executed) => worked = Instant::now(),
+                    _ => std::hint::spin_loop(),
+                }
+            }
+        });
+        // Set if `f` panics too, or the others would wait for nothing.
+        let _returned = OnReturn(returned);
+        f()
+    })
+}
+
+struct OnReturn<'a>(&'a AtomicBool);
+
+impl Drop for OnReturn<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Release);
+    }
 }
 
 fn each_block<const N: usize, S>(

@@ -68,6 +68,20 @@ pub struct Columns<'a> {
 /// Columns that tiles have.
 const SIDE: usize = 32;
 
+impl<'a> Columns<'a> {
+    /// The first columns of a matrix of `rows` rows, `stride` values apart, all of which are ours.
+    ///
+    /// # Panics
+    /// If they are outside the matrix.
+    pub fn first(values: &'a mut [f32], rows: usize, columns: usize, stride: usize) -> Self {
+        assert!(
+            rows == 0 || (rows - 1) * stride + columns <= values.len() && columns <= stride,
+            "columns out of bounds"
+        );
+        Self { start: values.as_mut_ptr(), rows, width: columns, stride, borrowed: PhantomData }
+    }
+}
+
 impl Columns<'_> {
     /// How many rows.
     pub fn rows(&self) -> usize {

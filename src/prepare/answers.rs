@@ -12,6 +12,7 @@ use serde_json::json;
 
 use super::labels::prompt;
 use super::{Object, Writer};
+use crate::config::Dtype;
 use crate::event::Observer;
 use crate::sample::{Prompts, Sample};
 use crate::sampler::Settings;
@@ -61,7 +62,7 @@ impl Answers<'_> {
             "adapter": adapter.map(|adapter| adapter.display().to_string()),
             "temperature": settings.temperature, "seed": settings.seed,
         });
-        let sample = Sample::prepare(model, Prompts::Made(&rows), adapter, samples, settings, observer)?;
+        let sample = Sample::prepare((model, Dtype::Auto), Prompts::Made(&rows), adapter, samples, settings, observer)?;
         let mut writer = Writer::create(output, origin)?;
         let (tokenizer, settings) = sample.reading();
         sample.each(observer, &mut |asked, generation| {

@@ -1,0 +1,189 @@
+//! The rows that weights are multiplied with, in the form that their kernel reads: f32 row by row, or bf16 in tiles.
+//!
+//! A tile is 16 rows of 32 values and lies together in memory, one after the other along k: a product walks through them from
+//! end to end, which the processor sees coming.
+
+use std::ops::Range;
+
+use super::buffer::{Buffer, copy};
+use super::dropout::Mask;
+use super::kernel::Kernel;
+use super::vectorized;
+
+/// Rows of a tile.
+pub(super) const TILE_ROWS: usize = 16;
+/// Inputs of a tile.
+pub(super) const TILE_WIDTH: usize = 32;
+/// Numbers in a tile.
+pub(super) const TILE: usize = TILE_ROWS * TILE_WIDTH;
+
+/// Rows for products, of some width.
+pub struct Left<'a> {
+    rows: usize,
+    width: usize,
+    form: Form<'a>,
+}
+
+enum Form<'a> {
+    F32(&'a [f32]),
+    OwnF32(Buffer<f32>),
+    /// [tiles of rows, tiles along k, 16, 32], padded to whole tiles: with zeros along k, with anything in rows.
+    Bf16(Buffer<u16>),
+}
+
+/// The nearest bf16, ties to even; NaN stays NaN.
+#[inline(always)]
+pub(super) fn to_bf16(x: f32) -> u16 {
+    let bits = x.to_bits();
+    let rounded = bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) >> 16;
+    if x.is_nan() { 0x7fc0 } else { rounded as u16 }
+}
+
+/// What a kernel's type holds of each value, and what that leaves, if it leaves anything.
+pub fn parts(values: &[f32], kernel: Kernel) -> Vec<Vec<f32>> {
+    if !kernel.rounds_inputs() {
+        return vec![values.to_vec()];
+    }
+    let held: Vec<f32> = values.iter().map(|&x| to_f32(to_bf16(x))).collect();
+    let left = values.iter().zip(&held).map(|(x, held)| x - held).collect();
+    vec![held, left]
+}
+
+#[inline(always)]
+pub(super) fn to_f32(x: u16) -> f32 {
+    f32::from_bits(u32::from(x) << 16)
+}
+
+impl<'a> Left<'a> {
+    /// Prepares dense rows of `width` values.
+    pub fn new(rows: &'a [f32], width: usize, kernel: Kernel) -> Self {
+        if !kernel.rounds_inputs() {
+            return Self { rows: rows.len() / width, width, form: Form::F32(rows) };
+        }
+        let mut left = Self::room(rows.len() / width, width, kernel);
+        left.write(0..width, rows, width);
+        left
+    }
+
+    /// Room for rows that are written column by column.
+    pub fn room(rows: usize, width: usize, kernel: Kernel) -> Left<'static> {
+        if !kernel.rounds_inputs() {
+            return Left { rows, width, form: Form::OwnF32(Buffer::new(rows * width)) };
+        }
+        let depth = width.next_multiple_of(TILE_WIDTH);
+        let mut tiles = Buffer::new(rows.next_multiple_of(TILE_ROWS) * depth);
+        // What comes after the last column is multiplied with the zeros after the last input.
+        if width < depth {
+            let last = tiles
+                .chunks_exact_mut(TILE_ROWS * depth)
+                .flat_map(|tiles| tiles[depth / TILE_WIDTH * TILE - TILE..].chunks_exact_mut(TILE_WIDTH));
+            last.for_each(|row| row[width % TILE_WIDTH..].fill(0));
+        }
+        Left { rows, width, form: Form::Bf16(tiles) }
+    }
+
+    /// Writes some columns of all rows, which lie `stride` values apart in `values`.
+    ///
+    /// # Panics
+    /// If the rows are borrowed: a mistake of the caller.
+    pub fn write(&mut self, columns: Range<usize>, values: &[f32], stride: usize) {
+        let (rows, width) = (self.rows, self.width);
+        let from = values.chunks(stride).take(rows);
+        match &mut self.form {
+            Form::F32(_) => unreachable!("borrowed rows are there already"),
+            Form::OwnF32(own) => {
+                for (to, from) in own.chunks_exact_mut(width).zip(from) {
+                    to[columns.clone()].copy_from_slice(&from[..columns.len()]);
+                }
+            }
+            Form::Bf16(own) => {
+                let row_tiles = TILE_ROWS * width.next_multiple_of(TILE_WIDTH);
+                for (row, from) in from.enumerate() {
+                    let tiles = &mut own[row / TILE_ROWS * row_tiles..][..row_tiles];
+                    vectorized(
+                        #[inline(always)]
+                        || write_row(tiles, row % TILE_ROWS, columns.start, &from[..columns.len()]),
+                    );
+                }
+            }
+        }
+    }
+
+    /// The same rows without what a mask drops.
+    pub fn masked(&self, mask: &Mask) -> Left<'static> {
+        let form = match &self.form {
+            Form::F32(rows) => Form::OwnF32(mask.of(rows, self.width)),
+            Form::OwnF32(rows) => Form::OwnF32(mask.of(rows, self.width)),
+            Form::Bf16(tiles) => {
+                let (mut kept, row_tiles) = (copy(tiles), tiles.len() / self.rows.div_ceil(TILE_ROWS).max(1));
+                for row in 0..self.rows {
+                    let dropped = mask.row(row);
+                    for channel in (0..self.width).filter(|&channel| dropped(channel)) {
+                        kept[row / TILE_ROWS * row_tiles + place(row % TILE_ROWS, channel)] = 0;
+                    }
+                }
+                Form::Bf16(kept)
+            }
+        };
+        Left { form, ..*self }
+    }
+
+    /// How many rows there are.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// How many values a row has.
+    pub fn width(&self) -> usize {
+        self.width
+    }
+
+    /// Dense rows.
+    pub(super) fn f32(&self) -> &[f32] {
+        match &self.form {
+            Form::F32(rows) => rows,
+            Form::OwnF32(rows) => rows,
+            Form::Bf16(_) => unreachable!("rows were prepared for another kernel"),
+        }
+    }
+
+    /// Tiles, from the one that has this row as its first, and some of the inputs.
+    pub(super) fn tiles(&self, row: usize, from: usize) -> Tiles<'_> {
+        let Form::Bf16(tiles) = &self.form else { unreachable!("rows were prepared for another kernel") };
+        let row_tiles = TILE_ROWS * self.width.next_multiple_of(TILE_WIDTH);
+        assert!(row.is_multiple_of(TILE_ROWS) && from.is_multiple_of(TILE_WIDTH), "products start with a tile");
+        Tiles { numbers: &tiles[row / TILE_ROWS * row_tiles + from / TILE_WIDTH * TILE..], row_tiles }
+    }
+}
+
+/// Rows in tiles.
+#[derive(Clone, Copy)]
+pub(super) struct Tiles<'a> {
+    /// From the first tile on.
+    pub numbers: &'a [u16],
+    /// Numbers from one tile to the one with the next rows.
+    pub row_tiles: usize,
+}
+
+/// Where a channel of a row is in the tiles of its rows.
+#[inline(always)]
+fn place(row: usize, channel: usize) -> usize {
+    channel / TILE_WIDTH * TILE + row * TILE_WIDTH + channel % TILE_WIDTH
+}
+
+/// Writes a stretch of a row from a column on.
+#[inline(always)]
+fn write_row(tiles: &mut [u16], row: usize, column: usize, values: &[f32]) {
+    let first = (TILE_WIDTH - column % TILE_WIDTH).min(values.len());
+    let (first, rest) = values.split_at(first);
+    let mut write = |column: usize, values: &[f32]| {
+        let to = &mut tiles[place(row, column)..][..values.len()];
+        to.iter_mut().zip(values).for_each(|(to, from)| *to = to_bf16(*from));
+    };
+    write(column, first);
+    let mut column = column + first.len();
+    for values in rest.chunks(TILE_WIDTH) {
+        write(column, values);
+        column += values.len();
+    }
+}
