@@ -39,7 +39,7 @@ def rows(a):
         ("decode 32, transformers", ours + ["--decode", "32x150+128"], decode,
          peer + ["generate", a.folder, "--prompt", "150", "--new", "128"], decode, True, 5),
         ("decode 32, llama.cpp", ours + ["--decode", "32x150+128"], decode, llama + ["32"], "speed_tg", True, 3.5),
-        ("decode 1, llama.cpp", ours + ["--decode", "1x150+128"], decode, llama + ["1"], "speed_tg", True, 0.6),
+        ("decode 1, llama.cpp", ours + ["--dtype", "int8", "--decode", "1x150+128"], decode, llama + ["1"], "speed_tg", True, 0.6),
         ("growth G 4 to 16", ours + ["--step", "4x16x250+32"], step, ours + ["--step", "4x4x250+32"], step, True, None),
     ]  # fmt: skip
     return [row for row in table if (a.llama or "llama" not in row[0]) and (not a.only or a.only in row[0])]

@@ -198,6 +198,7 @@ fn model_keys_and_names_are_refused() {
             "\"m\"\ndtype = \"f16\"",
             "small.toml:4: model.dtype: \"f16\" is unknown; did you mean \"bf16\"?",
         ),
+        ("\"weights\"", "\"m\"\ndtype = \"int8\"", "small.toml:4: model.dtype: int8 is for `candor chat`"),
         (
             "\"weights\"",
             "\"m\"\nkernel = \"sse\"",

@@ -95,6 +95,28 @@ fn products_are_those_in_f64() {
     }
 }
 
+/// Weights in 8 bits: each is as near as its group's scale allows, and products are those of the rounded weights. Catches a scale of
+/// another group or panel, and inputs beyond the last group.
+#[test]
+fn weights_in_8_bits_are_rounded_once() {
+    const GROUP: usize = 32;
+    let Ok(kernel) = Kernel::choose(Dtype::Int8, None) else { return check::skipped("this processor has no AVX-512") };
+    for (rows, wide, narrow) in SHAPES {
+        let (x, w) = (numbers(1, (rows, narrow), kernel), numbers(2, (wide, narrow), kernel));
+        let panels = Panels::pack(&w, narrow, kernel);
+        let mut rounded = vec![f32::NAN; w.len()];
+        rounded.chunks_mut(narrow).enumerate().for_each(|(index, row)| panels.row(index, row));
+        for (row, rounded) in w.chunks(narrow).zip(rounded.chunks(narrow)) {
+            for (group, rounded) in row.chunks(GROUP).zip(rounded.chunks(GROUP)) {
+                let step = group.iter().fold(0.0f32, |largest, x| largest.max(x.abs())) / 127.0 * 1.01;
+                let near = group.iter().zip(rounded).all(|(w, rounded)| (w - rounded).abs() <= 0.51 * step);
+                assert!(near, "{wide} × {narrow}: {group:?} became {rounded:?}");
+            }
+        }
+        assert_product(&format!("{rows} × {wide} × {narrow}"), &panels, &x, &rounded, 0..wide, Threads::All);
+    }
+}
+
 /// What gradients are multiplied with: of the whole weight, and of the head's chunks.
 #[test]
 fn rows_and_transposes_are_those_of_the_weight() {

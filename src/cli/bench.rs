@@ -44,7 +44,7 @@ pub struct Arguments {
     /// What is computed in: f32, bf16, auto for the fastest, or int8 to decode only
     #[arg(long, value_parser = word::<Dtype>, default_value = "auto")]
     dtype: Dtype,
-    /// With which instructions: amx, avx512_bf16, avx512, gemm or int8
+    /// With which instructions: amx, avx512_bf16, avx512 or gemm
     #[arg(long, value_parser = word::<Kernel>)]
     kernel: Option<Kernel>,
     /// Say nothing but errors and the result

@@ -8,7 +8,6 @@ use candor_environments::KeyError;
 
 use super::{Config, Device, Dtype, Environment, Learner, Reference, SamplerKind};
 use crate::objective::PolicyLoss;
-use crate::ops::kernel::Kernel;
 
 fn problem<T>(key: &str, text: impl Into<String>) -> Result<T, KeyError> {
     Err(KeyError::new(key, text))
@@ -175,14 +174,11 @@ impl Config {
 
     /// Keys of the contract whose code comes with a later version: refused, because ignoring them would be worse.
     fn check_offered(&self) -> Result<(), KeyError> {
-        let rounded = [
-            ("model.dtype", self.model.dtype == Dtype::Int8),
-            ("model.kernel", self.model.kernel == Some(Kernel::Int8)),
-        ];
-        if let Some((key, _)) = rounded.into_iter().find(|(_, rounded)| *rounded) {
+        if self.model.dtype == Dtype::Int8 {
             return problem(
-                key,
-                "int8 rounds the weights, for `candor chat` and `candor sample`; use \"auto\" here, and model.quantization to save memory",
+                "model.dtype",
+                "int8 is for `candor chat` and `candor sample`: it rounds the weights; use \"auto\", and model.quantization to \
+                 save memory",
             );
         }
         let later = [

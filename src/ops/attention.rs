@@ -3,7 +3,7 @@
 //! Grouped queries, optional soft-cap and sliding window (Gemma 2). Scores exist for one block of queries at a time; the
 //! backward recomputes them from the log-sum-exp kept per query, as FlashAttention does (Dao et al. 2022, algorithm 4).
 //!
-//! Every sum runs over keys in the order of their logical positions, in strands that depend on these positions alone: a
+//! Every sum runs over whole blocks of keys in the order of their positions, of which a prompt and a branch each begin with one: a
 //! query's result is the same bits whether it is computed with others or by itself.
 
 use std::ops::Range;

@@ -22,7 +22,8 @@ pub enum Kernel {
     /// f32 through the `gemm` crate, on any processor; rows depend on the shape of their batch in the last bits.
     Gemm,
     /// Weights rounded to 8 bits with a scale for every 32 inputs, the rest in f32 in vectors of 16: half the memory to walk
-    /// through for every token. Only to talk and to sample with.
+    /// through for every token. Only to talk and to sample with: asked for by its type.
+    #[serde(skip_deserializing)]
     Int8,
 }
 
