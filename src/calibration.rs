@@ -278,18 +278,17 @@ fn warnings(measures: &Measures) -> Vec<String> {
         warnings.push(match (flat, collapsed, two_atom, spans) {
             (true, ..) => format!("FLAT: every confidence is {mode:.3}"),
             (_, true, ..) => {
-                format!("COLLAPSED: {:.0}% are {mode:.3}, nine tenths lie in {q05:.3} to {q95:.3}", 100.0 * mode_share)
+                format!("COLLAPSED: {:.0}% are {mode:.3}, 90% are {q05:.3} to {q95:.3}", 100.0 * mode_share)
             }
             (_, _, true, _) => format!("TWO_ATOM: two confidences have {:.0}%", 100.0 * top2_share),
             (.., false) => {
-                let used = format!("{occupied_02_09} of the 7 tenths from 0.2 to 0.9 are used");
-                format!("not spread out: nine tenths lie in {q05:.3} to {q95:.3}, {used}")
+                format!("not spread out: 90% are {q05:.3} to {q95:.3}, in {occupied_02_09} of 7 tenths from 0.2")
             }
             _ => String::new(),
         });
     }
     if measures.uninformative == Some(true) {
-        warnings.push("UNINFORMATIVE: the AUROC may be chance, or the Brier skill is not above 0".to_string());
+        warnings.push("UNINFORMATIVE: AUROC may be chance, or Brier skill is not above 0".to_string());
     }
     warnings.retain(|warning| !warning.is_empty());
     warnings

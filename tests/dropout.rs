@@ -86,7 +86,7 @@ fn golden_gradient_of_peft_under_the_same_masks() {
     let shape = StepShape { dropout: Some(StepDropout { share: number("share"), seed, step }), ..shape() };
     let got = learner.gradient(&portions, &shape, &|_| {}).unwrap();
     check::close("loss", got.report.loss, number("loss"), 1e-5);
-    check::close("margin", got.report.metrics.values()["reward_margin"], number("margin"), 1e-5);
+    check::close("margin", got.report.metrics.values()["rewards/margins"], number("margin"), 1e-5);
     for ((name, _), gradient) in adapter.tensors().iter().zip(&got.gradients) {
         let gradient = values(gradient);
         let norm = gradient.iter().map(|x| x * x).sum::<f64>().sqrt();

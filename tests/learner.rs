@@ -300,7 +300,7 @@ pub fn assert_finite_differences(shape: &StepShape) {
 
 /// What is lost where products round their inputs to bf16: the direction of the gradient must stay, and its size. The weights
 /// are stored in bf16, as published ones are. Random weights are harsher than trained ones: their tiny models lose one to
-/// four hundredths.
+/// five hundredths.
 #[test]
 fn the_gradient_in_bf16_is_near_that_in_f32() {
     for folder in tiny_models() {
@@ -336,7 +336,7 @@ fn the_gradient_in_bf16_is_near_that_in_f32() {
                 1.0 - cosine,
                 gaps / exact.len() as f64
             );
-            let (most, least) = if kernel.dtype() == Dtype::Bf16 { (4e-2, 0.999) } else { (1e-4, 0.999_999) };
+            let (most, least) = if kernel.dtype() == Dtype::Bf16 { (5e-2, 0.999) } else { (1e-4, 0.999_999) };
             assert!(difference <= most && cosine >= least, "{name}: off by {difference}, cosine {cosine}");
         }
     }

@@ -33,6 +33,7 @@ fn rescored(folder: &Path, sets: &[&str]) -> Result<Rescored> {
 fn refused(folder: &Path, sets: &[&str], said: &str) {
     let error = format!("{:#}", rescored(folder, sets).err().expect("it is refused"));
     assert!(error.contains(said), "{error}");
+    let folder = if folder.is_dir() { folder } else { folder.parent().unwrap() };
     let left = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
     let left: Vec<String> = left.filter(|name| name.starts_with("rescored")).collect();
     assert!(left.is_empty(), "{left:?}");
