@@ -11,11 +11,11 @@ use serde_json::{Value, json};
 
 use crate::config::{Dtype, Learner as LearnerSettings, Lora};
 use crate::event::Observer;
-use crate::inputs::{ModelFiles, Policy};
 use crate::learner::portion::{Loss, Portion};
 use crate::learner::tree::{Branch, Signal, Tree};
 use crate::learner::{Learner, StepShape};
 use crate::model::{Architecture, Footprint, KeyValueStore, Model, Projection};
+use crate::model_files::{ModelFiles, Policy};
 use crate::ops::head;
 use crate::ops::kernel::Kernel;
 use crate::ops::left::Left;

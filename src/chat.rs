@@ -8,7 +8,7 @@ use candor_environments::{Finish, Message, Role};
 
 use crate::config::Dtype;
 use crate::event::Observer;
-use crate::inputs::{ModelFiles, Policy};
+use crate::model_files::{ModelFiles, Policy};
 use crate::ops::kernel::Kernel;
 use crate::sampler::Settings;
 use crate::sampler::conversation::Conversation;

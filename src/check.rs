@@ -9,7 +9,8 @@ use candor_environments::{Completion, Examples, Finish, Message, ParseStatus, Sc
 
 use crate::config::Config;
 use crate::given;
-use crate::inputs::{Inputs, ModelFiles};
+use crate::inputs::Inputs;
+use crate::model_files::ModelFiles;
 use crate::record::shown;
 use crate::scorers::{Scoring, no_panic};
 use crate::selection::{Source, choose_tasks};

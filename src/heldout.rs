@@ -8,7 +8,8 @@ use candle_core::Device;
 
 use crate::config::Config;
 use crate::event::Observer;
-use crate::inputs::{Inputs, Policy};
+use crate::inputs::Inputs;
+use crate::model_files::Policy;
 use crate::peft;
 use crate::policy::Adapter;
 use crate::rollout::{Collector, Group, SCORE_TIMEOUT, ScoreErrors};

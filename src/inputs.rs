@@ -2,7 +2,7 @@
 //! whether they fit each other. A run, a dry run, a check and an evaluation all begin with this.
 
 use std::cell::RefCell;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::{Context as _, Result, bail, ensure};
@@ -10,142 +10,22 @@ use candle_core::Device;
 use candor_environments::keys::{self, KeyError};
 use candor_environments::{Context, Judge, Load, REGISTRY, Split, Target};
 use rayon::prelude::*;
-use tracing::debug;
 
 use crate::advantage::AdvantageKind;
-use crate::config::{self, Config, Dtype, LongPrompts, Quantization};
+use crate::config::{self, Config, LongPrompts};
 use crate::event::{Event, Observer};
 use crate::given;
 use crate::judge::Panel;
 use crate::judge::gate::Patience;
 use crate::judge::options::JudgeOptions;
-use crate::model::{Architecture, Footprint, Model, Weights};
+use crate::model_files::{ModelFiles, resolve};
 use crate::ops::kernel::Kernel;
 use crate::peft;
 use crate::policy::Adapter;
 use crate::scorers::{caught, no_panic};
 use crate::selection::{Source, shares};
-use crate::source::{self, Kind};
+use crate::source::Kind;
 use crate::tokenizer::Tokenizer;
-
-/// A model whose header has been read; its weights have not.
-pub struct ModelFiles {
-    /// The opened file or folder.
-    pub weights: Weights,
-    /// What it describes.
-    pub architecture: Architecture,
-    /// Its tokenizer and chat template.
-    pub tokenizer: Arc<Tokenizer>,
-    /// How the layers' projections are packed, if they are.
-    pub quantization: Option<Quantization>,
-    /// What multiplies matrices.
-    pub kernel: Kernel,
-    /// What its weights will take.
-    pub footprint: Footprint,
-}
-
-impl ModelFiles {
-    /// Opens a model from a source string, as `model.source` is.
-    ///
-    /// # Errors
-    /// If the source cannot be had, a tensor is missing, has the wrong shape or no place in the model, or the tokenizer is not
-    /// this model's.
-    pub fn open(source: &str, observer: Observer) -> Result<Self> {
-        let path = resolve(source, Kind::Model, observer)?;
-        let weights = Weights::open(&path)?;
-        let architecture = weights.architecture()?;
-        let kernel = Kernel::choose(Dtype::Auto, None)?;
-        let footprint = Model::footprint(&weights, &architecture, None, kernel)?;
-        weights.check_layers(&architecture)?;
-        let tokenizer = match weights.metadata() {
-            Some(metadata) => Tokenizer::from_gguf(metadata),
-            None => Tokenizer::from_folder(&path),
-        };
-        let tokenizer = tokenizer.with_context(|| weights.path().display().to_string())?;
-        let (tokens, vocabulary) = (tokenizer.vocab_size(), architecture.vocabulary);
-        ensure!(
-            tokens <= vocabulary,
-            "{}: the tokenizer needs {tokens} token ids, the model has only {vocabulary}; are they of one model?",
-            weights.path().display()
-        );
-        Ok(Self { weights, architecture, tokenizer: Arc::new(tokenizer), quantization: None, kernel, footprint })
-    }
-
-    /// The same model, computed by these instructions.
-    ///
-    /// # Errors
-    /// None that opening it would not have had.
-    pub fn computed_by(self, kernel: Kernel) -> Result<Self> {
-        let footprint = Model::footprint(&self.weights, &self.architecture, self.quantization, kernel)?;
-        Ok(Self { kernel, footprint, ..self })
-    }
-
-    /// The same model, its projections to be packed.
-    ///
-    /// # Errors
-    /// If they cannot be packed like this.
-    pub fn packed(self, quantization: Quantization) -> Result<Self> {
-        ensure!(
-            quantization != Quantization::Keep || self.weights.metadata().is_some(),
-            "\"keep\" leaves a GGUF file's weights as they are packed, but {} is a folder of unpacked ones; use \"nf4\" or \"q8_0\"",
-            self.weights.path().display()
-        );
-        let footprint = Model::footprint(&self.weights, &self.architecture, Some(quantization), self.kernel)?;
-        Ok(Self { quantization: Some(quantization), footprint, ..self })
-    }
-
-    /// Reads the PEFT adapter in a folder if one is given.
-    ///
-    /// # Errors
-    /// If it cannot be read or is not this model's.
-    pub fn adapter(&self, folder: Option<&Path>, device: &Device) -> Result<Option<Adapter>> {
-        let read = |folder: &Path| {
-            let lora = peft::described(folder)?;
-            peft::load(folder, &self.architecture, &lora, device)
-        };
-        folder.map(read).transpose().context("--adapter")
-    }
-
-    /// Reads the weights, and the PEFT adapter in a folder if one is given. Its rank, scale and targets are its own.
-    ///
-    /// # Errors
-    /// As [`ModelFiles::adapter`] and [`ModelFiles::load`].
-    pub fn policy(self, adapter: Option<&Path>, device: &Device, observer: Observer) -> Result<Policy> {
-        let (adapter, tokenizer) = (self.adapter(adapter, device)?, self.tokenizer.clone());
-        Ok(Policy { model: self.load(device, observer)?, tokenizer, adapter })
-    }
-
-    /// Reads the weights.
-    ///
-    /// # Errors
-    /// If a tensor is missing or has the wrong shape.
-    pub fn load(self, device: &Device, observer: Observer) -> Result<Arc<Model>> {
-        let path = self.weights.path();
-        debug!(path = %path.display(), "weights");
-        observer(Event::Line(&format!("loading the model {}", path.file_name().unwrap_or(path.as_os_str()).display())));
-        Ok(Arc::new(Model::load(&self.weights, self.quantization, self.kernel, device)?))
-    }
-}
-
-/// A model that is ready to be asked: as it is, or with an adapter.
-pub struct Policy {
-    /// The frozen base.
-    pub model: Arc<Model>,
-    /// Its tokenizer and chat template.
-    pub tokenizer: Arc<Tokenizer>,
-    /// What was trained.
-    pub adapter: Option<Adapter>,
-}
-
-/// The model and its tokenizer from a source string.
-///
-/// # Errors
-/// As [`ModelFiles::open`] and [`ModelFiles::load`].
-pub fn load_model(source: &str, kernel: Kernel, observer: Observer) -> Result<(Arc<Model>, Arc<Tokenizer>)> {
-    let files = ModelFiles::open(source, observer)?.computed_by(kernel)?;
-    let Policy { model, tokenizer, .. } = files.policy(None, &Device::Cpu, observer)?;
-    Ok((model, tokenizer))
-}
 
 /// Everything that a config names, opened and found to fit together.
 pub struct Inputs {
@@ -501,8 +381,4 @@ impl Loader<'_> {
         }
         Ok(())
     }
-}
-
-fn resolve(source: &str, kind: Kind, observer: Observer) -> Result<PathBuf> {
-    source::resolve(source, kind, &|line| observer(Event::Line(line)))
 }

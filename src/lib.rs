@@ -5,7 +5,7 @@
 //! * [`cli`]: the command line; what `main` calls
 //! * [`train`]: the loop
 //! * [`setup`]: a run that is ready for its first step
-//! * [`inputs`]: the model's files and the environments, opened and found to fit together
+//! * [`inputs`], [`model_files`]: the model's files and the environments, opened and found to fit together
 //! * [`plan`], [`check`]: what a run would do and need, and what is odd about it
 //! * [`heldout`]: held-out tasks, completed and scored
 //! * [`prompts`], [`logprob`], [`sample`], [`chat`]: rows of prompts and conversations, and what a
@@ -59,6 +59,7 @@ pub mod learner;
 pub mod logprob;
 pub mod metrics;
 pub mod model;
+pub mod model_files;
 pub mod objective;
 pub mod ops;
 pub mod peft;

@@ -9,9 +9,9 @@ use serde::Serialize;
 
 use crate::config::{Batch, Dtype};
 use crate::event::{Event, Observer};
-use crate::inputs::{ModelFiles, Policy};
 use crate::learner::completion_logprobs;
 use crate::learner::tree::{Branch, Tree};
+use crate::model_files::{ModelFiles, Policy};
 use crate::ops::kernel::Kernel;
 use crate::prompts::{Prompt, check_room};
 use crate::sampler::answer_confidence;

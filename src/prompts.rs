@@ -7,7 +7,7 @@ use candor_environments::Message;
 use candor_environments::rows::{each_row, field};
 use serde_json::{Map, Value, json};
 
-use crate::inputs::ModelFiles;
+use crate::model_files::ModelFiles;
 use crate::tokenizer::Tokenizer;
 
 /// The fields that a row may have its prompt in.

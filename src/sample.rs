@@ -9,7 +9,7 @@ use serde_json::{Map, Value, json};
 use crate::calibration_map::CalibrationMap;
 use crate::config::Dtype;
 use crate::event::{Event, Observer};
-use crate::inputs::{ModelFiles, Policy};
+use crate::model_files::{ModelFiles, Policy};
 use crate::ops::kernel::Kernel;
 use crate::prompts::{Prompt, check_room};
 use crate::sampler::local::{LocalSampler, most_rollouts};

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use candle_core::{Device, Tensor, safetensors};
-use candor::inputs::load_model;
+use candor::model_files::load_model;
 use candor::rollout::{Collector, Group, Rollout, ScoreErrors};
 use candor::run::{Row, RowSplit};
 use candor::sampler::local::LocalSampler;

@@ -11,9 +11,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
 use candor::config::Config;
-use candor::inputs::load_model;
 use candor::judge::Panel;
 use candor::judge::options::JudgeOptions;
+use candor::model_files::load_model;
 use candor::policy::Adapter;
 use candor::sampler::{Generation, Request, Sampler, Settings};
 use candor::setup::{Options, Run};

@@ -3,11 +3,11 @@
 use std::sync::Arc;
 
 use candor::config::Dtype;
-use candor::inputs::load_model;
 use candor::learner::portion::{Loss, Portion};
 use candor::learner::tree::{Branch, Tree};
 use candor::learner::{Learner, completion_logprobs};
 use candor::model::Model;
+use candor::model_files::load_model;
 use candor::ops::kernel::Kernel;
 use candor::sampler::local::LocalSampler;
 use candor::sampler::{Request, Sampler, Settings};

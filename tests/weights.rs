@@ -7,8 +7,8 @@ use std::path::{Path, PathBuf};
 use candle_core::quantized::gguf_file::{self, Content, Value};
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{DType, Device, Tensor};
-use candor::inputs::ModelFiles;
 use candor::model::{Weights, gguf};
+use candor::model_files::ModelFiles;
 use serde_json::{Value as Json, json};
 use tempfile::{TempDir, tempdir};
 

@@ -11,11 +11,11 @@ use super::console::Console;
 use crate::config::Config;
 use crate::config::Dtype;
 use crate::event::Observer;
-use crate::inputs::load_model;
 use crate::judge::Panel;
 use crate::judge::answers::Answers;
 use crate::judge::gate::Patience;
 use crate::judge::options::JudgeOptions;
+use crate::model_files::load_model;
 use crate::ops::kernel::Kernel;
 
 const JUDGE: &str = "\

@@ -9,9 +9,9 @@ use serde_json::{Value, json};
 
 use super::{Export, Form, show};
 use crate::event::Observer;
-use crate::inputs::ModelFiles;
 use crate::model::weights::config;
 use crate::model::{Architecture, Weights};
+use crate::model_files::ModelFiles;
 use crate::run::write_whole;
 use crate::source::MODEL_FILES;
 use crate::tensors;

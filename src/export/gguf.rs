@@ -13,10 +13,10 @@ use candle_core::{Device, Tensor};
 
 use super::{Dtype, Export, Form, show};
 use crate::event::Observer;
-use crate::inputs::ModelFiles;
 use crate::model::metadata::InGguf;
 use crate::model::weights::{config, gguf_name};
 use crate::model::{Architecture, Model, Weights};
+use crate::model_files::ModelFiles;
 
 /// The key that says what most tensors are stored as, and those numbers of llama.cpp's that are ours.
 const FILE_TYPE: &str = "general.file_type";

@@ -18,8 +18,8 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use crate::event::{Event, Observer};
-use crate::inputs::ModelFiles;
 use crate::model::{Architecture, Model, Projection};
+use crate::model_files::ModelFiles;
 use crate::policy::Adapter;
 
 pub use folder::SHARD;

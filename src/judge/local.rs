@@ -11,10 +11,10 @@ use super::referee::Decision;
 use super::reply::LETTERS;
 use crate::config::Dtype;
 use crate::event::Observer;
-use crate::inputs::load_model;
 use crate::learner::completion_logprobs;
 use crate::learner::tree::{Branch, Tree};
 use crate::model::Model;
+use crate::model_files::load_model;
 use crate::ops::kernel::Kernel;
 use crate::tokenizer::Tokenizer;
 
