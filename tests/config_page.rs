@@ -241,7 +241,8 @@ impl<'a> Page<'a> {
             Some(Item::Struct(_)) => self.keys(&inner, &defaults.within(&name), indent + 2),
             Some(Item::Enum(item)) => {
                 let tag = serde_attribute(&item.attrs, "tag");
-                item.variants.iter().for_each(|variant| self.variant(variant, tag.as_deref(), indent + 2));
+                let read = |variant: &&syn::Variant| serde_attribute(&variant.attrs, "skip_deserializing").is_none();
+                item.variants.iter().filter(read).for_each(|variant| self.variant(variant, tag.as_deref(), indent + 2));
             }
             _ => panic!("{name}: the type {inner} is in no file of SOURCES"),
         }

@@ -52,12 +52,15 @@ pub fn calibration_curves(subjects: &[Subject], group_size: u64) -> Result<Figur
     })
 }
 
+/// Answers of each run that has some, with its color.
+type Colored = Vec<(usize, Option<Answers>)>;
+
 /// Isotonic fits (CORP: Dimitriadis, Gneiting and Jordan 2021) with 95% bands, before, during and after training.
 ///
 /// # Errors
 /// If a confidence is not in [0, 1].
 pub fn reliability_phases(subjects: &[Subject]) -> Result<Figure> {
-    let mut panels: Vec<(String, Vec<(usize, Option<Answers>)>)> = Vec::new();
+    let mut panels: Vec<(String, Colored)> = Vec::new();
     for (color, subject) in subjects.iter().enumerate() {
         for part in subject.phases() {
             let answers = answers(&part.rollouts)?;
@@ -67,7 +70,7 @@ pub fn reliability_phases(subjects: &[Subject]) -> Result<Figure> {
             }
         }
     }
-    let chart = |(title, all): (String, Vec<(usize, Option<Answers>)>)| {
+    let chart = |(title, all): (String, Colored)| {
         let stated: Vec<_> =
             all.iter().map(|(color, answers)| (*color, answers.as_ref().and_then(Answers::predictions))).collect();
         let layers = all.iter().zip(&stated).filter_map(|((color, answers), (_, stated))| {

@@ -5,6 +5,7 @@ use std::fmt::Write;
 use anyhow::Result;
 
 use super::read::RecordedRun;
+use crate::printable::printable;
 use crate::record::shown;
 use crate::run::{Row, RowSplit};
 
@@ -49,7 +50,7 @@ fn step(text: &mut String, run: &str, rows: &[Row]) -> Result<()> {
             .last()
             .iter()
             .try_for_each(|message| writeln!(text, "\n> {}", message.content.replace('\n', "\n> ")))?;
-        writeln!(text, "\n{completion}\n")?;
+        writeln!(text, "\n{}\n", printable(completion))?;
     }
     Ok(())
 }
