@@ -149,9 +149,8 @@ fn golden_smollm2_in_bf16_loses_no_more_than_transformers_does() {
 fn golden_smollm2_talks_in_int8() {
     let (Some(file), Some(greedy)) = (check::smollm2(), check::golden("smollm2/greedy.json")) else { return };
     let Ok(kernel) = Kernel::choose(Dtype::Int8, None) else { return check::skipped("this processor has no AVX-512") };
-    let (model, tokenizer) = load_model(file.to_str().unwrap(), kernel, &|_| {}).unwrap();
+    let (model, _) = load_model(file.to_str().unwrap(), kernel, &|_| {}).unwrap();
     let greedy = rows(&check::json(&greedy));
-    assert_continues(&model, &tokenizer, &greedy, MARGINS, 0.1, 0.5);
     let got = completion_logprobs(&model, None, &continuations(&greedy), 4096, 1.0).unwrap().concat();
     let want: Vec<f64> = greedy.iter().flat_map(|row| check::floats(&row["logprobs"])).collect();
     let off = got.iter().zip(&want).map(|(got, want)| (got - want).abs()).sum::<f64>() / want.len() as f64;

@@ -133,6 +133,7 @@ fn everything_is_written_and_the_numbers_are_those_of_the_evaluation() {
         }
         assert_eq!(cell(row, "reward/mean"), (!last).then_some(0.25));
         assert_eq!(cell(row, "grades/correct"), (!last).then_some(0.5));
+        let step = step.to_string();
         let of_step = csv.iter().filter(|row| row["split"] == split && row["step"] == step);
         let briers: Vec<f64> = of_step.filter_map(|row| cell(row, "brier")).collect();
         close("mean of the column", briers.iter().sum::<f64>() / briers.len() as f64, brier(&predictions), 1e-12);

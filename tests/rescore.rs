@@ -100,7 +100,7 @@ fn what_cannot_be_scored_again_is_refused_before_anything_is() {
     let mut first: Value = serde_json::from_str(rows.lines().next().unwrap()).unwrap();
     first.as_object_mut().unwrap().remove("prompt");
     fs::write(&path, format!("{first}\n{rows}")).unwrap();
-    refused(&folder, &[], "line 1: task toy/heldout/0: the row holds no prompt");
+    refused(&folder, &[], &format!("line 1: task {}: the row holds no prompt", first["task"].as_str().unwrap()));
     fs::write(&path, rows.replace("\"environment\":\"toy\"", "\"environment\":\"gone\"")).unwrap();
     refused(&folder, &[], "the config has no environment \"gone\"");
     // A comparison of some of a group's completions would be another one.
