@@ -112,8 +112,11 @@ fn two_processes_write_whole_lines_and_one_may_be_killed() {
     }
     doomed.kill().unwrap();
     doomed.wait().unwrap();
-    // As if it had been killed within a line.
-    OpenOptions::new().append(true).open(&path).unwrap().write_all(b"{\"key\": \"doomed").unwrap();
+    // As if it had been killed within a line, which it writes while it has the lock.
+    let mut torn = OpenOptions::new().append(true).open(&path).unwrap();
+    torn.lock().unwrap();
+    torn.write_all(b"{\"key\": \"doomed").unwrap();
+    drop(torn);
     assert!(writers.iter_mut().all(|writer| writer.wait().unwrap().success()));
     let cache = Cache::open(&path).unwrap();
     cache.put("last", "j", 1, &question("c"), kept(Verdict::Correct)).unwrap();
