@@ -330,12 +330,12 @@ impl TreeGradient {
                 },
             );
         }
-        let keys = saved.keys;
+        let (keys, rows) = (saved.keys, self.rows);
+        let [queries_t, d_outputs_t] = [&queries, &d_outputs].map(|rows| Left::transposed(rows, dim, keys.kernel()));
         for (blocks, start) in block.context().into_iter().filter(|(blocks, _)| !blocks.is_empty()) {
             let (at, columns) = (blocks.start * BLOCK - self.first, start..start + blocks.len() * BLOCK);
-            let rows = self.rows;
-            keys.add_outer((&queries, dim), (&d_scores, stride), columns.clone(), (&mut self.keys_t[at..], rows));
-            keys.add_outer((&d_outputs, dim), (&weights, stride), columns, (&mut self.values_t[at..], rows));
+            keys.add_product(&queries_t, (&d_scores, stride), columns.clone(), (&mut self.keys_t[at..], rows));
+            keys.add_product(&d_outputs_t, (&weights, stride), columns, (&mut self.values_t[at..], rows));
         }
         heads.combine(block, &d_scores, saved.swapped)
     }

@@ -14,6 +14,7 @@ use std::arch::x86_64::{
 use std::mem::transmute;
 
 use super::left::{TILE, TILE_WIDTH};
+use super::panels::GROUP;
 
 /// Numbers in a vector.
 const LANES: usize = 16;
@@ -248,7 +249,6 @@ unsafe fn int8_tile<const ROWS: usize>(
     (c, c_row): (*mut f32, usize),
     keep: bool,
 ) {
-    const GROUP: usize = 32;
     // SAFETY: the caller's.
     unsafe {
         let mut sums = [[_mm512_setzero_ps(); 2]; ROWS];

@@ -188,29 +188,24 @@ impl Keys {
         (self.kernel == Kernel::Amx).then(amx::Tiles::configure)
     }
 
-    /// `total` [wide, ·] += xᵀ · y for `x` [m, wide] and some columns of `y` [m, ·], whole blocks from `from` on; rows of `total`
-    /// are `stride` values apart. As the kernel of these keys does it.
-    pub(super) fn add_outer(
+    /// `total` [wide, ·] += x · y for `x` [wide, m] and some columns of `y` [m, ·], whole blocks, which are the first of `total`;
+    /// rows of `y` and `total` are so many values apart as stands beside them. As the kernel of these keys does it.
+    pub(super) fn add_product(
         &self,
-        (x, wide): (&[f32], usize),
+        x: &Left,
         (y, y_stride): (&[f32], usize),
-        from: Range<usize>,
+        columns: Range<usize>,
         (total, stride): (&mut [f32], usize),
     ) {
-        let m = x.len() / wide;
+        let (wide, m) = (x.rows(), x.width());
         if !self.kernel.rounds_inputs() {
-            let y = Matrix::new(&y[from.start..], m, from.len(), y_stride);
-            return matmul(total, stride, true, Matrix::dense(x, wide).t(), y);
+            let y = Matrix::new(&y[columns.start..], m, columns.len(), y_stride);
+            return matmul(total, stride, true, Matrix::dense(x.f32(), m), y);
         }
-        let mut transposed = Buffer::new(x.len());
-        for (column, to) in transposed.chunks_exact_mut(m).enumerate() {
-            to.iter_mut().zip(x[column..].iter().step_by(wide)).for_each(|(to, x)| *to = *x);
-        }
-        let (x, tiles) = (Left::new(&transposed, m, self.kernel), self.tiles());
-        let mut panel = Buffer::<u16>::new(padded(m) * PANEL);
-        for block in from.clone().step_by(BLOCK) {
+        let (tiles, mut panel) = (self.tiles(), Buffer::<u16>::new(padded(m) * PANEL));
+        for block in columns.clone().step_by(BLOCK) {
             pair_rows(&y[block..], m, y_stride, &mut panel);
-            let mut to = Columns::first(&mut total[block - from.start..], wide, BLOCK, stride);
+            let mut to = Columns::first(&mut total[block - columns.start..], wide, BLOCK, stride);
             bf16_panel(tiles.as_ref(), x.tiles(0, 0), (&panel, &[]), &mut to, true);
         }
     }

@@ -65,6 +65,18 @@ impl<'a> Left<'a> {
         left
     }
 
+    /// Prepares dense rows of `width` values with rows and columns exchanged.
+    pub(super) fn transposed(rows: &[f32], width: usize, kernel: Kernel) -> Left<'static> {
+        let (mut dense, rows_t) = (Buffer::new(rows.len()), rows.len() / width);
+        transpose(rows, width, &mut dense);
+        if !kernel.rounds_inputs() {
+            return Left { rows: width, width: rows_t, form: Form::OwnF32(dense) };
+        }
+        let mut left = Self::room(width, rows_t, kernel);
+        left.write(0..rows_t, &dense, rows_t);
+        left
+    }
+
     /// Room for rows that are written column by column.
     pub fn room(rows: usize, width: usize, kernel: Kernel) -> Left<'static> {
         if !kernel.rounds_inputs() {
@@ -153,6 +165,13 @@ impl<'a> Left<'a> {
         let row_tiles = TILE_ROWS * self.width.next_multiple_of(TILE_WIDTH);
         assert!(row.is_multiple_of(TILE_ROWS) && from.is_multiple_of(TILE_WIDTH), "products start with a tile");
         Tiles { numbers: &tiles[row / TILE_ROWS * row_tiles + from / TILE_WIDTH * TILE..], row_tiles }
+    }
+}
+
+/// Writes dense rows of `width` values as columns.
+pub(super) fn transpose(values: &[f32], width: usize, to: &mut [f32]) {
+    for (column, to) in to.chunks_exact_mut(values.len() / width).enumerate() {
+        to.iter_mut().zip(values[column..].iter().step_by(width)).for_each(|(to, value)| *to = *value);
     }
 }
 

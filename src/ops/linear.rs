@@ -9,7 +9,7 @@ use std::sync::OnceLock;
 use super::buffer::Buffer;
 use super::dropout::Mask;
 use super::kernel::Kernel;
-use super::left::{Left, parts};
+use super::left::{Left, parts, transpose};
 use super::matmul::{Matrix, matmul};
 use super::panels::{Panels, Threads};
 use super::rows::{WIDTH, in_columns, write_columns};
@@ -134,8 +134,9 @@ impl LowRankGradient {
 
 /// Rows of `width` values as columns.
 fn transposed(values: &[f32], width: usize) -> Vec<f32> {
-    let rows = values.len() / width;
-    (0..width).flat_map(|column| (0..rows).map(move |row| values[row * width + column])).collect()
+    let mut columns = vec![0.0; values.len()];
+    transpose(values, width, &mut columns);
+    columns
 }
 
 impl Linear<'_> {

@@ -22,7 +22,7 @@ const ROWS: usize = 256;
 /// Inputs of a product in f32 after which another sum begins: one over a head's vocabulary would lose digits.
 const CHAIN: usize = 512;
 /// Inputs that share a scale where weights are rounded to 8 bits.
-const GROUP: usize = 32;
+pub(super) const GROUP: usize = 32;
 
 /// How many threads share a product.
 #[derive(Clone, Copy, Debug, PartialEq)]
