@@ -19,6 +19,19 @@ use crate::csv;
 /// In bytes: a longer line is no row; it would have to be held in memory whole.
 pub const LONGEST_LINE: u64 = 64 << 20;
 
+/// All rows of a file; see [`each_row`].
+///
+/// # Errors
+/// As [`each_row`].
+pub fn all_rows<T: DeserializeOwned>(path: &Path) -> anyhow::Result<Vec<T>> {
+    let mut rows = Vec::new();
+    each_row(path, |_, row| {
+        rows.push(row);
+        Ok(())
+    })?;
+    Ok(rows)
+}
+
 /// Calls `visit` with each row of a file and its index, which counts from 0. The name's end says what the file is:
 /// `.parquet`, `.csv` with a header, and JSON lines otherwise, whose blank lines are no rows; the last two may be compressed,
 /// as `.gz` or `.zst`. Bytes that a parquet file does not mark as text are text where they are UTF-8, else base64.

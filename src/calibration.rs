@@ -5,7 +5,7 @@ use std::fmt::{self, Write};
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
-use candor_environments::rows::each_row;
+use candor_environments::rows::all_rows;
 use serde::Serialize;
 use serde_json::{Value, json};
 
@@ -34,11 +34,7 @@ pub fn read_rows(source: &Path) -> Result<Vec<Row>> {
         None => (source.to_path_buf(), None),
     };
     let file = if path.is_dir() { path.join(GENERATIONS) } else { path };
-    let mut rows: Vec<Row> = Vec::new();
-    each_row(&file, |_, row: Row| {
-        rows.push(row);
-        Ok(())
-    })?;
+    let mut rows: Vec<Row> = all_rows(&file)?;
     rows.retain(|row| row.split == RowSplit::Eval);
     let steps: Vec<u64> = rows.iter().map(|row| row.step).collect();
     let wanted = step.or(steps.iter().copied().max());
@@ -61,22 +57,18 @@ pub fn by_environment<'a>(rows: impl IntoIterator<Item = &'a Row>) -> BTreeMap<&
     by_environment
 }
 
-fn metric(row: &Row, name: &str) -> Option<f64> {
-    row.metrics.get(name)?.as_f64()
-}
-
 /// The answers whose correctness is known, with one kind of confidence; `None` where there are none.
 ///
 /// # Errors
 /// If a confidence is not in [0, 1].
 pub fn answers(rows: &[&Row], confidence: Confidence) -> Result<Option<Answers>> {
-    let answer = |row: &&&Row| metric(row, "correct").is_some();
+    let answer = |row: &&&Row| row.metric("correct").is_some();
     let of = |row: &&Row| match confidence {
-        Confidence::Stated => metric(row, "confidence"),
+        Confidence::Stated => row.metric("confidence"),
         Confidence::Token => row.token_confidence,
     };
     let known: Vec<&&Row> = rows.iter().filter(answer).collect();
-    let each = || known.iter().map(|row| (row.task.as_str(), of(row), metric(row, "correct") == Some(1.0)));
+    let each = || known.iter().map(|row| (row.task.as_str(), of(row), row.metric("correct") == Some(1.0)));
     (!known.is_empty()).then(|| Answers::new(each())).transpose()
 }
 
@@ -193,8 +185,8 @@ impl Calibration {
         };
         let both = stated.as_ref().zip(token.as_ref()).and_then(|(stated, token)| combined(stated, token));
         let both = both.filter(|answers| answers.predictions().is_some());
-        let outcomes: Vec<f64> = rows.iter().filter_map(|row| row.parts.values().next()?.as_f64()).collect();
-        let yes: Vec<(f64, f64)> = rows.iter().filter_map(|row| metric(row, "p_yes").zip(metric(row, "y"))).collect();
+        let outcomes: Vec<f64> = rows.iter().filter_map(|row| row.outcome()).collect();
+        let yes: Vec<(f64, f64)> = rows.iter().filter_map(|row| row.metric("p_yes").zip(row.metric("y"))).collect();
         let (p_yes, y): (Vec<f64>, Vec<bool>) = yes.into_iter().map(|(p, y)| (p, y == 1.0)).unzip();
         let yes = (!y.is_empty()).then(|| Predictions::new(&p_yes, &y)).transpose()?;
         let mut judges: Vec<Value> = Vec::new();
@@ -212,7 +204,7 @@ impl Calibration {
             tasks: tasks.len(),
             completions: rows.len(),
             errors: rows.iter().filter(|row| row.error.is_some()).count(),
-            parse: counts(rows.iter().filter_map(|row| Some(json!(row.parse?).as_str()?.to_string()))),
+            parse: counts(rows.iter().filter_map(|row| Some(row.parse?.name().to_string()))),
             flags: counts(rows.iter().flat_map(|row| row.flags.iter().cloned())),
             judges,
             reward: (!outcomes.is_empty()).then(|| outcomes.iter().sum::<f64>() / outcomes.len() as f64),

@@ -159,7 +159,6 @@ pub struct Recorded {
 impl Recorded {
     /// What a table shows of a row.
     pub fn of(row: &Row) -> Self {
-        let metric = |name: &str| row.metrics.get(name).and_then(Value::as_f64);
         Self {
             split: row.split,
             step: row.step,
@@ -172,8 +171,8 @@ impl Recorded {
             reward: row.reward,
             advantage: row.advantage,
             parse: row.parse,
-            correct: metric("correct").map(|correct| correct == 1.0),
-            confidence: metric("confidence"),
+            correct: row.metric("correct").map(|correct| correct == 1.0),
+            confidence: row.metric("confidence"),
             failed: row.error.is_some(),
         }
     }

@@ -23,7 +23,7 @@ impl Grades {
     pub fn of(rows: &[&Row]) -> Option<(Self, BTreeMap<String, Self>)> {
         let (mut all, mut by_label) = (Self::default(), BTreeMap::<String, Self>::new());
         for row in rows {
-            let is = |verdict: &Verdict| row.metrics.get(verdict.name()).and_then(Value::as_f64) == Some(1.0);
+            let is = |verdict: &Verdict| row.metric(verdict.name()) == Some(1.0);
             let verdict = Verdict::ALL.into_iter().find(is).filter(|_| row.metrics.contains_key("not_attempted"));
             // Without a verdict and without a judge it was something else that failed.
             if verdict.is_none() && row.judge.is_none() {

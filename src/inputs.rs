@@ -49,10 +49,8 @@ impl Inputs {
     /// # Errors
     /// If a source, the model, the starting adapter or an environment is not what the config says, or they do not fit together.
     pub fn open(config: &Config, environments: &[(&str, Load)], observer: Observer) -> Result<Self> {
-        let loader = Loader { config, environments, observer, judges: RefCell::default() };
-        loader.check_names()?;
-        let training = loader.load_all("environment", &config.environments, Split::Train)?;
-        loader.check_training(&training)?;
+        let loader = Loader::new(config, environments, observer)?;
+        let training = loader.load_training()?;
         let heldout = if config.evaluation.tasks > 0 { loader.load_heldout()? } else { Vec::new() };
         if config.evaluation.tasks > 0 && heldout.is_empty() {
             observer(Event::Line(NOTHING_HELD_OUT));
@@ -73,8 +71,7 @@ impl Inputs {
     /// # Errors
     /// As [`Inputs::open`].
     pub fn for_evaluation(config: &Config, environments: &[(&str, Load)], observer: Observer) -> Result<Self> {
-        let loader = Loader { config, environments, observer, judges: RefCell::default() };
-        loader.check_names()?;
+        let loader = Loader::new(config, environments, observer)?;
         let heldout = loader.load_heldout()?;
         ensure!(!heldout.is_empty(), NOTHING_HELD_OUT);
         loader.fit(Vec::new(), heldout)
@@ -91,10 +88,8 @@ pub fn environments(
     environments: &[(&str, Load)],
     observer: Observer,
 ) -> Result<(Vec<Source>, Vec<Source>)> {
-    let loader = Loader { config, environments, observer, judges: RefCell::default() };
-    loader.check_names()?;
-    let training = loader.load_all("environment", &config.environments, Split::Train)?;
-    loader.check_training(&training)?;
+    let loader = Loader::new(config, environments, observer)?;
+    let training = loader.load_training()?;
     let heldout = loader.load_heldout()?;
     let policy = || {
         let files = loader.model()?;
@@ -129,7 +124,21 @@ struct Loader<'a> {
     judges: RefCell<Vec<(JudgeOptions, Arc<Panel>)>>,
 }
 
-impl Loader<'_> {
+impl<'a> Loader<'a> {
+    /// Finds every environment by its name.
+    fn new(config: &'a Config, environments: &'a [(&'a str, Load)], observer: Observer<'a>) -> Result<Self> {
+        let loader = Self { config, environments, observer, judges: RefCell::default() };
+        loader.check_names()?;
+        Ok(loader)
+    }
+
+    /// What is trained on, if it could teach anything.
+    fn load_training(&self) -> Result<Vec<Source>> {
+        let training = self.load_all("environment", &self.config.environments, Split::Train)?;
+        self.check_training(&training)?;
+        Ok(training)
+    }
+
     /// Opens the model, and finds out whether the tasks and the starting adapter fit it.
     fn fit(&self, mut training: Vec<Source>, mut heldout: Vec<Source>) -> Result<Inputs> {
         let Config { batch, sampling, evaluation, lora, .. } = self.config;

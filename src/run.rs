@@ -124,6 +124,16 @@ impl Row {
         row
     }
 
+    /// What the environment measured under this name, where it did.
+    pub fn metric(&self, name: &str) -> Option<f64> {
+        self.metrics.get(name)?.as_f64()
+    }
+
+    /// The reward's outcome part, without shaping; `None` without a score.
+    pub fn outcome(&self) -> Option<f64> {
+        self.parts.values().next()?.as_f64()
+    }
+
     /// Puts a score, or why there is none, in place of the one that it has. The advantage stays.
     pub fn set_score(&mut self, score: &Result<Score, ScoreError>) {
         let failed = match score {

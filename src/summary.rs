@@ -7,9 +7,8 @@ use std::fmt;
 use std::path::Path;
 
 use anyhow::Result;
-use candor_environments::rows::each_row;
+use candor_environments::rows::all_rows;
 use serde::Serialize;
-use serde::de::DeserializeOwned;
 use serde_json::Value;
 
 use crate::calibration::{answers, by_environment};
@@ -81,7 +80,7 @@ impl Evaluated {
     /// # Errors
     /// As [`by_environment`](Self::by_environment).
     pub fn of(rows: &[&Row]) -> Result<Self> {
-        let outcome = |row: &Row| Some((row.task.clone(), row.parts.values().next()?.as_f64()?));
+        let outcome = |row: &Row| Some((row.task.clone(), row.outcome()?));
         let outcomes: BTreeMap<String, f64> = rows.iter().filter_map(|row| outcome(row)).collect();
         let stated = answers(rows, Confidence::Stated)?;
         let predictions = stated.as_ref().and_then(Answers::predictions);
@@ -90,7 +89,7 @@ impl Evaluated {
             answers.predictions().as_ref().map(brier)
         };
         let parsed = predictions.as_ref().map_or(0, Predictions::len);
-        let gold: Vec<f64> = rows.iter().filter_map(|row| row.metrics.get("y")?.as_f64()).collect();
+        let gold: Vec<f64> = rows.iter().filter_map(|row| row.metric("y")).collect();
         let base_rate = gold.iter().sum::<f64>() / gold.len() as f64;
         let (grades, grades_by_label) = Grades::of(rows).map_or((None, BTreeMap::new()), |(all, by)| (Some(all), by));
         let some = |f: fn(&Predictions) -> f64| predictions.as_ref().map(f);
@@ -149,8 +148,8 @@ impl Summary {
     /// # Errors
     /// If a file is missing or a row damaged.
     pub fn of(run: &Path) -> Result<Self> {
-        let rows: Vec<Row> = read_lines(&run.join(GENERATIONS))?;
-        let mut metrics: Vec<Value> = read_lines(&run.join(METRICS))?;
+        let rows: Vec<Row> = all_rows(&run.join(GENERATIONS))?;
+        let mut metrics: Vec<Value> = all_rows(&run.join(METRICS))?;
         metrics.retain(|row| row["split"] == "train");
         let mut seconds: Vec<f64> = metrics.iter().filter_map(|row| row["time/step"].as_f64()).collect();
         seconds.sort_by(f64::total_cmp);
@@ -187,15 +186,6 @@ fn compare(rows: &[Row]) -> Result<Vec<Comparison>> {
         comparisons.push(Comparison { environment, before, after, difference });
     }
     Ok(comparisons)
-}
-
-fn read_lines<T: DeserializeOwned>(path: &Path) -> Result<Vec<T>> {
-    let mut rows = Vec::new();
-    each_row(path, |_, row| {
-        rows.push(row);
-        Ok(())
-    })?;
-    Ok(rows)
 }
 
 /// The lines of a table of evaluations, one column each; `note` follows the mean reward.

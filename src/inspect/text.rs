@@ -18,7 +18,6 @@ pub fn place(row: &Row) -> String {
 
 /// What came of a rollout, in one line.
 pub fn outcome(row: &Row) -> String {
-    let metric = |name: &str| row.metrics.get(name).and_then(Value::as_f64);
     let mut text = format!("reward {}", shown(row.reward, 3));
     if row.parts.len() > 1 {
         let part = |(name, value): (&String, &Value)| format!("{name} {}", shown(value.as_f64(), 3));
@@ -26,8 +25,8 @@ pub fn outcome(row: &Row) -> String {
         text += &format!(" ({})", one_line(&parts.join(", "), 200));
     }
     text += &row.advantage.map_or(String::new(), |advantage| format!(", advantage {advantage:+.3}"));
-    text += &metric("confidence").map_or(String::new(), |confidence| format!(", confidence {confidence:.3}"));
-    text += match metric("correct") {
+    text += &row.metric("confidence").map_or(String::new(), |confidence| format!(", confidence {confidence:.3}"));
+    text += match row.metric("correct") {
         Some(1.0) => ", correct",
         Some(_) => ", not correct",
         None => "",

@@ -24,9 +24,9 @@ pub fn rollouts(runs: &[RecordedRun]) -> Result<String> {
             let Recorded { step, environment, task, group, rollout: index, tokens, failed, .. } = rollout;
             let split = if rollout.split == RowSplit::Train { "train" } else { "eval" };
             let (environment, task) = (quoted(environment), quoted(task));
-            let parse = rollout.parse.map(word).transpose()?;
+            let parse = rollout.parse.map_or("", |parse| parse.name());
             let brier = rollout.prediction().map(|(confidence, correct)| (confidence - f64::from(correct)).powi(2));
-            let [parse, correct] = [parse.unwrap_or_default(), cell(rollout.correct.map(u8::from))];
+            let correct = cell(rollout.correct.map(u8::from));
             let [confidence, brier, reward, advantage] =
                 [rollout.confidence, brier, rollout.reward, rollout.advantage].map(cell);
             let (finish, failed) = (word(rollout.finish)?, u8::from(*failed));

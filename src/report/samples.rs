@@ -35,7 +35,7 @@ fn step(text: &mut String, run: &str, rows: &[Row]) -> Result<()> {
     writeln!(text, "{}\n{run}, {when}: {count} of {} rollouts\n{0}\n", "=".repeat(80), rows.len())?;
     for index in 0..count {
         let row = &rows[index * rows.len() / count];
-        let metric = |name: &str| shown(row.metrics.get(name).and_then(serde_json::Value::as_f64), 2);
+        let metric = |name: &str| shown(row.metric(name), 2);
         let (reward, advantage) = (shown(row.reward, 3), shown(row.advantage, 3));
         let Row { task, rollout, tokens, completion, .. } = row;
         writeln!(text, "--- {task}, rollout {rollout}")?;
