@@ -417,6 +417,7 @@ fn the_page_holds_the_contracts_keys_and_defaults() {
         "sampling.endpoints.concurrency",
         "sampling.endpoints.model",
         "sampling.logprobs",
+        "silence_seconds",
     ];
     assert_eq!(more, known);
 }

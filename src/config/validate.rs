@@ -19,6 +19,9 @@ const LATER: &str = "not in this version: ";
 /// More of anything than this is a slip of the keyboard; it also keeps products of two counts inside 64 bits.
 const MOST: u64 = 1 << 30;
 
+/// More steps ahead than anybody has trained with.
+const MOST_AHEAD: usize = 64;
+
 /// More completions of one step than anybody could wait for.
 const MOST_ROLLOUTS: usize = 1 << 20;
 
@@ -43,6 +46,7 @@ impl Config {
             ("batch.group", self.batch.group as u64, 1),
             ("batch.micro_tokens", self.batch.micro_tokens as u64, 1),
             ("sampling.max_tokens", self.sampling.max_tokens as u64, 1),
+            ("silence_seconds", self.silence_seconds, 1),
             ("learner.warmup_steps", self.learner.warmup_steps, 0),
             ("evaluation.every", self.evaluation.every, 0),
             ("evaluation.tasks", self.evaluation.tasks as u64, 0),
@@ -50,6 +54,15 @@ impl Config {
             ("checkpoint.every", self.checkpoint.every, 0),
             ("checkpoint.keep", self.checkpoint.keep as u64, 1),
         ];
+        if self.sampling.async_level > MOST_AHEAD {
+            let level = self.sampling.async_level;
+            return problem(
+                "sampling.async_level",
+                format!(
+                    "{level} versions behind is more than any correction makes good; at most {MOST_AHEAD}, better 1 or 2"
+                ),
+            );
+        }
         match counts.into_iter().find(|(_, value, least)| !(*least..=MOST).contains(value)) {
             Some((key, value, least)) => problem(key, format!("{value} is not between {least} and {MOST}")),
             None if self.batch.prompts * self.batch.group > MOST_ROLLOUTS => {
@@ -193,11 +206,6 @@ impl Config {
                 "servers as samplers are to come; use \"local\"",
             ),
             (!self.sampling.endpoints.is_empty(), "sampling.endpoints", "servers as samplers are to come; remove it"),
-            (
-                self.sampling.async_level > 0,
-                "sampling.async_level",
-                "the sampler waits for every optimizer step; use 0",
-            ),
         ];
         match later.into_iter().find(|(asked, ..)| *asked) {
             Some((_, key, text)) => problem(key, format!("{LATER}{text}")),
