@@ -186,7 +186,7 @@ impl LearnerEnd<'_> {
     ///
     /// # Errors
     /// What the sampler fails with; [`Interrupted`], if it was stopped.
-    pub fn next(&mut self) -> Result<Option<Batch>> {
+    pub fn next_batch(&mut self) -> Result<Option<Batch>> {
         loop {
             if let Some(batch) = self.ahead.pop_front() {
                 return batch.map(Some);

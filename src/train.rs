@@ -67,7 +67,7 @@ pub fn train(run: &mut Run, observer: Observer, interrupted: &AtomicBool) -> Res
     let learn = |sampler: &mut LearnerEnd| loop {
         let next = learning.next_step;
         heard(Event::Progress { what: "steps", done: next as usize, total: steps as usize });
-        match sampler.next() {
+        match sampler.next_batch() {
             Ok(None) => return Ok(Outcome::Finished),
             Ok(Some(batch)) if batch.split == RowSplit::Eval => learning.evaluation(batch, sampler)?,
             Ok(Some(batch)) => {
