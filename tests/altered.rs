@@ -169,10 +169,10 @@ pub fn never(_: &str) -> bool {
 }
 
 /// An environment whose scores wait for something, or fail, by their number.
-pub struct Gated {
-    pub own: Arc<dyn Environment>,
-    pub gate: Box<dyn Fn(u64) + Send + Sync>,
-    pub asked: AtomicU64,
+struct Gated {
+    own: Arc<dyn Environment>,
+    gate: Box<dyn Fn(u64) + Send + Sync>,
+    asked: AtomicU64,
 }
 
 impl Environment for Gated {

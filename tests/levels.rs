@@ -3,29 +3,28 @@
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::path::Path;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, bail};
-use candor::checkpoint;
+use anyhow::bail;
 use candor::config::Config;
-use candor::event::Event;
 use candor::run::each_span;
-use candor::sampler::{Generation, Interrupted, PolicyFeed, Request, Sampler, Settings};
-use candor::setup::{Options, Run};
+use candor::sampler::{Interrupted, PolicyFeed};
+use candor::setup::Run;
 use candor::timeline::{Span, Stage};
-use candor::train::{Outcome, train};
-use candor_environments::{Completion, Environment, Load, Score, ScoreError, Task};
+use candor::train::Outcome;
 use proptest::prelude::*;
 use serde_json::Value;
-use tempfile::{TempDir, tempdir};
+use tempfile::tempdir;
 
+use crate::altered::{
+    Change, Ended, Said, altered, at_level, before, gated, go_on, never, no_pause, run_with, unchanged,
+};
 use crate::check::close;
 use crate::resume;
-use crate::toy::{config, generations, load, rows_of, step_metrics, within};
+use crate::toy::{config, generations, rows_of, step_metrics};
 
 const LEVELS: [u64; 4] = [0, 1, 2, 4];
 
@@ -160,15 +159,8 @@ fn every_failure_ends_the_run_with_its_reason_at_every_level() {
         };
         assert_fails(level, &odd("panics"), unchanged(), 0..=0, "environment \"toy\" panicked on task");
         assert_fails(level, &odd("huge"), unchanged(), 0..=0, "step 0: the gradient of");
-        let later = |run: &mut Run| {
-            let environment = run.training[0].environment.clone();
-            run.training[0].environment = Arc::new(Gated {
-                own: environment,
-                gate: Box::new(|number| assert!(number < 30, "tired")),
-                asked: AtomicU64::new(0),
-            });
-        };
-        assert_fails(level, "", Box::new(later), 1..=2, "environment \"toy\" panicked on task");
+        let tires = gated(|number| assert!(number < 30, "tired"));
+        assert_fails(level, "", tires, 1..=2, "environment \"toy\" panicked on task");
         let no_checkpoints = |run: &mut Run| {
             let checkpoints = run.folder.path.join("checkpoints");
             fs::remove_dir(&checkpoints).unwrap();
