@@ -39,7 +39,7 @@ mod judge_server;
 mod kernels;
 mod learner;
 mod levels;
-mod levels_speed;
+mod levels_by_hand;
 mod lexical;
 mod loading;
 mod logprob;

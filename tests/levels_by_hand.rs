@@ -1,5 +1,5 @@
-//! What a level gains, in seconds. By hand, because time is no test:
-//! `cargo test --release --test all levels_speed -- --ignored --nocapture --test-threads 1`
+//! What a level gains in seconds and what it costs in reward. By hand, because neither is a test:
+//! `cargo test --release --test all levels_by_hand -- --ignored --nocapture --test-threads 1`
 
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
@@ -14,8 +14,9 @@ use candor::timeline::Stage;
 use candor::train::{Outcome, train};
 use tempfile::tempdir;
 
-use crate::altered::{Change, at_level, before, gated, never, run_with};
+use crate::altered::{Change, at_level, before, gated, never, run_with, unchanged};
 use crate::check;
+use crate::toy::step_metrics;
 
 /// What the judge takes for each completion; any number of them at once.
 const JUDGE: Duration = Duration::from_secs(2);
@@ -77,5 +78,43 @@ fn smollm2_on_the_same_cores() {
         let outcome = train(&mut run, &observer, &AtomicBool::new(false)).unwrap();
         assert_eq!(outcome, Outcome::Finished);
         eprintln!("SmolLM2, a judge of 2 s, {level}: {:.2} s a step", per_step(&results.path().join("quickstart")));
+    }
+}
+
+/// The toy at every level with every correction, eight seeds each: every step as a line of CSV. The learner
+/// waits after each step, so that the sampler is as far ahead as it may be.
+#[test]
+#[ignore = "some minutes; prints figures"]
+fn corrections_on_the_toy() {
+    const SEEDS: u64 = 8;
+    const STEPS: u64 = 24;
+    let corrections = [
+        ("none", "learner.clip = [1.0, 1e9]"),
+        ("clip", ""),
+        ("token", "learner.importance.level = \"token\""),
+        ("sequence-mask", "learner.importance = { level = \"sequence\", mode = \"mask\" }"),
+        ("prime", "learner.policy_loss = \"prime\""),
+    ];
+    eprintln!("level,correction,seed,step,reward,age,k3");
+    for level in [0, 1, 2, 4] {
+        for (correction, keys) in corrections.iter().filter(|(name, _)| level > 0 || *name == "clip") {
+            for seed in 0..SEEDS {
+                let changes = format!(
+                    "steps = {STEPS}\nseed = {seed}\nevaluation.tasks = 0\nbatch.prompts = 4\nbatch.group = 8\n\
+                         sampling.stop = []\ncheckpoint.every = 0\n{keys}"
+                );
+                let pause = |done, total| {
+                    if done == total {
+                        sleep(Duration::from_millis(40))
+                    }
+                };
+                let ended = run_with(at_level(level, &changes), unchanged(), pause, never);
+                for row in step_metrics(&ended.folder()) {
+                    let [step, reward, age, k3] =
+                        ["step", "reward/mean", "age/mean", "mismatch/k3"].map(|name| &row[name]);
+                    eprintln!("{level},{correction},{seed},{step},{reward},{age},{k3}");
+                }
+            }
+        }
     }
 }
