@@ -108,7 +108,7 @@ fn a_resolved_config_loads_as_itself() {
         [[environment]]\nname = \"a\"\nweight = 2\nlength = { mode = \"soft\", weight = 0.25 }\n\
         [environment.judge]\nkind = \"lexical\"\n\
         [[environment]]\nname = \"b\"\n[sampling]\nstop = [\"\\n\"]\n\
-        [learner]\nlearning_rate = 3e-7\nschedule = \"linear\"\ndelta = 4.0\n\
+        [learner]\nlearning_rate = 3e-7\nschedule = \"linear\"\nkl = 0.1\nkl_estimator = \"unbiased\"\n\
         importance = { level = \"token\", max = 5 }\n\
         [[evaluation.environment]]\nname = \"c\"\nsource = \"there\"\n";
     for text in [SMALL, every_kind, &reference()] {
