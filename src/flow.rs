@@ -14,6 +14,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail};
 use crossbeam::channel::{Receiver, RecvTimeoutError, Sender, TryRecvError, TrySendError, bounded};
+use rayon::ThreadPoolBuilder;
 
 use crate::event::{Event, Observer};
 use crate::policy::Adapter;
@@ -65,7 +66,7 @@ impl Flow<'_> {
         let sampler = SamplerEnd { flow: self, published, newest, pass_on };
         scope(|scope| {
             let sampling = move || {
-                let sampled = sample(&sampler);
+                let sampled = self.on_own_threads(|| sample(&sampler));
                 self.timeline.waits(Side::Sampler, "done with all steps".into());
                 if let Err(error) = sampled {
                     // A learner that is gone has an error of its own.
@@ -80,6 +81,16 @@ impl Flow<'_> {
             thread.join().unwrap_or_else(|panic| resume_unwind(panic));
             learned
         })
+    }
+
+    /// Where sampler and learner compute at once, each has threads of its own, as many as there are: a thread of both would leave the
+    /// one alone for as long as it is at a part of the other's.
+    fn on_own_threads(&self, sample: impl FnOnce() -> Result<()> + Send) -> Result<()> {
+        if self.level == 0 {
+            return sample();
+        }
+        let threads = ThreadPoolBuilder::new().num_threads(rayon::current_num_threads()).build();
+        threads.context("cannot start threads that sample")?.install(sample)
     }
 
     /// Looks, during a wait, whether somebody should be told.
