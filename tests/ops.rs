@@ -1,6 +1,8 @@
 //! Every operation against the same mathematics composed of plain candle operations in f64 under candle's own autograd, and
 //! against finite differences of itself. Attention, the head and products have modules of their own.
 
+use std::sync::OnceLock;
+
 use candle_core::{DType, Device, Result, Tensor, Var};
 use candle_nn::ops::sigmoid;
 use candor::config::Dtype;
@@ -11,9 +13,10 @@ use candor::ops::norm::RmsNorm;
 use candor::ops::panels::{Panels, Threads};
 use candor::ops::rope::{Direction, Rotation};
 use candor::random::SplitMix64;
+use rayon::prelude::*;
 
-use crate::check;
 use crate::model::values;
+use crate::{check, toy};
 
 /// Row counts that are no multiple of any block.
 pub const ROWS: [usize; 4] = [1, 17, 33, 300];
@@ -314,4 +317,24 @@ fn gated_activations() {
             |x| gelu(&x[0])? * &x[1],
         );
     }
+}
+
+/// The first product prepares an adapter, and many begin at once. Catches preparation that waits for parallel work of its own: the
+/// thread that prepares would take over another product meanwhile, and wait for itself.
+#[test]
+fn parallel_work_that_begins_with_the_same_adapter_does_not_wait_for_itself() {
+    const RANK: usize = 8;
+    toy::within(60, || {
+        for round in 0..50 {
+            let adapter = OnceLock::new();
+            (0..256).into_par_iter().with_max_len(1).for_each(|number| {
+                if number % 4 == round % 4 {
+                    let prepare =
+                        || LowRank::new(vec![1.0; 64 * RANK], vec![1.0; 4096 * RANK], RANK, 1.0, check::f32_kernel());
+                    adapter.get_or_init(prepare);
+                }
+                std::hint::black_box((0..20_000).fold(0u64, |sum, next| std::hint::black_box(sum + next)));
+            });
+        }
+    });
 }

@@ -71,10 +71,12 @@ impl Panels {
         Self { kernel, wide, narrow, values }
     }
 
-    /// Packs dense rows [wide, narrow] for as long as they are needed.
+    /// Packs dense rows [wide, narrow] for as long as they are needed, in one piece: a thread that packs what others wait for must
+    /// not wait for them, nor take over a part of their work.
     pub fn pack(rows: &[f32], narrow: usize, kernel: Kernel) -> Self {
-        let mut panels = Self::held(rows.len() / narrow, narrow, kernel, false);
-        panels.write(PANEL, |first, piece| piece.copy_from_slice(&rows[first * narrow..][..piece.len()]));
+        let wide = rows.len() / narrow;
+        let mut panels = Self::held(wide, narrow, kernel, false);
+        panels.write(padded(wide), |_, piece| piece.copy_from_slice(rows));
         panels
     }
 
