@@ -25,6 +25,7 @@
 //! * [`model`]: the frozen decoder, described by data
 //! * [`ops`]: fused operations with exact backward
 //! * [`tokenizer`]: text, tokens and the chat template
+//! * [`client`]: one request to a server
 //! * [`config`], [`source`], [`run`], [`checkpoint`], [`peft`], [`tensors`]: what is read, fetched and written
 //! * [`evaluation`]: metrics of confidences, in plain floats
 //! * [`calibration`], [`comparison`], [`routed`], [`calibration_map`]: what the rows of evaluations say by them
@@ -43,6 +44,7 @@ pub mod chat;
 pub mod check;
 pub mod checkpoint;
 pub mod cli;
+pub mod client;
 pub mod comparison;
 pub mod config;
 pub mod evaluation;

@@ -6,7 +6,7 @@ use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
 use candor::judge::Panel;
-use candor::judge::chat::wait;
+use candor::client::wait;
 use candor::judge::gate::Patience;
 use candor::judge::options::JudgeOptions;
 use candor_environments::{Judge, Verdict};

@@ -3,7 +3,7 @@
 //!
 //! * [`options`]: the keys of `[environment.judge]`
 //! * [`prompt`], [`reply`]: what a judge is asked, and what it may say
-//! * [`chat`], [`gate`]: one request to a server; how many, how fast, and when none at all
+//! * [`chat`], [`gate`]: one question to a server; how many, how fast, and when none at all
 //! * [`local`]: a model in this process
 //! * [`referee`]: one judge, asked until it gives a verdict or up
 //! * [`cache`]: verdicts that somebody has paid for

@@ -1,0 +1,143 @@
+//! One request to a server that speaks JSON, and what its failure means. Judges and servers that sample are asked this way.
+
+use std::io::Read;
+use std::time::{Duration, SystemTime};
+
+use serde_json::Value;
+use thiserror::Error;
+use ureq::http::{Response, StatusCode};
+use ureq::{Agent, Body};
+
+use crate::source::{Token, agent, header};
+
+/// The way to one server.
+pub struct Client {
+    agent: Agent,
+    /// What paths are appended to.
+    address: String,
+    key: Option<Token>,
+    timeout: Duration,
+}
+
+/// Why there is no reply.
+#[derive(Debug, Error)]
+pub enum CallError {
+    /// It may pass; the server may have said when.
+    #[error("{what}")]
+    Passing {
+        /// What happened.
+        what: String,
+        /// How long the server wants not to be asked.
+        after: Option<Duration>,
+    },
+    /// Asking the same again will not help.
+    #[error("{what}")]
+    Lasting {
+        /// The status of the refusal.
+        status: u16,
+        /// What the server said.
+        what: String,
+    },
+}
+
+impl CallError {
+    /// A failure that may pass, of which the server said nothing.
+    pub fn passing(what: impl Into<String>) -> Self {
+        Self::Passing { what: what.into(), after: None }
+    }
+}
+
+/// What is shown of a server's own words.
+const SHOWN: usize = 200;
+
+impl Client {
+    /// A client of the server at `address`, whose requests take `timeout` at most. As many connections are kept as there are
+    /// requests in flight.
+    pub fn new(address: &str, key: Option<Token>, timeout: Duration, in_flight: usize) -> Self {
+        let agent = agent()
+            .timeout_global(Some(timeout))
+            .max_idle_connections(in_flight)
+            .max_idle_connections_per_host(in_flight);
+        let address = address.trim_end_matches('/').to_string();
+        Self { agent: agent.build().new_agent(), address, key, timeout }
+    }
+
+    /// Gets what is at a path, of at most `longest` bytes.
+    ///
+    /// # Errors
+    /// As [`Client::post`].
+    pub fn get(&self, path: &str, longest: u64) -> Result<Vec<u8>, CallError> {
+        let mut request = self.agent.get(format!("{}/{path}", self.address));
+        if let Some(key) = &self.key {
+            request = request.header("authorization", key.authorization());
+        }
+        self.read(request.call(), longest)
+    }
+
+    /// Posts to a path, and gets a reply of at most `longest` bytes.
+    ///
+    /// # Errors
+    /// If there is no whole reply in time, or it is a refusal; the message never holds the key.
+    pub fn post(&self, path: &str, body: &Value, longest: u64) -> Result<Vec<u8>, CallError> {
+        let mut request = self.agent.post(format!("{}/{path}", self.address)).header("content-type", "application/json");
+        if let Some(key) = &self.key {
+            request = request.header("authorization", key.authorization());
+        }
+        self.read(request.send(body.to_string()), longest)
+    }
+
+    fn read(&self, response: Result<Response<Body>, ureq::Error>, longest: u64) -> Result<Vec<u8>, CallError> {
+        let (parts, body) = response.map_err(|error| self.unreachable(&error))?.into_parts();
+        let mut bytes = Vec::new();
+        let read = body.into_reader().take(longest + 1).read_to_end(&mut bytes);
+        if parts.status != StatusCode::OK {
+            let after = header(&parts.headers, "retry-after").and_then(|after| wait(&after, SystemTime::now()));
+            return Err(self.refusal(parts.status, after, &bytes));
+        }
+        read.map_err(|error| CallError::passing(format!("the reply was cut: {error}")))?;
+        match bytes.len() as u64 > longest {
+            true => Err(CallError::passing(format!("a reply of more than {longest} bytes"))),
+            false => Ok(bytes),
+        }
+    }
+
+    fn unreachable(&self, error: &ureq::Error) -> CallError {
+        let what = match error {
+            ureq::Error::Timeout(_) => format!("no reply within {} s", self.timeout.as_secs_f64()),
+            other => format!("the server was not reached: {other}"),
+        };
+        CallError::passing(self.without_key(&what))
+    }
+
+    fn refusal(&self, status: StatusCode, after: Option<Duration>, bytes: &[u8]) -> CallError {
+        let what = format!("the server answered {}: {}", status.as_u16(), self.shown(bytes));
+        // A quota that is used up is refused with the status of a rate that is too high.
+        let used_up = String::from_utf8_lossy(bytes).contains("insufficient_quota");
+        let passing = status.is_server_error() || [408, 409, 425, 429].contains(&status.as_u16());
+        match passing && !used_up {
+            true => CallError::Passing { what, after },
+            false => CallError::Lasting { status: status.as_u16(), what },
+        }
+    }
+
+    /// The beginning of a server's words, on one line, without the key.
+    pub fn shown(&self, bytes: &[u8]) -> String {
+        // Shortened last: a part of the key must not be left of it.
+        let text = self.without_key(&String::from_utf8_lossy(&bytes[..bytes.len().min(4096)]));
+        let line = text.chars().map(|one| if one.is_control() { ' ' } else { one });
+        line.take(SHOWN).collect::<String>().split_whitespace().collect::<Vec<_>>().join(" ")
+    }
+
+    fn without_key(&self, text: &str) -> String {
+        self.key.as_ref().map_or(text.to_string(), |key| key.hidden_in(text))
+    }
+}
+
+/// How long a `Retry-After` asks to wait: seconds, or a date.
+pub fn wait(text: &str, now: SystemTime) -> Option<Duration> {
+    if let Ok(seconds) = text.trim().parse::<f64>() {
+        return Duration::try_from_secs_f64(seconds).ok();
+    }
+    let until = jiff::fmt::rfc2822::parse(text.trim()).ok()?.timestamp();
+    Some(SystemTime::from(until).duration_since(now).unwrap_or_default())
+}
