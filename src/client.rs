@@ -10,6 +10,12 @@ use ureq::{Agent, Body};
 
 use crate::source::{Token, agent, header};
 
+/// More requests at once than threads should wait for.
+pub const MOST_IN_FLIGHT: usize = 1024;
+
+/// What is said of an address that is none. It is not repeated: it may hold a password.
+pub const NO_ADDRESS: &str = "is not an address such as https://api.openai.com/v1, without a user's name and a query";
+
 /// The way to one server.
 pub struct Client {
     agent: Agent,
@@ -79,7 +85,8 @@ impl Client {
     /// # Errors
     /// If there is no whole reply in time, or it is a refusal; the message never holds the key.
     pub fn post(&self, path: &str, body: &Value, longest: u64) -> Result<Vec<u8>, CallError> {
-        let mut request = self.agent.post(format!("{}/{path}", self.address)).header("content-type", "application/json");
+        let mut request =
+            self.agent.post(format!("{}/{path}", self.address)).header("content-type", "application/json");
         if let Some(key) = &self.key {
             request = request.header("authorization", key.authorization());
         }

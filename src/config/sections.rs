@@ -276,7 +276,7 @@ impl Default for Sampling {
 pub enum SamplerKind {
     /// This process, on the learner's own copy of the base weights.
     Local,
-    /// OpenAI-compatible servers.
+    /// Servers that speak OpenAI's protocol as vLLM does: with token ids, and adapters loaded at run time.
     Openai,
 }
 
@@ -291,13 +291,23 @@ pub struct Endpoint {
     /// Requests in flight at once.
     #[serde(default = "Endpoint::default_concurrency")]
     pub concurrency: usize,
-    /// A folder that the server can read, where each version of the adapter is put in PEFT form.
-    pub adapter_dir: Option<String>,
+    /// A folder that this process can write and the server read, by the same path, where each version of the adapter is put in
+    /// PEFT form.
+    pub adapter_dir: String,
+    /// The environment variable that holds the key; absent: no key is sent.
+    pub key_variable: Option<String>,
+    /// How long one completion may take.
+    #[serde(default = "Endpoint::default_timeout")]
+    pub timeout_seconds: u64,
 }
 
 impl Endpoint {
     fn default_concurrency() -> usize {
         64
+    }
+
+    fn default_timeout() -> u64 {
+        300
     }
 }
 

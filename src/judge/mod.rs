@@ -229,7 +229,7 @@ impl Pending {
 pub type Variable<'a> = &'a dyn Fn(&str) -> Option<OsString>;
 
 /// The key in an environment variable.
-fn key_in(name: &str, variable: Variable) -> Result<Token, KeyError> {
+pub(crate) fn key_in(name: &str, variable: Variable) -> Result<Token, KeyError> {
     let problem = |text: String| KeyError::new("key_variable", text);
     let key = variable(name).and_then(|key| key.into_string().ok()).ok_or_else(|| {
         problem(format!("the environment variable {name} is not set, or is no text; put the server's key there"))

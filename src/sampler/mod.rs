@@ -2,10 +2,16 @@
 //!
 //! * [`local`]: continuous batching in this process, on the learner's own copy of the base weights
 //! * [`conversation`]: one sequence that goes on turn by turn, each token handed over at once
+//! * [`remote`]: on servers, each one an [`endpoint`] with a [`standing`]; [`completions`] is what is said to them and believed
+//!   of them, [`publication`] how adapters reach them
 
+pub mod completions;
 pub mod conversation;
+pub mod endpoint;
 pub mod local;
+pub mod publication;
 mod rows;
+pub mod standing;
 
 use std::ops::Range;
 
