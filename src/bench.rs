@@ -80,7 +80,7 @@ pub struct Shape {
 pub struct Bench {
     model: Arc<Model>,
     tokenizer: Arc<Tokenizer>,
-    adapter: Adapter,
+    adapter: Arc<Adapter>,
     repeats: usize,
     micro_tokens: usize,
     footprint: Footprint,
@@ -106,7 +106,7 @@ impl Bench {
         let tokenizer =
             Arc::new(Arc::into_inner(tokenizer).context("the tokenizer is still in use")?.without_end_tokens());
         let lora = Lora { rank, ..Lora::default() };
-        let adapter = Adapter::initialize(&model.architecture, &lora, 0, &Device::Cpu)?;
+        let adapter = Arc::new(Adapter::initialize(&model.architecture, &lora, 0, &Device::Cpu)?);
         Ok(Self { model, tokenizer, adapter, repeats, micro_tokens, footprint, program, loading_seconds })
     }
 
@@ -304,7 +304,7 @@ impl Bench {
         };
         let requests: Vec<Request> = (0..shape.prompts).map(request).collect();
         let mut generations = Vec::new();
-        sampler.sample(&requests, Some(&self.adapter), &self.sampling(shape.new), &mut |generation| {
+        sampler.sample(&requests, &Some(self.adapter.clone()), &self.sampling(shape.new), &mut |generation| {
             generations.push(generation);
             Ok(())
         })?;

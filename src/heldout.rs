@@ -15,7 +15,7 @@ use crate::policy::Adapter;
 use crate::rollout::{Collector, Group, SCORE_TIMEOUT, ScoreErrors};
 use crate::run::{Row, RowSplit};
 use crate::sampler::local::LocalSampler;
-use crate::sampler::{Sampler, Settings};
+use crate::sampler::{PolicyFeed, Sampler, Settings};
 use crate::selection::{Source, choose_heldout};
 use crate::setup::Options;
 use crate::tokenizer::Tokenizer;
@@ -32,8 +32,6 @@ pub struct HeldOut<'a> {
     pub tokenizer: &'a Tokenizer,
     /// Who hears how far it is.
     pub observer: Observer<'a>,
-    /// Whether nobody wants the rest any more.
-    pub stop: &'a (dyn Fn() -> bool + Sync),
 }
 
 impl HeldOut<'_> {
@@ -41,12 +39,11 @@ impl HeldOut<'_> {
     ///
     /// # Errors
     /// As [`Collector::collect`].
-    pub fn complete(&self, sampler: &mut dyn Sampler, adapter: Option<&Adapter>, step: u64) -> Result<Vec<Group>> {
-        let Self { config, samples, sources, tokenizer, observer, stop } = *self;
+    pub fn complete(&self, sampler: &mut dyn Sampler, policy: &dyn PolicyFeed, step: u64) -> Result<Vec<Group>> {
+        let Self { config, samples, sources, tokenizer, observer } = *self;
         let chosen = choose_heldout(sources, config.evaluation.tasks, config.seed);
-        let collector =
-            Collector { sources, tokenizer, observer, patience: SCORE_TIMEOUT, what: "held-out tasks", stop };
-        let collected = collector.collect(&chosen, samples, sampler, adapter, &Settings::evaluation(config, step));
+        let collector = Collector { sources, tokenizer, observer, patience: SCORE_TIMEOUT, what: "held-out tasks" };
+        let collected = collector.collect(&chosen, samples, sampler, policy, &Settings::evaluation(config, step));
         Ok(collected.with_context(|| format!("evaluation after {step} steps"))?.groups)
     }
 }
@@ -58,7 +55,7 @@ pub struct Evaluation {
     sources: Vec<Source>,
     tokenizer: Arc<Tokenizer>,
     sampler: LocalSampler,
-    adapter: Option<Adapter>,
+    adapter: Option<Arc<Adapter>>,
 }
 
 impl Evaluation {
@@ -90,8 +87,8 @@ impl Evaluation {
     /// As [`Collector::collect`].
     pub fn run(&mut self, observer: Observer) -> Result<Vec<Row>> {
         let Self { config, samples, sources, tokenizer, sampler, adapter } = self;
-        let heldout = HeldOut { config, samples: *samples, sources, tokenizer, observer, stop: &|| false };
-        let groups = heldout.complete(sampler, adapter.as_ref(), 0)?;
+        let heldout = HeldOut { config, samples: *samples, sources, tokenizer, observer };
+        let groups = heldout.complete(sampler, adapter, 0)?;
         let rows = Row::all(RowSplit::Eval, 0, &groups);
         ScoreErrors::default().observe(&rows)?;
         Ok(rows)

@@ -76,7 +76,7 @@ impl Logprob {
         let longest = self.rows.iter().map(|row| row.prompt_ids.len() + row.branches[0].ids.len()).max();
         let budget = Batch::default().micro_tokens.max(longest.unwrap_or(0));
         for rows in self.rows.chunks(ROWS) {
-            let logprobs = completion_logprobs(model, adapter.as_ref(), rows, budget, 1.0)?;
+            let logprobs = completion_logprobs(model, adapter.as_deref(), rows, budget, 1.0)?;
             for (row, logprobs) in rows.iter().zip(logprobs) {
                 scored(Scored::new(row.branches[0].ids.clone(), &logprobs, tokenizer))?;
             }

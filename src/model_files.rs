@@ -99,7 +99,7 @@ impl ModelFiles {
     /// # Errors
     /// As [`ModelFiles::adapter`] and [`ModelFiles::load`].
     pub fn policy(self, adapter: Option<&Path>, device: &Device, observer: Observer) -> Result<Policy> {
-        let (adapter, tokenizer) = (self.adapter(adapter, device)?, self.tokenizer.clone());
+        let (adapter, tokenizer) = (self.adapter(adapter, device)?.map(Arc::new), self.tokenizer.clone());
         Ok(Policy { model: self.load(device, observer)?, tokenizer, adapter })
     }
 
@@ -122,7 +122,7 @@ pub struct Policy {
     /// Its tokenizer and chat template.
     pub tokenizer: Arc<Tokenizer>,
     /// What was trained.
-    pub adapter: Option<Adapter>,
+    pub adapter: Option<Arc<Adapter>>,
 }
 
 /// The model and its tokenizer from a source string.

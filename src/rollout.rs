@@ -11,9 +11,8 @@ use tracing::debug;
 
 use crate::event::{Event, Observer};
 use crate::learner::tree::{Branch, Signal, Tree};
-use crate::policy::Adapter;
 use crate::run::Row;
-use crate::sampler::{Generation, Request, Sampler, Settings};
+use crate::sampler::{Generation, Interrupted, PolicyFeed, Request, Sampler, Settings};
 use crate::scorers::{Ended, Scorers, Scoring, no_panic};
 use crate::selection::{Choice, Source};
 use crate::tokenizer::Tokenizer;
@@ -59,8 +58,6 @@ pub struct Group {
     pub labels: Vec<(&'static str, String)>,
     /// Tokens of the rendered prompt.
     pub prompt_ids: Vec<u32>,
-    /// Optimizer steps in the adapter that sampled it.
-    pub version: u64,
     /// The rollouts in order.
     pub rollouts: Vec<Rollout>,
 }
@@ -83,11 +80,6 @@ pub struct Collected {
     pub score: Duration,
 }
 
-/// Somebody wanted to stop before all completions were there.
-#[derive(Clone, Copy, Debug, thiserror::Error)]
-#[error("interrupted")]
-pub struct Interrupted;
-
 /// What rollouts are made with.
 pub struct Collector<'a> {
     /// Where the tasks come from.
@@ -100,8 +92,6 @@ pub struct Collector<'a> {
     pub patience: Duration,
     /// What the completions are called where progress is shown.
     pub what: &'a str,
-    /// Asked as completions end: whether nobody wants the rest any more.
-    pub stop: &'a (dyn Fn() -> bool + Sync),
 }
 
 impl Collector<'_> {
@@ -115,11 +105,11 @@ impl Collector<'_> {
         choices: &[Choice],
         rollouts: usize,
         sampler: &mut dyn Sampler,
-        adapter: Option<&Adapter>,
+        policy: &dyn PolicyFeed,
         settings: &Settings,
     ) -> Result<Collected> {
         let started = Instant::now();
-        let mut groups = choices.iter().map(|&choice| self.group(choice, adapter)).collect::<Result<Vec<_>>>()?;
+        let mut groups = choices.iter().map(|&choice| self.group(choice)).collect::<Result<Vec<_>>>()?;
         let request = |group: &Group| Request {
             name: format!("task {}", group.task.id),
             prompt_ids: group.prompt_ids.clone(),
@@ -131,7 +121,7 @@ impl Collector<'_> {
             Scoring { name: name.clone(), environment: environment.clone(), index }
         });
         let mut scorers = Scorers::start(scoring.collect());
-        if let Err(error) = self.sample(&requests, choices, sampler, adapter, settings, &mut scorers) {
+        if let Err(error) = self.sample(&requests, choices, sampler, policy, settings, &mut scorers) {
             return Err(scorers.failure().unwrap_or(error));
         }
         let sample = started.elapsed();
@@ -147,7 +137,7 @@ impl Collector<'_> {
         Ok(Collected { groups, sample, score: started.elapsed() - sample })
     }
 
-    fn group(&self, (source, index): Choice, adapter: Option<&Adapter>) -> Result<Group> {
+    fn group(&self, (source, index): Choice) -> Result<Group> {
         let Source { name, environment, .. } = &self.sources[source];
         let task = no_panic(name, index, || environment.task(index))?;
         ensure!(
@@ -157,8 +147,7 @@ impl Collector<'_> {
         );
         let labels = no_panic(name, index, || environment.labels(index))?;
         let prompt_ids = self.tokenizer.prompt_ids(&task.prompt).with_context(|| format!("task {}", task.id))?;
-        let version = adapter.map_or(0, |adapter| adapter.version);
-        Ok(Group { environment: name.clone(), task, labels, prompt_ids, version, rollouts: Vec::new() })
+        Ok(Group { environment: name.clone(), task, labels, prompt_ids, rollouts: Vec::new() })
     }
 
     /// Runs the sampler and hands every completion to the scorers as it ends.
@@ -167,14 +156,14 @@ impl Collector<'_> {
         requests: &[Request],
         choices: &[Choice],
         sampler: &mut dyn Sampler,
-        adapter: Option<&Adapter>,
+        policy: &dyn PolicyFeed,
         settings: &Settings,
         scorers: &mut Scorers<Generation>,
     ) -> Result<()> {
         let total = requests.iter().map(|request| request.rollouts).sum();
         let mut done = 0;
         let mut waiting: Vec<Vec<Ended<Generation>>> = requests.iter().map(|_| Vec::new()).collect();
-        sampler.sample(requests, adapter, settings, &mut |generation| {
+        sampler.sample(requests, policy, settings, &mut |generation| {
             let group = generation.group;
             debug!(
                 request = requests[group].name,
@@ -183,7 +172,7 @@ impl Collector<'_> {
                 finish = ?generation.finish,
                 "completion ended"
             );
-            if (self.stop)() {
+            if policy.stopped() {
                 bail!(Interrupted);
             }
             let one = self.ended(generation, settings);

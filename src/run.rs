@@ -99,7 +99,7 @@ impl Row {
             schema: SCHEMA,
             split,
             step,
-            policy_version: group.version,
+            policy_version: rollout.generation.version,
             environment: group.environment.clone(),
             task: group.task.id.clone(),
             group: group_index,

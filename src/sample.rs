@@ -121,7 +121,7 @@ impl Sample {
         let mut ended: Vec<Vec<Generation>> = requests.iter().map(|_| Vec::new()).collect();
         let (mut next, mut done, total) = (0, 0, prompts.len() * samples);
         let mut sampler = LocalSampler::new(model.clone(), tokenizer.clone());
-        sampler.sample(&requests, adapter.as_ref(), settings, &mut |generation| {
+        sampler.sample(&requests, adapter, settings, &mut |generation| {
             ended[generation.group].push(generation);
             done += 1;
             observer(Event::Progress { what: "completions", done, total });

@@ -1,5 +1,6 @@
 //! The loop: sample, score, learn, record.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
@@ -11,10 +12,11 @@ use crate::event::{Event, Observer};
 use crate::given;
 use crate::heldout::HeldOut;
 use crate::learner::{StepDropout, StepShape, optimizer::learning_rate, portion::Portion};
+use crate::policy::Adapter;
 use crate::record::{self, StepRecord, Timing};
-use crate::rollout::{Collected, Collector, Group, Interrupted, SCORE_TIMEOUT, ScoreErrors, trees};
+use crate::rollout::{Collected, Collector, Group, SCORE_TIMEOUT, ScoreErrors, trees};
 use crate::run::{Row, RowSplit};
-use crate::sampler::Settings;
+use crate::sampler::{Interrupted, PolicyFeed, Settings};
 use crate::selection::{Choice, choose_tasks};
 use crate::setup::Run;
 
@@ -90,17 +92,10 @@ fn collect(run: &mut Run, chosen: &[Choice], step: u64, observer: Observer) -> R
     if sampled.is_empty() {
         return Ok(Collected::default());
     }
-    let adapter = learner.adapter().publish(step);
-    let collector = Collector {
-        sources: training,
-        tokenizer,
-        observer,
-        patience: SCORE_TIMEOUT,
-        what: "rollouts",
-        stop: &|| false,
-    };
+    let adapter = Some(Arc::new(learner.adapter().publish(step)));
+    let collector = Collector { sources: training, tokenizer, observer, patience: SCORE_TIMEOUT, what: "rollouts" };
     let settings = Settings::training(config, step);
-    let mut collected = collector.collect(&sampled, config.batch.group, &mut **sampler, Some(&adapter), &settings)?;
+    let mut collected = collector.collect(&sampled, config.batch.group, &mut **sampler, &adapter, &settings)?;
     for group in &mut collected.groups {
         let Some(advantages) = advantages(&group.rewards(), config.learner.advantage) else { continue };
         group.rollouts.iter_mut().zip(advantages).for_each(|(rollout, advantage)| rollout.advantage = advantage);
@@ -128,9 +123,9 @@ fn evaluate(
         return Ok(Outcome::Finished);
     }
     let started = Instant::now();
-    let adapter = learner.adapter().publish(step);
-    let held_out = HeldOut { config, samples: 1, sources: heldout, tokenizer, observer, stop };
-    let groups = match held_out.complete(&mut **sampler, Some(&adapter), step) {
+    let policy = Until { adapter: Arc::new(learner.adapter().publish(step)), stop };
+    let held_out = HeldOut { config, samples: 1, sources: heldout, tokenizer, observer };
+    let groups = match held_out.complete(&mut **sampler, &policy, step) {
         Err(error) if error.is::<Interrupted>() => return Ok(Outcome::Interrupted),
         groups => groups?,
     };
@@ -141,6 +136,22 @@ fn evaluate(
     folder.record_metrics(&record::evaluation_row(step, &rows, started.elapsed())?)?;
     observer(Event::Line(&record::evaluation_line(step, &rows)));
     Ok(Outcome::Finished)
+}
+
+/// One policy until somebody wants to stop.
+struct Until<'a> {
+    adapter: Arc<Adapter>,
+    stop: &'a (dyn Fn() -> bool + Sync),
+}
+
+impl PolicyFeed for Until<'_> {
+    fn newest(&self) -> Option<Arc<Adapter>> {
+        Some(self.adapter.clone())
+    }
+
+    fn stopped(&self) -> bool {
+        (self.stop)()
+    }
 }
 
 /// Whether something that is done every so many steps is done before this one; 0 is never.

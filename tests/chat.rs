@@ -27,7 +27,7 @@ fn a_conversation_goes_on_as_if_every_turn_were_the_first() {
     let Some(folder) = check::golden("tiny/llama") else { return };
     let model = Arc::new(Model::open(&folder, check::f32_kernel()).unwrap());
     let tokenizer = Arc::new(Tokenizer::from_folder(&folder).unwrap());
-    let (adapter, _) = adapter(&model, &folder.join("adapter_lora"));
+    let adapter = Arc::new(adapter(&model, &folder.join("adapter_lora")).0);
     let mut conversation = Conversation::new(model.clone(), tokenizer.clone());
     let mut sampler = LocalSampler::new(model, tokenizer);
     let mut said: Vec<u32> = (5..15).collect();
@@ -49,7 +49,7 @@ fn a_conversation_goes_on_as_if_every_turn_were_the_first() {
             want = Some(generation);
             Ok(())
         };
-        sampler.sample(&[request], Some(&adapter), &settings, &mut keep).unwrap();
+        sampler.sample(&[request], &Some(adapter.clone()), &settings, &mut keep).unwrap();
         let want = want.unwrap();
         assert_eq!((&got.ids, got.finish), (&want.ids, want.finish), "turn {turn}");
         let floats = |logprobs_t: &[f32]| logprobs_t.iter().copied().map(f64::from).collect::<Vec<_>>();

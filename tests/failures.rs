@@ -134,6 +134,7 @@ fn batch(errors: &[bool]) -> Vec<Row> {
         generation: Generation {
             group: 0,
             rollout: 0,
+            version: 0,
             ids: vec![5],
             behavior_t: vec![-1.0],
             untempered_t: vec![-1.0],
@@ -147,7 +148,7 @@ fn batch(errors: &[bool]) -> Vec<Row> {
     let task = Task { id: "toy/0".to_string(), prompt: Vec::new(), target: Target::Reward };
     let rollouts = errors.iter().map(rollout).collect();
     let (environment, prompt_ids) = ("toy".to_string(), vec![5]);
-    Row::all(RowSplit::Train, 0, &[Group { environment, task, labels: vec![], prompt_ids, version: 0, rollouts }])
+    Row::all(RowSplit::Train, 0, &[Group { environment, task, labels: vec![], prompt_ids, rollouts }])
 }
 
 fn no_score() -> Score {
@@ -246,17 +247,11 @@ fn broken_batch(panics: bool) -> String {
         let environment = Arc::new(Broken { panics });
         let sources = [Source::new("broken", 1.0, environment)];
         let patience = Duration::from_millis(200);
-        let collector = Collector {
-            sources: &sources,
-            tokenizer: &tokenizer,
-            observer: &|_| {},
-            patience,
-            what: "rollouts",
-            stop: &|| false,
-        };
+        let collector =
+            Collector { sources: &sources, tokenizer: &tokenizer, observer: &|_| {}, patience, what: "rollouts" };
         let mut sampler = LocalSampler::new(model, tokenizer.clone());
         let settings = Settings { max_tokens: 2, temperature: 1.0, stop: Vec::new(), seed: 0, step: 0 };
-        collector.collect(&[(0, 0)], 2, &mut sampler, None, &settings).unwrap_err().to_string()
+        collector.collect(&[(0, 0)], 2, &mut sampler, &None, &settings).unwrap_err().to_string()
     })
 }
 

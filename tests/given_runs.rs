@@ -118,7 +118,7 @@ fn logprob(folder: Option<&Path>, question: &str, text: &str) -> f64 {
     let prompt_ids = policy.tokenizer.prompt_ids(&[Message::user(question)]).unwrap();
     let branches = vec![Branch::demonstration(policy.tokenizer.encode(text).unwrap())];
     let tree = Tree { name: "one".into(), prompt_ids, branches };
-    completion_logprobs(&policy.model, policy.adapter.as_ref(), &[tree], 4096, 1.0).unwrap()[0].iter().sum()
+    completion_logprobs(&policy.model, policy.adapter.as_deref(), &[tree], 4096, 1.0).unwrap()[0].iter().sum()
 }
 
 /// Catches pairs that are taken the wrong way round, and a reference that is the policy itself.

@@ -14,8 +14,7 @@ use candor::config::Config;
 use candor::judge::Panel;
 use candor::judge::options::JudgeOptions;
 use candor::model_files::load_model;
-use candor::policy::Adapter;
-use candor::sampler::{Generation, Request, Sampler, Settings};
+use candor::sampler::{Generation, PolicyFeed, Request, Sampler, Settings};
 use candor::setup::{Options, Run};
 use candor::tokenizer::Tokenizer;
 use candor::train::train;
@@ -54,7 +53,7 @@ impl Sampler for Scripted {
     fn sample(
         &mut self,
         requests: &[Request],
-        _: Option<&Adapter>,
+        _: &dyn PolicyFeed,
         _: &Settings,
         finished: &mut dyn FnMut(Generation) -> Result<()>,
     ) -> Result<()> {
@@ -68,7 +67,7 @@ impl Sampler for Scripted {
             let ids = self.tokenizer.encode(&(self.says)(group, rollout))?;
             let logprobs = vec![-1.0; ids.len()];
             let (behavior_t, untempered_t) = (logprobs.clone(), logprobs);
-            finished(Generation { group, rollout, ids, behavior_t, untempered_t, finish: Finish::Stop })?;
+            finished(Generation { group, rollout, version: 0, ids, behavior_t, untempered_t, finish: Finish::Stop })?;
             while asked() == before && self.waits_for.is_some() {
                 ensure!(since.elapsed() < Duration::from_secs(20), "nobody is judging while sampling goes on");
                 thread::sleep(Duration::from_millis(1));

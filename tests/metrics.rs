@@ -102,6 +102,7 @@ fn rollout(reward: Option<f64>, advantage: Option<f64>, tokens: usize) -> Rollou
     let generation = Generation {
         group: 0,
         rollout: 0,
+        version: 0,
         ids: vec![5; tokens],
         behavior_t: vec![-1.0; tokens],
         untempered_t: vec![-1.0; tokens],
@@ -117,7 +118,7 @@ fn said(groups: &[(&str, Vec<Option<f64>>)]) -> Value {
         let given = advantages(rewards, AdvantageKind::Centered).unwrap_or(vec![None; rewards.len()]);
         let task = Task { id: "toy/0".into(), prompt: Vec::new(), target: Target::Reward };
         let rollouts = rewards.iter().zip(given).map(|(reward, advantage)| rollout(*reward, advantage, 12)).collect();
-        Group { environment: environment.to_string(), task, labels: vec![], prompt_ids: vec![5], version: 0, rollouts }
+        Group { environment: environment.to_string(), task, labels: vec![], prompt_ids: vec![5], rollouts }
     };
     let groups: Vec<Group> = groups.iter().map(group).collect();
     let rows = Row::all(RowSplit::Train, 0, &groups);

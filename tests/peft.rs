@@ -119,7 +119,7 @@ fn sampled(run: &mut Run) -> (Vec<Tree>, Vec<Vec<f64>>) {
     let adapter = run.learner.adapter().publish(0);
     let requests = [request.clone()];
     run.sampler
-        .sample(&requests, Some(&adapter), &settings, &mut |one| {
+        .sample(&requests, &Some(adapter.into()), &settings, &mut |one| {
             behavior.push(one.behavior_t.iter().copied().map(f64::from).collect());
             branches.push(Branch::demonstration(one.ids));
             Ok(())

@@ -53,7 +53,7 @@ fn assert_continues(
     let mut sampler = LocalSampler::new(model.clone(), tokenizer.clone());
     let mut compared = 0;
     sampler
-        .sample(&requests, None, &settings, &mut |generation| {
+        .sample(&requests, &None, &settings, &mut |generation| {
             let row = &rows[generation.group];
             let (want, margins) = (ids(&row["ids"]), check::floats(&row[margins]));
             let sure = margins.iter().position(|margin| *margin <= sure).unwrap_or(want.len());

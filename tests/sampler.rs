@@ -5,6 +5,7 @@ use std::collections::BTreeSet;
 use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use anyhow::{Result, bail};
 use candor::learner::completion_logprobs;
@@ -14,7 +15,7 @@ use candor::ops::kernel::Kernel;
 use candor::ops::keys::BLOCK;
 use candor::policy::Adapter;
 use candor::sampler::local::LocalSampler;
-use candor::sampler::{Generation, Request, Sampler, Settings};
+use candor::sampler::{Generation, Interrupted, PolicyFeed, Request, Sampler, Settings};
 use candor::tokenizer::Tokenizer;
 use candor_environments::Finish;
 use proptest::prelude::*;
@@ -67,7 +68,7 @@ pub fn sample(
         all.push(generation);
         Ok(())
     };
-    sampler.sample(requests, adapter, settings, &mut keep).unwrap();
+    sampler.sample(requests, &adapter.cloned().map(Arc::new), settings, &mut keep).unwrap();
     all.sort_by_key(|generation| (generation.group, generation.rollout));
     all
 }
@@ -271,11 +272,91 @@ fn an_error_of_the_callback_ends_the_sampling_and_nothing_else() {
         calls += 1;
         if calls == 2 { bail!("the disk is full") } else { Ok(()) }
     };
-    let error = sampler.sample(&requests, None, &settings(8, 1.0), &mut fail).unwrap_err();
+    let error = sampler.sample(&requests, &None, &settings(8, 1.0), &mut fail).unwrap_err();
     assert_eq!((error.to_string().as_str(), calls), ("the disk is full", 2));
     let after = sample(&mut sampler, &requests, None, &settings(8, 1.0));
     assert_complete(&after, &requests);
     after.iter().zip(&want).for_each(|(after, want)| assert_same("after the error", check::f32_kernel(), after, want));
+}
+
+/// Publishes another version whenever it is asked for the newest, and wants to stop at the `stops_at`th question whether to.
+struct Changing {
+    versions: Vec<Arc<Adapter>>,
+    admitted: AtomicUsize,
+    asked: AtomicUsize,
+    stops_at: usize,
+}
+
+impl Changing {
+    /// The adapter several times as strong, then twice, three times as strong.
+    fn new(adapter: &Adapter, versions: u64, stops_at: usize) -> Self {
+        let scaled = |version: u64| {
+            let mut scaled = adapter.publish(version);
+            let tensors = adapter.tensors().into_iter().map(|(_, tensor)| (tensor * (0.5 * version as f64)).unwrap());
+            scaled.replace(tensors.collect());
+            Arc::new(scaled)
+        };
+        let (admitted, asked) = Default::default();
+        Self { versions: (1..=versions).map(scaled).collect(), admitted, asked, stops_at }
+    }
+}
+
+impl PolicyFeed for Changing {
+    fn newest(&self) -> Option<Arc<Adapter>> {
+        Some(self.versions[self.admitted.fetch_add(1, Ordering::Relaxed) % self.versions.len()].clone())
+    }
+
+    fn stopped(&self) -> bool {
+        self.asked.fetch_add(1, Ordering::Relaxed) >= self.stops_at
+    }
+}
+
+/// Catches rows of one call that see another group's adapter, a group that changes its policy on the way, and a version that is
+/// not the one that sampled.
+#[test]
+fn a_group_keeps_the_version_that_was_the_newest_when_it_was_admitted() {
+    let Some(folder) = check::golden("tiny/llama") else { return };
+    for kernel in check::kernels() {
+        let Tiny { model, mut sampler, adapter, .. } = open(&folder, kernel);
+        let policy = Changing::new(&adapter, 3, usize::MAX);
+        // About four of these groups have room at once, so the others come in as completions end.
+        let requests: Vec<Request> = (0..9).map(|group| request(group, 5 + group, 40)).collect();
+        let mut generations = Vec::new();
+        let mut keep = |generation| {
+            generations.push(generation);
+            Ok(())
+        };
+        sampler.sample(&requests, &policy, &settings(90, 1.5), &mut keep).unwrap();
+        generations.sort_by_key(|generation| (generation.group, generation.rollout));
+        assert_complete(&generations, &requests);
+        for (group, request) in requests.iter().enumerate() {
+            let of_group: Vec<&Generation> = generations.iter().filter(|one| one.group == group).collect();
+            let adapter = &policy.versions[group % 3];
+            assert!(of_group.iter().all(|one| one.version == adapter.version), "group {group}");
+            let branches = of_group.iter().map(|one| Branch::demonstration(one.ids.clone())).collect();
+            let tree = Tree { name: request.name.clone(), prompt_ids: request.prompt_ids.clone(), branches };
+            let learner = completion_logprobs(&model, Some(adapter), &[tree], 8192, 1.5).unwrap();
+            for (one, learner) in of_group.iter().zip(&learner) {
+                let tolerance = if kernel.row_invariant() { 0.0 } else { 1e-4 };
+                check::all_close(&format!("{kernel:?}"), &floats(&one.behavior_t), learner, tolerance);
+            }
+        }
+    }
+}
+
+/// Catches a sampler that goes on to the end of its completions, or that is of no use afterwards.
+#[test]
+fn a_sampler_stops_at_the_next_token_and_can_be_asked_again() {
+    let Some(Tiny { mut sampler, adapter, .. }) = tiny() else { return };
+    let requests = [request(0, 9, 3), request(1, 5, 3)];
+    for stops_at in [0, 1, 5] {
+        let policy = Changing::new(&adapter, 1, stops_at);
+        let mut never = |_| -> Result<()> { panic!("no completion is so short") };
+        let error = sampler.sample(&requests, &policy, &settings(50, 0.01), &mut never).unwrap_err();
+        assert!(error.is::<Interrupted>(), "{error:#}");
+        assert_eq!(policy.asked.into_inner(), stops_at + 1);
+    }
+    assert_complete(&sample(&mut sampler, &requests, None, &settings(8, 1.0)), &requests);
 }
 
 #[test]
@@ -284,7 +365,7 @@ fn requests_that_cannot_be_sampled_are_named() {
     let context = model.architecture.context;
     let mut error = |bad: Request| {
         let mut never = |_| -> Result<()> { panic!("nothing was to be sampled") };
-        sampler.sample(&[request(0, 9, 1), bad], None, &settings(8, 1.0), &mut never).unwrap_err().to_string()
+        sampler.sample(&[request(0, 9, 1), bad], &None, &settings(8, 1.0), &mut never).unwrap_err().to_string()
     };
     let message = error(request(1, context - 7, 1));
     assert!(message.contains("group 1") && message.contains(&context.to_string()), "{message}");

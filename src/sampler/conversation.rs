@@ -6,7 +6,7 @@ use std::sync::Arc;
 use anyhow::{Context, Result, ensure};
 
 use super::rows::Rows;
-use super::{Generation, Settings};
+use super::{Generation, Settings, version};
 use crate::model::{KeyValueStore, Model};
 use crate::policy::Adapter;
 use crate::tokenizer::Tokenizer;
@@ -34,7 +34,7 @@ impl Conversation {
     pub fn answer(
         &mut self,
         prompt_ids: &[u32],
-        adapter: Option<&Adapter>,
+        adapter: Option<&Arc<Adapter>>,
         settings: &Settings,
         chosen: &mut dyn FnMut(&[u32]) -> Result<()>,
     ) -> Result<Generation> {
@@ -50,10 +50,10 @@ impl Conversation {
         let (mut ids, mut behavior_t, mut untempered_t) = (Vec::new(), Vec::new(), Vec::new());
         loop {
             let mut rows = Rows::default();
-            rows.push(&next, 0..0, 0..self.stored.len() + next.len());
+            rows.push(&next, 0..0, 0..self.stored.len() + next.len(), adapter);
             rows.predicting.push(next.len() as u32 - 1);
             let choices = [settings.choice(0, 0, ids.len())];
-            let one = rows.next_tokens(&self.model, store, adapter, &choices, settings)?;
+            let one = rows.next_tokens(&self.model, store, &choices, settings)?;
             let one = one.first().context("one token was asked for")?;
             self.stored.append(&mut next);
             next.push(one.token);
@@ -62,7 +62,8 @@ impl Conversation {
             untempered_t.push(one.untempered);
             chosen(&ids)?;
             if let Some(finish) = settings.finish(&ids, &self.tokenizer) {
-                return Ok(Generation { group: 0, rollout: 0, ids, behavior_t, untempered_t, finish });
+                let version = version(adapter);
+                return Ok(Generation { group: 0, rollout: 0, version, ids, behavior_t, untempered_t, finish });
             }
         }
     }

@@ -6,10 +6,10 @@ use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::Arc;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 
 use super::rows::Rows;
-use super::{Generation, Request, Sampler, Settings};
+use super::{Generation, Interrupted, PolicyFeed, Request, Sampler, Settings, version};
 use crate::model::{KeyValueStore, Model};
 use crate::ops::buffer;
 use crate::ops::head::Choice;
@@ -34,6 +34,8 @@ pub struct LocalSampler {
 struct Branch {
     group: usize,
     rollout: usize,
+    /// What its group was admitted with.
+    adapter: Option<Arc<Adapter>>,
     /// Rows of the store that hold the prompt, and those reserved for this completion.
     prompt: Range<usize>,
     own: Range<usize>,
@@ -49,7 +51,12 @@ impl Rows {
         for branch in &branches[..running] {
             self.predicting.push(self.ids.len() as u32);
             let last = branch.ids.last().context("a running branch has a token")?;
-            self.push(&[*last], branch.prompt.clone(), branch.own.start..branch.own.start + branch.ids.len());
+            self.push(
+                &[*last],
+                branch.prompt.clone(),
+                branch.own.start..branch.own.start + branch.ids.len(),
+                branch.adapter.as_ref(),
+            );
         }
         for branch in &branches[running..] {
             let prompt = self.spans.iter().find(|span| span.own == branch.prompt);
@@ -116,11 +123,12 @@ pub fn forward_rows(prompt_tokens: &[usize], rollouts: usize) -> usize {
     prompts.max(prompt_tokens.iter().copied().max().unwrap_or(0)) + prompt_tokens.len() * rollouts
 }
 
-/// Admits waiting groups while their rows fit: their prompts become rows of the next call, their completions branches.
+/// Admits waiting groups while their rows fit: their prompts become rows of the next call, their completions branches of the
+/// policy that is the newest now.
 fn admit(
     waiting: &mut VecDeque<usize>,
     requests: &[Request],
-    settings: &Settings,
+    (policy, settings): (&dyn PolicyFeed, &Settings),
     store: &mut KeyValueStore,
     rows: &mut Rows,
     branches: &mut Vec<Branch>,
@@ -133,12 +141,14 @@ fn admit(
         let Some(taken) = store.take(group_rows(request.prompt_ids.len(), request.rollouts, settings)) else { return };
         waiting.pop_front();
         let prompt = taken.start..taken.start + request.prompt_ids.len();
-        rows.push(&request.prompt_ids, 0..0, prompt.clone());
+        let adapter = policy.newest();
+        rows.push(&request.prompt_ids, 0..0, prompt.clone(), adapter.as_ref());
         branches.extend((0..request.rollouts).map(|rollout| {
             let start = padded(prompt.end) + rollout * padded(settings.max_tokens);
             let own = start..start + settings.max_tokens;
             let (ids, behavior_t, untempered_t) = (Vec::new(), Vec::new(), Vec::new());
-            Branch { group, rollout, prompt: prompt.clone(), own, ids, behavior_t, untempered_t }
+            let (adapter, prompt) = (adapter.clone(), prompt.clone());
+            Branch { group, rollout, adapter, prompt, own, ids, behavior_t, untempered_t }
         }));
     }
 }
@@ -147,7 +157,7 @@ impl Sampler for LocalSampler {
     fn sample(
         &mut self,
         requests: &[Request],
-        adapter: Option<&Adapter>,
+        policy: &dyn PolicyFeed,
         settings: &Settings,
         finished: &mut dyn FnMut(Generation) -> Result<()>,
     ) -> Result<()> {
@@ -157,13 +167,19 @@ impl Sampler for LocalSampler {
         let mut unfinished: Vec<usize> = requests.iter().map(|request| request.rollouts).collect();
         let mut branches: Vec<Branch> = Vec::new();
         while !waiting.is_empty() || !branches.is_empty() {
+            if policy.stopped() {
+                bail!(Interrupted);
+            }
             let mut rows = Rows::default();
             let running = branches.len();
-            admit(&mut waiting, requests, settings, &mut store, &mut rows, &mut branches);
+            admit(&mut waiting, requests, (policy, settings), &mut store, &mut rows, &mut branches);
+            if let (true, Some(&group)) = (branches.is_empty(), waiting.front()) {
+                bail!("{}: there is no room for its completions, though nothing else is sampled", requests[group].name);
+            }
             rows.predict(&branches, running)?;
             let choice = |branch: &Branch| settings.choice(branch.group, branch.rollout, branch.ids.len());
             let choices: Vec<Choice> = branches.iter().map(choice).collect();
-            let chosen = rows.next_tokens(&self.model, &mut store, adapter, &choices, settings)?;
+            let chosen = rows.next_tokens(&self.model, &mut store, &choices, settings)?;
             let mut still = Vec::with_capacity(branches.len());
             for (mut branch, chosen) in branches.into_iter().zip(chosen) {
                 branch.ids.push(chosen.token);
@@ -173,13 +189,14 @@ impl Sampler for LocalSampler {
                     still.push(branch);
                     continue;
                 };
-                let Branch { group, rollout, prompt, own, ids, behavior_t, untempered_t } = branch;
+                let Branch { group, rollout, adapter, prompt, own, ids, behavior_t, untempered_t } = branch;
                 store.give(own);
                 unfinished[group] -= 1;
                 if unfinished[group] == 0 {
                     store.give(prompt);
                 }
-                finished(Generation { group, rollout, ids, behavior_t, untempered_t, finish })?;
+                let version = version(adapter.as_ref());
+                finished(Generation { group, rollout, version, ids, behavior_t, untempered_t, finish })?;
             }
             branches = still;
         }

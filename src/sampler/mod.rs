@@ -14,6 +14,7 @@ mod rows;
 pub mod standing;
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use anyhow::Result;
 use candor_environments::{Completion, Finish};
@@ -95,6 +96,8 @@ pub struct Generation {
     pub group: usize,
     /// Index within the request.
     pub rollout: usize,
+    /// Optimizer steps in the adapter that sampled it; 0 for the base model.
+    pub version: u64,
     /// Its tokens, the end token included if there is one.
     pub ids: Vec<u32>,
     /// Log-probability of each under the full softmax at the sampling temperature.
@@ -137,16 +140,49 @@ pub fn answer_confidence(ids: &[u32], logprobs_t: &[f64], bytes: Range<usize>, t
     token_confidence(&answer.collect::<Vec<_>>())
 }
 
+/// Nobody wants what is being done any more.
+#[derive(Clone, Copy, Debug, thiserror::Error)]
+#[error("interrupted")]
+pub struct Interrupted;
+
+/// Where a sampler gets its policy while it works.
+pub trait PolicyFeed: Sync {
+    /// The newest adapter that is published; `None` is the base model.
+    fn newest(&self) -> Option<Arc<Adapter>>;
+
+    /// Whether nobody wants the rest of the completions any more.
+    fn stopped(&self) -> bool;
+}
+
+/// One policy for all, whose completions are wanted to the last.
+impl PolicyFeed for Option<Arc<Adapter>> {
+    fn newest(&self) -> Option<Arc<Adapter>> {
+        self.clone()
+    }
+
+    fn stopped(&self) -> bool {
+        false
+    }
+}
+
+/// Optimizer steps in an adapter; 0 for the base model.
+pub fn version(adapter: Option<&Arc<Adapter>>) -> u64 {
+    adapter.map_or(0, |adapter| adapter.version)
+}
+
 /// What continues prompts.
 pub trait Sampler: Send {
-    /// Continues every request with the base model plus `adapter`, and calls `finished` for each completion as it ends.
+    /// Continues every request with the base model plus an adapter, and calls `finished` for each completion as it ends. A
+    /// request is admitted with the adapter that is the newest then, and keeps it for all of its completions. Whether to stop is
+    /// asked before every forward call and during every wait.
     ///
     /// # Errors
-    /// If a prompt leaves no room for a completion, the device fails, or `finished` fails: that error is passed on.
+    /// [`Interrupted`] when it is to stop; or if a prompt leaves no room for a completion, the device fails, or `finished`
+    /// fails: that error is passed on.
     fn sample(
         &mut self,
         requests: &[Request],
-        adapter: Option<&Adapter>,
+        policy: &dyn PolicyFeed,
         settings: &Settings,
         finished: &mut dyn FnMut(Generation) -> Result<()>,
     ) -> Result<()>;

@@ -1,10 +1,11 @@
 //! One forward call of a sampler: the last tokens of sequences whose keys and values are stored, and what comes next.
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use anyhow::Result;
 
-use super::Settings;
+use super::{Settings, version};
 use crate::model::{Call, KeyValueStore, Model};
 use crate::ops::attention::Span;
 use crate::ops::head::{Choice, Chosen, choose};
@@ -19,14 +20,23 @@ pub(super) struct Rows {
     positions: Vec<usize>,
     pub spans: Vec<Span>,
     stores: Vec<Store>,
+    /// Which adapter applies to which rows; neighbors with the same version are one range.
+    adapters: Vec<(Range<usize>, Option<Arc<Adapter>>)>,
     pub predicting: Vec<u32>,
 }
 
 impl Rows {
     /// Adds consecutive tokens of one sequence: its context is `prefix`, then `own`, whose last rows are these tokens.
-    pub fn push(&mut self, ids: &[u32], prefix: Range<usize>, own: Range<usize>) {
+    pub fn push(&mut self, ids: &[u32], prefix: Range<usize>, own: Range<usize>, adapter: Option<&Arc<Adapter>>) {
         let rows = self.ids.len()..self.ids.len() + ids.len();
         let end = prefix.len() + own.len();
+        let same = |last: &Option<Arc<Adapter>>| {
+            last.is_some() == adapter.is_some() && version(last.as_ref()) == version(adapter)
+        };
+        match self.adapters.last_mut().filter(|(_, last)| same(last)) {
+            Some((range, _)) => range.end = rows.end,
+            None => self.adapters.push((rows.clone(), adapter.cloned())),
+        }
         self.positions.extend(end - ids.len()..end);
         self.stores.push(Store { from: rows.clone(), to: own.end - ids.len() });
         self.spans.push(Span { queries: rows, prefix, own });
@@ -38,16 +48,17 @@ impl Rows {
         &self,
         model: &Model,
         store: &mut KeyValueStore,
-        adapter: Option<&Adapter>,
         choices: &[Choice],
         settings: &Settings,
     ) -> Result<Vec<Chosen>> {
+        let adapters = self.adapters.iter().map(|(range, adapter)| (range.clone(), adapter.as_deref()));
+        let adapters: Vec<(Range<usize>, Option<&Adapter>)> = adapters.collect();
         let call = Call {
             ids: &self.ids,
             positions: &self.positions,
             spans: &self.spans,
             stores: &self.stores,
-            adapters: &[(0..self.ids.len(), adapter)],
+            adapters: &adapters,
         };
         let temperature = if settings.temperature == 0.0 { 1.0 } else { settings.temperature };
         on_the_pool(|| {
