@@ -21,6 +21,7 @@
 //! * [`objective`]: log-probabilities become a loss and its derivative, in plain floats
 //! * [`learner`]: trees of completions become one optimizer step
 //! * [`sampler`]: prompts become completions
+//! * [`probe`]: whether servers that sample have the model that is trained
 //! * [`policy`]: the adapter
 //! * [`model`]: the frozen decoder, described by data
 //! * [`ops`]: fused operations with exact backward
@@ -69,6 +70,7 @@ pub mod plan;
 pub mod policy;
 pub mod prepare;
 pub mod printable;
+pub mod probe;
 pub mod prompts;
 pub mod random;
 pub mod record;

@@ -7,7 +7,7 @@ use std::fmt;
 
 use anyhow::Result;
 
-use crate::config::{Config, Reference};
+use crate::config::{Config, Reference, SamplerKind};
 use crate::given;
 use crate::inputs::Inputs;
 use crate::learner::kept_layers;
@@ -92,12 +92,12 @@ impl Plan {
         let mut prompt_tokens = Vec::new();
         for step in 0..looked_at(config, inputs.steps) {
             let shapes = shapes(training, &choose_tasks(training, config.batch.prompts, config.seed, step))?;
-            work.sample(&shapes, config.batch.group, &Settings::training(config, step));
+            work.sample(&shapes, config.batch.group, &Settings::training(config, step), config.sampling.kind);
             work.learn(&shapes, config);
             prompt_tokens.extend(shapes.iter().map(|shape| shape.prompt));
         }
         let held_out = choose_heldout(heldout, config.evaluation.tasks, config.seed);
-        work.sample(&shapes(heldout, &held_out)?, 1, &Settings::evaluation(config, 0));
+        work.sample(&shapes(heldout, &held_out)?, 1, &Settings::evaluation(config, 0), config.sampling.kind);
         let memory = work.memory(config, inputs, program)?;
         Ok(Self { derived: derived(config, inputs, &prompt_tokens, held_out.len())?, memory })
     }
@@ -137,7 +137,11 @@ struct Work {
 }
 
 impl Work {
-    fn sample(&mut self, shapes: &[Shape], rollouts: usize, settings: &Settings) {
+    /// Sampling takes memory where it is done here.
+    fn sample(&mut self, shapes: &[Shape], rollouts: usize, settings: &Settings, kind: SamplerKind) {
+        if kind != SamplerKind::Local {
+            return;
+        }
         let prompts: Vec<usize> =
             shapes.iter().filter(|shape| shape.given.is_empty()).map(|shape| shape.prompt).collect();
         let groups = prompts.iter().map(|&prompt| group_rows(prompt, rollouts, settings));
@@ -246,6 +250,7 @@ fn derived(config: &Config, inputs: &Inputs, prompt_tokens: &[usize], held_out: 
         format!("in all: {steps} steps{sampled_in_all}"),
     ];
     lines.splice(0..0, first);
+    lines.extend(sampling.endpoints.iter().map(|endpoint| format!("sampled by {endpoint}")));
     let between = (1..steps).filter(|&step| is_due(evaluation.every, step)).count();
     lines.push(match held_out {
         0 => "evaluations: none".to_string(),

@@ -47,8 +47,10 @@ pub fn servers(
             let Request { name, prompt_ids, .. } = request.clone();
             let rows = prompt_ids.len() + sampled.ids.len();
             let tree = Tree { name, prompt_ids, branches: vec![Branch::demonstration(sampled.ids)] };
-            let here = completion_logprobs(model, None, &[tree], rows, 1.0)?.pop().context("one completion was given")?;
-            let differences = sampled.logprobs_t.iter().zip(&here).map(|(there, here)| (f64::from(*there) - here).abs());
+            let here =
+                completion_logprobs(model, None, &[tree], rows, 1.0)?.pop().context("one completion was given")?;
+            let differences =
+                sampled.logprobs_t.iter().zip(&here).map(|(there, here)| (f64::from(*there) - here).abs());
             let mean = differences.sum::<f64>() / here.len() as f64;
             ensure!(
                 mean <= SAME_MODEL,

@@ -311,6 +311,13 @@ impl Endpoint {
     }
 }
 
+impl fmt::Display for Endpoint {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        let Self { base_url, model, concurrency, adapter_dir, .. } = self;
+        write!(f, "{model} at {base_url}, {concurrency} requests at once, adapters in {adapter_dir}")
+    }
+}
+
 /// `[learner]`: the objective and the optimizer (AdamW).
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]

@@ -6,10 +6,10 @@ use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::Arc;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, bail};
 
 use super::rows::Rows;
-use super::{Generation, Interrupted, PolicyFeed, Request, Sampler, Settings, version};
+use super::{Generation, Interrupted, PolicyFeed, Request, Sampler, Settings, check, version};
 use crate::model::{KeyValueStore, Model};
 use crate::ops::buffer;
 use crate::ops::head::Choice;
@@ -85,21 +85,6 @@ impl LocalSampler {
             None => KeyValueStore::new(&self.model.architecture, rows, self.model.kernel),
         }
     }
-
-    /// Refuses what could not be sampled, before anything is.
-    fn check(&self, requests: &[Request], settings: &Settings) -> Result<()> {
-        for request in requests {
-            let (name, prompt, context) = (&request.name, request.prompt_ids.len(), self.model.architecture.context);
-            ensure!(prompt > 0, "{name}: the prompt has no tokens");
-            ensure!(request.rollouts > 0, "{name}: no completion is asked for");
-            ensure!(
-                prompt + settings.max_tokens <= context,
-                "{name}: a prompt of {prompt} tokens leaves no room for {}, the model's context is {context}",
-                settings.max_tokens
-            );
-        }
-        Ok(())
-    }
 }
 
 /// Rows of the store that a whole group needs: prompt and completions start with a block each.
@@ -161,7 +146,7 @@ impl Sampler for LocalSampler {
         settings: &Settings,
         finished: &mut dyn FnMut(Generation) -> Result<()>,
     ) -> Result<()> {
-        self.check(requests, settings)?;
+        check(requests, self.model.architecture.context, settings)?;
         let mut store = self.prepare_store(requests, settings);
         let mut waiting: VecDeque<usize> = (0..requests.len()).collect();
         let mut unfinished: Vec<usize> = requests.iter().map(|request| request.rollouts).collect();

@@ -10,13 +10,14 @@ pub mod conversation;
 pub mod endpoint;
 pub mod local;
 pub mod publication;
+pub mod remote;
 mod rows;
 pub mod standing;
 
 use std::ops::Range;
 use std::sync::Arc;
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use candor_environments::{Completion, Finish};
 
 use crate::config::{Config, Evaluation, Sampling};
@@ -35,6 +36,20 @@ pub struct Request {
     pub prompt_ids: Vec<u32>,
     /// Completions to sample.
     pub rollouts: usize,
+}
+
+/// Refuses what a model with this context could not continue, before anything is.
+fn check(requests: &[Request], context: usize, settings: &Settings) -> Result<()> {
+    for Request { name, prompt_ids, rollouts } in requests {
+        let (prompt, longest) = (prompt_ids.len(), settings.max_tokens);
+        ensure!(prompt > 0, "{name}: the prompt has no tokens");
+        ensure!(*rollouts > 0, "{name}: no completion is asked for");
+        ensure!(
+            prompt + longest <= context,
+            "{name}: a prompt of {prompt} tokens leaves no room for {longest}, the model's context is {context}"
+        );
+    }
+    Ok(())
 }
 
 /// How completions are sampled.

@@ -16,7 +16,7 @@ use super::completions::{Asked, Sampled};
 use super::endpoint::Endpoint;
 use super::publication::Publication;
 use super::standing::Standing;
-use super::{Generation, Interrupted, PolicyFeed, Request, Sampler, Settings};
+use super::{Generation, Interrupted, PolicyFeed, Request, Sampler, Settings, check};
 use crate::client::CallError;
 use crate::config::Config;
 use crate::event::{Event, Observer};
@@ -91,9 +91,9 @@ impl RemoteSampler {
         observer: Observer,
     ) -> Result<Self> {
         let open = |(index, table)| {
-            Endpoint::new(table, variable).map(Arc::new).map_err(|problem| {
-                config.locate(problem.within(&format!("sampling.endpoints.{index}")))
-            })
+            Endpoint::new(table, variable)
+                .map(Arc::new)
+                .map_err(|problem| config.locate(problem.within(&format!("sampling.endpoints.{index}"))))
         };
         let endpoints: Vec<_> = config.sampling.endpoints.iter().enumerate().map(open).collect::<Result<_>>()?;
         endpoints.iter().try_for_each(|endpoint| await_endpoint(endpoint, patience, observer))?;
@@ -114,11 +114,6 @@ impl RemoteSampler {
             Ok((endpoint.address.clone(), sampled.with_context(|| format!("the server at {}", endpoint.address))?))
         };
         self.endpoints.iter().map(probe).collect()
-    }
-
-    /// Refuses what could not be sampled, before anything is.
-    fn check(&self, requests: &[Request], settings: &Settings) -> Result<()> {
-        requests.iter().try_for_each(|request| request.check(self.limits.context, settings))
     }
 
     /// Publishes what a group is admitted with, and has everything older than `oldest` forgotten.
@@ -145,14 +140,14 @@ impl Sampler for RemoteSampler {
         settings: &Settings,
         finished: &mut dyn FnMut(Generation) -> Result<()>,
     ) -> Result<()> {
-        self.check(requests, settings)?;
+        check(requests, self.limits.context, settings)?;
         let call = Call {
             requests: requests.to_vec(),
             settings: settings.clone(),
             tokenizer: self.tokenizer.clone(),
             vocabulary: self.limits.vocabulary,
         };
-        let mut batch = Batch::new(call, &self.endpoints, self.patience);
+        let mut batch = Batch::new(call, self.endpoints.clone(), self.patience);
         let mut left: usize = requests.iter().map(|request| request.rollouts).sum();
         while left > 0 {
             if policy.stopped() {
@@ -185,14 +180,15 @@ impl Drop for RemoteSampler {
             }));
         }
         drop(done);
-        drop(all.recv_timeout(FAREWELL));
+        // Nothing is ever sent: this ends when all have dropped their ends.
+        let _ = all.recv_timeout(FAREWELL);
     }
 }
 
 /// A call's work, and how the endpoints stand.
-struct Batch<'a> {
+struct Batch {
     call: Arc<Call>,
-    endpoints: &'a [Arc<Endpoint>],
+    endpoints: Vec<Arc<Endpoint>>,
     standings: Vec<Standing>,
     patience: Patience,
     /// The first group that is not admitted yet.
@@ -207,8 +203,8 @@ struct Batch<'a> {
     heard: Instant,
 }
 
-impl<'a> Batch<'a> {
-    fn new(call: Call, endpoints: &'a [Arc<Endpoint>], patience: Patience) -> Self {
+impl Batch {
+    fn new(call: Call, endpoints: Vec<Arc<Endpoint>>, patience: Patience) -> Self {
         let (outcomes, arrived) = unbounded();
         let standings = endpoints.iter().map(|endpoint| Standing::new(endpoint.concurrency, patience)).collect();
         Self {
