@@ -144,7 +144,7 @@ const REFUSED: &[(&str, &str, &[&str])] = &[
     ("", "[sampling]\nstop = [\"\"]\n", &["sampling.stop"]),
     ("", "[sampling]\nkind = \"openai\"\n", &["small.toml:7: sampling.kind", "needs servers"]),
     ("", "[sampling]\nasync_level = 1\n", &["sampling.async_level: not in this version"]),
-    ("", "[[sampling.endpoints]]\nbase_url = \"b\"\nmodel = \"m\"\n", &["missing field `adapter_dir`"]),
+    ("", "[[sampling.endpoints]]\nbase_url = \"b\"\nmodel = \"m\"\n", &["sampling.endpoints.0.adapter_dir: is missing"]),
     ("", "[sampling]\ntop_p = 0.9\n", &["small.toml:7: sampling.top_p: "]),
     ("", "[learner]\nlearning_rate = inf\n", &["learner.learning_rate: inf must be finite"]),
     ("", "[learner]\nclip = [-0.1, 0.2]\n", &["small.toml:7: learner.clip: -0.1"]),
