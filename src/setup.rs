@@ -20,6 +20,7 @@ use crate::probe;
 use crate::run::RunFolder;
 use crate::sampler::Sampler;
 use crate::sampler::local::LocalSampler;
+use crate::sampler::parallel::ParallelSampler;
 use crate::selection::Source;
 use crate::tokenizer::Tokenizer;
 
@@ -73,9 +74,10 @@ impl Run {
         let model = model.load(&Device::Cpu, options.observer)?;
         let base = || Ok((model.clone(), tokenizer.clone()));
         judges.iter().try_for_each(|judge| judge.load(&base, options.observer))?;
-        let sampler: Box<dyn Sampler> = match config.sampling.kind {
-            SamplerKind::Local => Box::new(LocalSampler::new(model.clone(), tokenizer.clone())),
-            SamplerKind::Openai => {
+        let sampler: Box<dyn Sampler> = match (config.sampling.kind, config.sampling.samplers) {
+            (SamplerKind::Local, 1) => Box::new(LocalSampler::new(model.clone(), tokenizer.clone())),
+            (SamplerKind::Local, samplers) => Box::new(ParallelSampler::new(&model, &tokenizer, samplers)?),
+            (SamplerKind::Openai, _) => {
                 let sources: Vec<&Source> = training.iter().chain(&heldout).collect();
                 Box::new(probe::servers(&config, &model, &tokenizer, &sources, options.observer)?)
             }

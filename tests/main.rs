@@ -45,6 +45,7 @@ mod model;
 mod objective;
 mod objective_identities;
 mod ops;
+mod parallel;
 mod parsing;
 mod peft;
 mod posthoc;

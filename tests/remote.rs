@@ -50,7 +50,8 @@ fn adapter(tiny: &Tiny, version: u64) -> Arc<Adapter> {
     Arc::new(adapter.publish(version))
 }
 
-fn all(
+/// Samples, and sorts what was handed over by group and rollout.
+pub fn all(
     sampler: &mut dyn Sampler,
     requests: &[Request],
     policy: &dyn PolicyFeed,

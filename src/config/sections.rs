@@ -251,6 +251,9 @@ pub struct Sampling {
     pub logprobs: bool,
     /// How many optimizer steps the sampler may run ahead of the learner; 0: strictly on policy.
     pub async_level: usize,
+    /// `local`: samplers that work side by side, each with its share of the threads and of a step's groups. One is best where
+    /// all threads share a cache; with many cores, one for each memory node.
+    pub samplers: usize,
     /// The servers of `kind = "openai"`.
     pub endpoints: Vec<Endpoint>,
 }
@@ -265,6 +268,7 @@ impl Default for Sampling {
             stop,
             logprobs: false,
             async_level: 0,
+            samplers: 1,
             endpoints,
         }
     }

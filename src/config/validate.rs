@@ -49,6 +49,7 @@ impl Config {
             ("batch.group", self.batch.group as u64, 1),
             ("batch.micro_tokens", self.batch.micro_tokens as u64, 1),
             ("sampling.max_tokens", self.sampling.max_tokens as u64, 1),
+            ("sampling.samplers", self.sampling.samplers as u64, 1),
             ("learner.warmup_steps", self.learner.warmup_steps, 0),
             ("evaluation.every", self.evaluation.every, 0),
             ("evaluation.tasks", self.evaluation.tasks as u64, 0),
@@ -191,6 +192,9 @@ impl Config {
             }
             (SamplerKind::Openai, true) => {
                 return problem("sampling.kind", "\"openai\" needs servers; add a [[sampling.endpoints]]");
+            }
+            (SamplerKind::Openai, false) if self.sampling.samplers > 1 => {
+                return problem("sampling.samplers", "has no effect with kind = \"openai\"; remove it");
             }
             (SamplerKind::Openai, false) => {}
         }

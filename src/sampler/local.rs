@@ -28,6 +28,8 @@ pub struct LocalSampler {
     tokenizer: Arc<Tokenizer>,
     /// Kept between calls: fresh memory costs more than it should.
     store: Option<KeyValueStore>,
+    /// The first group that is sampled, and the distance to each next one.
+    part: (usize, usize),
 }
 
 /// A completion being sampled.
@@ -70,12 +72,19 @@ impl Rows {
 impl LocalSampler {
     /// A sampler over a loaded model.
     pub fn new(model: Arc<Model>, tokenizer: Arc<Tokenizer>) -> Self {
-        Self { model, tokenizer, store: None }
+        Self::of_part(model, tokenizer, 0, 1)
+    }
+
+    /// A sampler of every group whose index is `part` modulo `parts`.
+    pub(super) fn of_part(model: Arc<Model>, tokenizer: Arc<Tokenizer>, part: usize, parts: usize) -> Self {
+        Self { model, tokenizer, store: None, part: (part, parts) }
     }
 
     /// Makes sure that the store holds what the requests need, within the limit.
     fn prepare_store(&mut self, requests: &[Request], settings: &Settings) -> KeyValueStore {
-        let sizes = requests.iter().map(|request| group_rows(request.prompt_ids.len(), request.rollouts, settings));
+        let (first, distance) = self.part;
+        let own = requests.iter().skip(first).step_by(distance);
+        let sizes = own.map(|request| group_rows(request.prompt_ids.len(), request.rollouts, settings));
         let rows = stored_rows(sizes);
         match self.store.take().filter(|store| store.rows() >= rows) {
             Some(mut store) => {
@@ -148,7 +157,7 @@ impl Sampler for LocalSampler {
     ) -> Result<()> {
         check(requests, self.model.architecture.context, settings)?;
         let mut store = self.prepare_store(requests, settings);
-        let mut waiting: VecDeque<usize> = (0..requests.len()).collect();
+        let mut waiting: VecDeque<usize> = (self.part.0..requests.len()).step_by(self.part.1).collect();
         let mut unfinished: Vec<usize> = requests.iter().map(|request| request.rollouts).collect();
         let mut branches: Vec<Branch> = Vec::new();
         while !waiting.is_empty() || !branches.is_empty() {

@@ -1,6 +1,7 @@
 //! The sampler: prompts in, completions out, each handed over as soon as it ends.
 //!
 //! * [`local`]: continuous batching in this process, on the learner's own copy of the base weights
+//! * [`parallel`]: several of these side by side
 //! * [`conversation`]: one sequence that goes on turn by turn, each token handed over at once
 //! * [`remote`]: on servers, each one an [`endpoint`] with a [`standing`]; [`completions`] is what is said to them and believed
 //!   of them, [`publication`] how adapters reach them
@@ -9,6 +10,7 @@ pub mod completions;
 pub mod conversation;
 pub mod endpoint;
 pub mod local;
+pub mod parallel;
 pub mod publication;
 pub mod remote;
 mod rows;
