@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use crossbeam::channel::{Receiver, RecvTimeoutError, Sender, unbounded};
+use tracing::warn;
 
 use super::completions::{Asked, Sampled};
 use super::endpoint::Endpoint;
@@ -286,6 +287,9 @@ impl Batch {
         self.heard = Instant::now();
         match of {
             Of::Check(checked) => {
+                if let Err(error) = &checked {
+                    warn!("the server at {} is not there: {error}", self.endpoints[endpoint].address);
+                }
                 self.standings[endpoint].checked(checked.map_err(|error| error.to_string()));
                 Ok(None)
             }
@@ -319,6 +323,7 @@ impl Batch {
                     failures < self.patience.tries,
                     "{name}, rollout {rollout}: no completion after {failures} requests, the last to the server at {address}: {what}"
                 );
+                warn!("{name}, rollout {rollout}: the server at {address}: {what}");
                 self.standings[endpoint].failed(what, after);
                 self.waiting.push_back(job);
                 Ok(None)
