@@ -68,12 +68,22 @@ impl Client {
         Self { agent: agent.build().new_agent(), address, key, timeout }
     }
 
+    /// A path below the server's address; one that begins with a slash is below its host.
+    fn at(&self, path: &str) -> String {
+        let host_ends =
+            || self.address.split_once("://").and_then(|(scheme, rest)| Some(scheme.len() + 3 + rest.find('/')?));
+        match path.starts_with('/') {
+            true => format!("{}{path}", &self.address[..host_ends().unwrap_or(self.address.len())]),
+            false => format!("{}/{path}", self.address),
+        }
+    }
+
     /// Gets what is at a path, of at most `longest` bytes.
     ///
     /// # Errors
     /// As [`Client::post`].
     pub fn get(&self, path: &str, longest: u64) -> Result<Vec<u8>, CallError> {
-        let mut request = self.agent.get(format!("{}/{path}", self.address));
+        let mut request = self.agent.get(self.at(path));
         if let Some(key) = &self.key {
             request = request.header("authorization", key.authorization());
         }
@@ -85,8 +95,7 @@ impl Client {
     /// # Errors
     /// If there is no whole reply in time, or it is a refusal; the message never holds the key.
     pub fn post(&self, path: &str, body: &Value, longest: u64) -> Result<Vec<u8>, CallError> {
-        let mut request =
-            self.agent.post(format!("{}/{path}", self.address)).header("content-type", "application/json");
+        let mut request = self.agent.post(self.at(path)).header("content-type", "application/json");
         if let Some(key) = &self.key {
             request = request.header("authorization", key.authorization());
         }

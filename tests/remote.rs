@@ -106,6 +106,20 @@ fn a_server_samples_what_the_model_here_would() {
     assert!(drawn.iter().any(|one| one.finish == Finish::Length) && drawn.iter().all(|one| one.version == 0));
 }
 
+/// Catches what SGLang would not understand, as far as its source says: other calls for adapters, and their names as models.
+#[test]
+fn adapters_reach_a_server_that_is_sglang() {
+    let (tiny, folder) = (tiny(), tempdir().unwrap());
+    let policy = Some(adapter(&tiny, 2));
+    let want = expected(&tiny, &policy);
+    tiny.sglang.store(true, Ordering::SeqCst);
+    let server = honest(&tiny);
+    let mut sampler = open(&tiny, &[&server], folder.path(), "").unwrap();
+    assert!(all(&mut sampler, &requests(), &policy, &settings(12, 1.0)).unwrap() == want);
+    drop(sampler);
+    assert_eq!(tiny.log.lock().unwrap().len(), 4, "loaded and unloaded, here and for what was expected");
+}
+
 /// A policy that is another version each time it is asked for.
 struct Moving<'a> {
     tiny: &'a Tiny,

@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -31,12 +32,20 @@ pub struct Tiny {
     adapters: Mutex<BTreeMap<String, Arc<Adapter>>>,
     /// Names in the order in which they were loaded (+) and unloaded (−).
     pub log: Mutex<Vec<String>>,
+    /// Whether it behaves as SGLang.
+    pub sglang: AtomicBool,
 }
 
 impl Tiny {
     pub fn new(kernel: Kernel) -> Arc<Self> {
         let (model, tokenizer) = load_model(toy::model().to_str().unwrap(), kernel, &|_| {}).unwrap();
-        Arc::new(Self { model, tokenizer, adapters: Mutex::default(), log: Mutex::default() })
+        Arc::new(Self {
+            model,
+            tokenizer,
+            adapters: Mutex::default(),
+            log: Mutex::default(),
+            sglang: AtomicBool::new(false),
+        })
     }
 
     /// As a server that was started anew.
@@ -48,13 +57,21 @@ impl Tiny {
     pub fn answer(&self, asked: &Asked) -> Answer {
         let name = || asked.body["lora_name"].as_str().unwrap().to_string();
         let mut adapters = self.adapters.lock().unwrap();
-        match asked.path.as_str() {
-            "/v1/models" => {
+        let sglang = self.sglang.load(Ordering::SeqCst);
+        let path = match asked.path.strip_prefix("/v1") {
+            // SGLang has them beside the protocol, not in it.
+            within if asked.path.contains("lora") && within.is_none() != sglang => return refuses(404, &asked.path),
+            Some(path) => path,
+            None => asked.path.as_str(),
+        };
+        match path {
+            "/models" => {
                 let names = std::iter::once(MODEL.to_string()).chain(adapters.keys().cloned());
-                answers(&json!({"data": names.map(|id| json!({"id": id})).collect::<Vec<_>>()}))
+                let owner = if sglang { "sglang" } else { "vllm" };
+                answers(&json!({"data": names.map(|id| json!({"id": id, "owned_by": owner})).collect::<Vec<_>>()}))
             }
-            "/v1/load_lora_adapter" if adapters.contains_key(&name()) => refuses(400, "has already been loaded"),
-            "/v1/load_lora_adapter" => {
+            "/load_lora_adapter" if adapters.contains_key(&name()) => refuses(400, "has already been loaded"),
+            "/load_lora_adapter" => {
                 let folder = PathBuf::from(asked.body["lora_path"].as_str().unwrap());
                 let lora = peft::described(&folder).unwrap();
                 let adapter = peft::load(&folder, &self.model.architecture, &lora, &Device::Cpu).unwrap();
@@ -62,12 +79,13 @@ impl Tiny {
                 self.log.lock().unwrap().push(format!("+{}", name()));
                 refuses(200, "Success")
             }
-            "/v1/unload_lora_adapter" => {
+            "/unload_lora_adapter" => {
                 self.log.lock().unwrap().push(format!("-{}", name()));
                 if adapters.remove(&name()).is_some() { refuses(200, "Success") } else { refuses(404, "not loaded") }
             }
-            "/v1/completions" => {
+            "/completions" => {
                 let model = asked.body["model"].as_str().unwrap();
+                let model = if sglang { model.strip_prefix("tiny:").unwrap_or(model) } else { model };
                 let adapter = adapters.get(model).cloned();
                 drop(adapters);
                 match adapter.is_some() || model == MODEL {

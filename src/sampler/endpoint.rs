@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::path::{self, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -30,7 +31,19 @@ pub struct Endpoint {
     client: Client,
     /// The adapters that it has loaded, by name; the names of a run's versions sort by version.
     loaded: Mutex<BTreeSet<String>>,
+    /// Whether it is SGLang, as it says of itself in its list of models.
+    is_sglang: AtomicBool,
 }
+
+/// Where servers differ: what is called to load and unload an adapter, and what stands before an adapter's name as a model.
+struct Dialect {
+    load: &'static str,
+    unload: &'static str,
+    names_base: bool,
+}
+
+const VLLM: Dialect = Dialect { load: "load_lora_adapter", unload: "unload_lora_adapter", names_base: false };
+const SGLANG: Dialect = Dialect { load: "/load_lora_adapter", unload: "/unload_lora_adapter", names_base: true };
 
 /// Lists of models and words about adapters are short.
 const LONGEST_ANSWER: u64 = 1 << 22;
@@ -43,6 +56,7 @@ struct Models {
 #[derive(Deserialize)]
 struct Named {
     id: String,
+    owned_by: Option<String>,
 }
 
 impl Endpoint {
@@ -63,7 +77,12 @@ impl Endpoint {
             folder: path::absolute(adapter_dir).unwrap_or_else(|_| adapter_dir.into()),
             model: model.clone(),
             loaded: Mutex::default(),
+            is_sglang: AtomicBool::new(false),
         })
+    }
+
+    fn dialect(&self) -> &'static Dialect {
+        if self.is_sglang.load(Ordering::Relaxed) { &SGLANG } else { &VLLM }
     }
 
     fn loaded(&self) -> MutexGuard<'_, BTreeSet<String>> {
@@ -92,6 +111,8 @@ impl Endpoint {
         let models: Models = serde_json::from_slice(&bytes).map_err(|error| {
             CallError::passing(format!("/models is no list of models: {error}: {}", self.client.shown(&bytes)))
         })?;
+        let sglang = |model: &Named| model.id == self.model && model.owned_by.as_deref() == Some("sglang");
+        self.is_sglang.store(models.data.iter().any(sglang), Ordering::Relaxed);
         Ok(models.data.into_iter().map(|model| model.id).collect())
     }
 
@@ -107,7 +128,12 @@ impl Endpoint {
         adapter: Option<&str>,
     ) -> Result<Sampled, CallError> {
         adapter.map_or(Ok(()), |name| self.load(name))?;
-        let body = asked.body(adapter.unwrap_or(&self.model), rollout);
+        let model = match adapter {
+            None => self.model.clone(),
+            Some(name) if self.dialect().names_base => format!("{}:{name}", self.model),
+            Some(name) => name.to_string(),
+        };
+        let body = asked.body(&model, rollout);
         let bytes = self.client.post("completions", &body, asked.longest_reply()).map_err(|error| match error {
             CallError::Lasting { status: 404, what } => CallError::passing(what),
             other => other,
@@ -122,7 +148,7 @@ impl Endpoint {
             return Ok(());
         }
         let body = json!({"lora_name": name, "lora_path": self.folder.join(name)});
-        match self.client.post("load_lora_adapter", &body, LONGEST_ANSWER) {
+        match self.client.post(self.dialect().load, &body, LONGEST_ANSWER) {
             // What was asked before may have been done, though the answer was lost.
             Err(CallError::Lasting { what, status }) if !self.models()?.contains(name) => {
                 let what = format!(
@@ -151,7 +177,8 @@ impl Endpoint {
         let old = std::mem::replace(&mut *loaded, kept);
         drop(loaded);
         for name in old {
-            if let Err(error) = self.client.post("unload_lora_adapter", &json!({"lora_name": name}), LONGEST_ANSWER) {
+            let body = json!({"lora_name": name});
+            if let Err(error) = self.client.post(self.dialect().unload, &body, LONGEST_ANSWER) {
                 debug!("{}: {name} was not unloaded: {error}", self.address);
             }
         }
