@@ -11,7 +11,7 @@ port="${PORT:-8000}"
 log="${LOG:-$(mktemp)}"
 export VLLM_ALLOW_RUNTIME_LORA_UPDATING=True VLLM_CPU_KVCACHE_SPACE=2 VLLM_NO_USAGE_STATS=1 HF_HUB_OFFLINE=1
 # vLLM 0.32 on the processor cannot undo the random numbers of a prompt that is read in chunks, and requests have seeds.
-"${VLLM:-vllm}" serve "$model" --served-model-name smollm2 --dtype bfloat16 --max-model-len 2048 --max-num-seqs 64 \
+"${VLLM:-vllm}" serve "$model" --served-model-name smollm2 --dtype "${DTYPE:-bfloat16}" --max-model-len 2048 --max-num-seqs 64 \
     --no-enable-chunked-prefill --max-num-batched-tokens 4096 --enforce-eager --enable-lora --max-lora-rank 16 \
     --host 127.0.0.1 --port "$port" > "$log" 2>&1 &
 server=$!

@@ -1,8 +1,10 @@
 //! One request to a server that speaks JSON, and what its failure means. Judges and servers that sample are asked this way.
 
+use std::ffi::OsString;
 use std::io::Read;
 use std::time::{Duration, SystemTime};
 
+use candor_environments::KeyError;
 use serde_json::Value;
 use thiserror::Error;
 use ureq::http::{Response, StatusCode};
@@ -15,6 +17,48 @@ pub const MOST_IN_FLIGHT: usize = 1024;
 
 /// What is said of an address that is none. It is not repeated: it may hold a password.
 pub const NO_ADDRESS: &str = "is not an address such as https://api.openai.com/v1, without a user's name and a query";
+
+/// How long is waited for a server, and how often it is tried.
+#[derive(Clone, Copy, Debug)]
+pub struct Patience {
+    /// The wait before the second try; it doubles from try to try.
+    pub backoff: Duration,
+    /// Tries of one request.
+    pub tries: u32,
+    /// Failures in a row, of whichever requests, after which the server is left alone for a while.
+    pub broken_after: u32,
+    /// That while. Then one request finds out.
+    pub cool_down: Duration,
+    /// How long a server may fail, or ask not to be asked, until requests are given up.
+    pub give_up: Duration,
+}
+
+impl Default for Patience {
+    fn default() -> Self {
+        Self {
+            backoff: Duration::from_secs(1),
+            tries: 5,
+            broken_after: 20,
+            cool_down: Duration::from_secs(10),
+            give_up: Duration::from_secs(150),
+        }
+    }
+}
+
+/// What an environment variable holds.
+pub type Variable<'a> = &'a dyn Fn(&str) -> Option<OsString>;
+
+/// The key in an environment variable.
+///
+/// # Errors
+/// If there is none, or what no key is.
+pub fn key_in(name: &str, variable: Variable) -> Result<Token, KeyError> {
+    let problem = |text: String| KeyError::new("key_variable", text);
+    let key = variable(name).and_then(|key| key.into_string().ok()).ok_or_else(|| {
+        problem(format!("the environment variable {name} is not set, or is no text; put the server's key there"))
+    })?;
+    Token::new(&key).map_err(|error| problem(format!("the environment variable {name} {error}")))
+}
 
 /// The way to one server.
 pub struct Client {

@@ -4,9 +4,9 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result, ensure};
 
+use crate::client::Patience;
 use crate::config::Config;
 use crate::event::{Event, Observer};
-use crate::judge::gate::Patience;
 use crate::learner::completion_logprobs;
 use crate::learner::tree::{Branch, Tree};
 use crate::model::Model;

@@ -9,8 +9,8 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use candor::client::Patience;
 use candor::judge::Panel;
-use candor::judge::gate::Patience;
 use candor::judge::options::JudgeOptions;
 use candor_environments::{Judge, Judgment};
 use serde_json::{Value, json};

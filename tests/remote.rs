@@ -9,8 +9,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use candle_core::{Device, Tensor};
+use candor::client::Patience;
 use candor::config::Config;
-use candor::judge::gate::Patience;
 use candor::policy::Adapter;
 use candor::sampler::completions::Asked as Completion;
 use candor::sampler::local::LocalSampler;

@@ -8,12 +8,12 @@ use candor_environments::lexical::grade;
 use sha2::{Digest, Sha256};
 
 use super::chat::{Chat, Reply};
-use super::gate::{Gate, Limits, Patience};
+use super::gate::{Gate, Limits};
 use super::local::Local;
 use super::options::{JudgeKind, JudgeOptions};
 use super::prompt::Style;
 use super::{Question, reply};
-use crate::client::CallError;
+use crate::client::{CallError, Patience};
 use crate::random::SplitMix64;
 use crate::source::Token;
 

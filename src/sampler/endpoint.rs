@@ -12,9 +12,8 @@ use serde_json::json;
 use tracing::debug;
 
 use super::completions::{Asked, Sampled};
-use crate::client::{CallError, Client};
+use crate::client::{CallError, Client, Variable, key_in};
 use crate::config;
-use crate::judge::{Variable, key_in};
 
 /// A server.
 pub struct Endpoint {
@@ -101,7 +100,8 @@ impl Endpoint {
             true => Ok(()),
             false => {
                 let names = models.iter().take(8).cloned().collect::<Vec<_>>().join(", ");
-                Err(CallError::passing(format!("it has no model {:?}; it has: {names}", self.model)))
+                let what = format!("it has no model {:?}; it has: {names}", self.model);
+                Err(CallError::Lasting { status: 404, what })
             }
         }
     }

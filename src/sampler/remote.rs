@@ -18,11 +18,9 @@ use super::endpoint::Endpoint;
 use super::publication::Publication;
 use super::standing::Standing;
 use super::{Generation, Interrupted, PolicyFeed, Request, Sampler, Settings, check};
-use crate::client::CallError;
+use crate::client::{CallError, Patience, Variable};
 use crate::config::Config;
 use crate::event::{Event, Observer};
-use crate::judge::Variable;
-use crate::judge::gate::Patience;
 use crate::tokenizer::Tokenizer;
 
 /// Samples on servers.

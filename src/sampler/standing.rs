@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use crate::judge::gate::Patience;
+use crate::client::Patience;
 
 /// What the thread that decides knows of an endpoint.
 pub struct Standing {
