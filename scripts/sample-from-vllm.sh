@@ -23,7 +23,7 @@ for _ in $(seq 300); do
 done
 "${CANDOR:-target/release/candor}" train configs/quickstart_vllm.toml \
     --set "sampling.endpoints.0.base_url=\"http://127.0.0.1:$port/v1\"" "$@"
-run="$(ls -td results/*/ | head -1)"
+metrics="$(ls -t results/*/metrics.jsonl | head -1)"
 jq -r 'select(.split == "train") | [.step, .["mismatch/mean"], .["mismatch/max"], .["mismatch/k3"], .["time/sample"]] | @tsv' \
-    "$run/metrics.jsonl" | sed '1i step\tmismatch/mean\tmismatch/max\tmismatch/k3\tseconds sampling'
-grep -c "Loaded new LoRA adapter" "$log" | sed 's/$/ adapters were loaded/'
+    "$metrics" | sed '1i step\tmismatch/mean\tmismatch/max\tmismatch/k3\tseconds sampling'
+echo "$(grep -c "Loaded new LoRA adapter" "$log") adapters were loaded"
