@@ -159,7 +159,8 @@ impl Bench {
         let portions = [Portion { loss: Loss::Demonstration, share: 1.0, trees }];
         let learner = self.new_learner()?;
         let faults = page_faults();
-        let seconds = self.timed(|| learner.gradient(&portions, &self.shape(tokens), &|_| {}).map(|_| ()))?;
+        let seconds =
+            self.timed(|| learner.gradient(&portions, &self.shape(tokens), &mut |_, _| Ok(())).map(|_| ()))?;
         let rows = sequences * tokens;
         Ok(json!({
             "measurement": "learner", "sequences": sequences, "tokens": tokens,
@@ -193,7 +194,7 @@ impl Bench {
             let started = Instant::now();
             let generations = self.sample(&mut sampler, shape)?;
             sampling.push(started.elapsed().as_secs_f64());
-            learner.step(&self.rolled_out(shape, &generations), &self.shape(shape.new), &|_| {}).map(|_| ())
+            learner.step(&self.rolled_out(shape, &generations), &self.shape(shape.new), &mut |_, _| Ok(())).map(|_| ())
         })?;
         let (share, sampling) = (median(&sampling[1..]) / median(&seconds), &sampling[1..]);
         let Shape { prompts, group, prompt, new } = shape;

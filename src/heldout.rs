@@ -12,7 +12,7 @@ use crate::inputs::Inputs;
 use crate::model_files::Policy;
 use crate::peft;
 use crate::policy::Adapter;
-use crate::rollout::{Collector, Group, SCORE_TIMEOUT, ScoreErrors};
+use crate::rollout::{Collector, SCORE_TIMEOUT, ScoreErrors, Unscored};
 use crate::run::{Row, RowSplit};
 use crate::sampler::local::LocalSampler;
 use crate::sampler::{PolicyFeed, Sampler, Settings};
@@ -35,16 +35,16 @@ pub struct HeldOut<'a> {
 }
 
 impl HeldOut<'_> {
-    /// Completes the tasks of every source, with the policy as it is after `step` steps.
+    /// Completes the tasks of every source, with the policy as it is after `step` steps, and has them scored.
     ///
     /// # Errors
-    /// As [`Collector::collect`].
-    pub fn complete(&self, sampler: &mut dyn Sampler, policy: &dyn PolicyFeed, step: u64) -> Result<Vec<Group>> {
+    /// As [`Collector::sample`].
+    pub fn sample(&self, sampler: &mut dyn Sampler, policy: &dyn PolicyFeed, step: u64) -> Result<Unscored> {
         let Self { config, samples, sources, tokenizer, observer } = *self;
         let chosen = choose_heldout(sources, config.evaluation.tasks, config.seed);
-        let collector = Collector { sources, tokenizer, observer, patience: SCORE_TIMEOUT, what: "held-out tasks" };
-        let collected = collector.collect(&chosen, samples, sampler, policy, &Settings::evaluation(config, step));
-        Ok(collected.with_context(|| format!("evaluation after {step} steps"))?.groups)
+        let collector = Collector { sources, tokenizer, observer, what: "held-out tasks" };
+        let sampled = collector.sample(&chosen, samples, sampler, policy, &Settings::evaluation(config, step));
+        sampled.with_context(|| format!("evaluation after {step} steps"))
     }
 }
 
@@ -84,12 +84,12 @@ impl Evaluation {
     /// Completes and scores the tasks: a row for every completion.
     ///
     /// # Errors
-    /// As [`Collector::collect`].
+    /// As [`Collector::sample`] and [`Unscored::scored`].
     pub fn run(&mut self, observer: Observer) -> Result<Vec<Row>> {
         let Self { config, samples, sources, tokenizer, sampler, adapter } = self;
         let heldout = HeldOut { config, samples: *samples, sources, tokenizer, observer };
-        let groups = heldout.complete(sampler, adapter, 0)?;
-        let rows = Row::all(RowSplit::Eval, 0, &groups);
+        let unscored = heldout.sample(sampler, adapter, 0)?;
+        let rows = Row::all(RowSplit::Eval, 0, &unscored.scored(tokenizer, SCORE_TIMEOUT, &mut |_| Ok(()))?.groups);
         ScoreErrors::default().observe(&rows)?;
         Ok(rows)
     }

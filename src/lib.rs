@@ -3,7 +3,7 @@
 //! In reading order:
 //!
 //! * [`cli`]: the command line; what `main` calls
-//! * [`train`]: the loop
+//! * [`train`]: the loop; [`flow`]: sampler and learner side by side; [`timeline`]: what they are doing
 //! * [`setup`]: a run that is ready for its first step
 //! * [`inputs`], [`model_files`]: the model's files and the environments, opened and found to fit together
 //! * [`plan`], [`check`]: what a run would do and need, and what is odd about it
@@ -19,6 +19,7 @@
 //! * [`judge`], [`grades`]: who decides whether an answer is right, and what all decisions amount to
 //! * [`advantage`]: the rewards of a group become advantages
 //! * [`objective`]: log-probabilities become a loss and its derivative, in plain floats
+//! * [`alarm`]: sampler and learner must agree
 //! * [`learner`]: trees of completions become one optimizer step
 //! * [`sampler`]: prompts become completions
 //! * [`probe`]: whether servers that sample have the model that is trained
@@ -38,6 +39,7 @@
 //! * [`random`], [`event`]: random numbers by counter, and what a run tells whoever watches
 
 pub mod advantage;
+pub mod alarm;
 pub mod bench;
 pub mod calibration;
 pub mod calibration_map;
@@ -51,6 +53,7 @@ pub mod config;
 pub mod evaluation;
 pub mod event;
 pub mod export;
+pub mod flow;
 pub mod generations;
 pub mod given;
 pub mod grades;
@@ -89,5 +92,6 @@ pub mod source;
 pub mod summary;
 pub mod tensorboard;
 pub mod tensors;
+pub mod timeline;
 pub mod tokenizer;
 pub mod train;

@@ -64,6 +64,12 @@ pub const METRICS: &[Metric] = &[
     of_step("likelihood/correct", "implicit calibration: mean likelihood of a right answer, by token"),
     of_step("likelihood/wrong", "the same of a wrong one"),
     of_step("given_completions", "completions that tasks carried"),
+    of_step(
+        "age/mean",
+        "optimizer steps between the policy that sampled a rollout and the one that learns from it, on average",
+    ),
+    of_step("age/max", "the most of them"),
+    of_step("age/*", "share of rollouts with so many"),
     of_step("tokens/completion", "tokens of all completions, sampled and given"),
     of_step("tokens/learner", "rows that went through forward and backward"),
     of_environment("eval/reward", "held-out tasks: mean outcome, without shaping"),
@@ -75,9 +81,12 @@ pub const METRICS: &[Metric] = &[
     of_step("time/sample", "seconds until the last completion; scores are made beside it"),
     of_step("time/score", "seconds from there until the last score"),
     of_step("time/learn", "seconds of the learner"),
-    of_step("time/step", "seconds of the whole step"),
+    of_step("time/score_wait", "seconds that the learner waited for scores"),
+    of_step("time/step", "seconds since the step or evaluation before"),
     of_step("time/eval", "seconds of an evaluation"),
     of_step("perf/tokens_per_s", "tokens of completions per second of the whole step"),
+    of_step("perf/sampler_idle", "share of `time/step` in which the sampler waited for a version of the adapter"),
+    of_step("perf/learner_idle", "share of it in which the learner waited for completions or scores"),
     of_step("perf/peak_gib", "largest resident size so far, in GiB"),
 ];
 

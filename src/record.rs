@@ -24,10 +24,14 @@ pub struct Timing {
     pub sample: Duration,
     /// From there until the last score.
     pub score: Duration,
+    /// What the learner waited for scores.
+    pub score_wait: Duration,
     /// The learner.
     pub learn: Duration,
-    /// The whole step.
+    /// Since the step or evaluation before.
     pub step: Duration,
+    /// The shares of that in which the sampler waited, and the learner.
+    pub idle: [f64; 2],
 }
 
 /// Everything there is to say about one training step.
@@ -170,13 +174,29 @@ impl StepRecord<'_> {
         report.metrics.values().into_iter().for_each(|(name, value)| row.put(name, value));
         row.put("tokens/completion", tokens);
         row.put("tokens/learner", report.tokens);
-        let Timing { sample, score, learn, step } = timing;
-        for (name, took) in [("sample", sample), ("score", score), ("learn", learn), ("step", step)] {
+        self.put_ages(&mut row);
+        let Timing { sample, score, score_wait, learn, step, idle: [sampler, learner] } = timing;
+        for (name, took) in
+            [("sample", sample), ("score", score), ("score_wait", score_wait), ("learn", learn), ("step", step)]
+        {
             row.put(format!("time/{name}"), took.as_secs_f64());
         }
         row.put("perf/tokens_per_s", tokens as f64 / step.as_secs_f64());
+        row.put("perf/sampler_idle", *sampler);
+        row.put("perf/learner_idle", *learner);
         row.put("perf/peak_gib", peak_memory().map(|bytes| bytes as f64 / GIB));
         row
+    }
+
+    /// How many steps old the policies of the rollouts were.
+    fn put_ages(&self, row: &mut MetricsRow) {
+        let ages: Vec<u64> = self.rows.iter().map(|row| row.step.saturating_sub(row.policy_version)).collect();
+        let Some(&oldest) = ages.iter().max() else { return };
+        row.put("age/mean", ages.iter().sum::<u64>() as f64 / ages.len() as f64);
+        row.put("age/max", oldest);
+        for age in 0..=oldest {
+            row.put(format!("age/{age}"), ages.iter().filter(|&&one| one == age).count() as f64 / ages.len() as f64);
+        }
     }
 
     /// The completions that were given, and their tokens.

@@ -196,11 +196,11 @@ impl Rescore {
         let groups: Vec<&[Row]> = before.chunk_by(of_one_group).collect();
         let tasks = groups.iter().map(|group| self.scoring(&group[0])).collect::<Result<Vec<_>>>()?;
         let mut scorers = Scorers::start(tasks.clone());
-        if let Err(error) = self.hand_over(&groups, &tasks, &mut scorers) {
-            return Err(scorers.failure().unwrap_or(error));
-        }
+        let handed_over = self.hand_over(&groups, &tasks, &mut scorers);
+        let outstanding = scorers.close();
+        handed_over.map_err(|error| outstanding.failure().unwrap_or(error))?;
         let mut after = before.to_vec();
-        for (Ended { of, .. }, score) in scorers.finish(before.len(), SCORE_TIMEOUT)? {
+        for (Ended { of, .. }, score) in outstanding.wait(before.len(), SCORE_TIMEOUT, &mut |_| Ok(()))?.0 {
             after[of].set_score(&score);
         }
         for group in after.chunk_by_mut(of_one_group) {

@@ -1,19 +1,22 @@
 //! Rollouts: chosen tasks are sampled and scored, and become the groups of a batch.
 //!
-//! The sampler runs on the calling thread; each completion is handed to the scorers as it ends.
+//! Each completion is handed to the scorers as it ends; whoever needs the scores waits for them.
 
 use std::collections::{BTreeMap, VecDeque};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Error, Result, bail, ensure};
 use candor_environments::{Score, ScoreError, Target, Task};
 use tracing::debug;
 
 use crate::event::{Event, Observer};
 use crate::learner::tree::{Branch, Signal, Tree};
+use crate::policy::Adapter;
 use crate::run::Row;
 use crate::sampler::{Generation, Interrupted, PolicyFeed, Request, Sampler, Settings};
-use crate::scorers::{Ended, Scorers, Scoring, no_panic};
+use crate::scorers::{Ended, Outstanding, Scorers, Scoring, no_panic};
 use crate::selection::{Choice, Source};
 use crate::tokenizer::Tokenizer;
 
@@ -69,15 +72,24 @@ impl Group {
     }
 }
 
-/// What became of chosen tasks, and how long it took.
-#[derive(Debug, Default)]
+/// Sampled completions of chosen tasks, some of whose scores are still to come.
+pub struct Unscored {
+    /// One per task, in order, without its rollouts.
+    groups: Vec<Group>,
+    outstanding: Outstanding<Generation>,
+    completions: usize,
+    /// When the first completion was asked for, when the first was handed to the scorers, and when the last ended.
+    times: [Instant; 3],
+}
+
+/// What became of chosen tasks, and when.
 pub struct Collected {
     /// One per task, in order.
     pub groups: Vec<Group>,
-    /// Until the last completion.
-    pub sample: Duration,
-    /// From there until the last score.
-    pub score: Duration,
+    /// When sampling began and ended.
+    pub sampled: [Instant; 2],
+    /// When the first completion was handed to the scorers, and when the last score was there.
+    pub scored: [Instant; 2],
 }
 
 /// What rollouts are made with.
@@ -88,28 +100,25 @@ pub struct Collector<'a> {
     pub tokenizer: &'a Tokenizer,
     /// Who hears how far it is.
     pub observer: Observer<'a>,
-    /// How long to wait for the next score once everything has been sampled.
-    pub patience: Duration,
     /// What the completions are called where progress is shown.
     pub what: &'a str,
 }
 
 impl Collector<'_> {
-    /// Samples `rollouts` completions of every chosen task and scores them: one group per choice, in order.
+    /// Samples `rollouts` completions of every chosen task, and has each scored as it ends.
     ///
     /// # Errors
-    /// [`Interrupted`]; or if a prompt cannot be rendered or sampled, an environment panics, or scores do not come. A score that an environment
-    /// could not give is not an error here: it stays with its rollout.
-    pub fn collect(
+    /// [`Interrupted`]; or if a prompt cannot be rendered or sampled, or an environment panics.
+    pub fn sample(
         &self,
         choices: &[Choice],
         rollouts: usize,
         sampler: &mut dyn Sampler,
         policy: &dyn PolicyFeed,
         settings: &Settings,
-    ) -> Result<Collected> {
+    ) -> Result<Unscored> {
         let started = Instant::now();
-        let mut groups = choices.iter().map(|&choice| self.group(choice)).collect::<Result<Vec<_>>>()?;
+        let groups = choices.iter().map(|&choice| self.group(choice)).collect::<Result<Vec<_>>>()?;
         let request = |group: &Group| Request {
             name: format!("task {}", group.task.id),
             prompt_ids: group.prompt_ids.clone(),
@@ -121,20 +130,12 @@ impl Collector<'_> {
             Scoring { name: name.clone(), environment: environment.clone(), index }
         });
         let mut scorers = Scorers::start(scoring.collect());
-        if let Err(error) = self.sample(&requests, choices, sampler, policy, settings, &mut scorers) {
-            return Err(scorers.failure().unwrap_or(error));
-        }
-        let sample = started.elapsed();
-        let mut all = scorers.finish(choices.len() * rollouts, self.patience)?;
-        all.sort_by_key(|(ended, _)| (ended.group, ended.of.rollout));
-        for (Ended { group, completion, of: generation }, score) in all {
-            let group = &mut groups[group];
-            let answer = score.as_ref().ok().and_then(|score| score.answer.clone());
-            let token_confidence = answer.and_then(|range| generation.answer_confidence(range, self.tokenizer));
-            let text = completion.text;
-            group.rollouts.push(Rollout { generation, text, score, token_confidence, advantage: None });
-        }
-        Ok(Collected { groups, sample, score: started.elapsed() - sample })
+        let policy = WhileScored { policy, failed: scorers.failed() };
+        let sampled = self.score_each(&requests, choices, sampler, &policy, settings, &mut scorers);
+        let outstanding = scorers.close();
+        let first = sampled.map_err(|error| outstanding.failure().unwrap_or(error))?;
+        let times = [started, first, Instant::now()];
+        Ok(Unscored { groups, outstanding, completions: choices.len() * rollouts, times })
     }
 
     fn group(&self, (source, index): Choice) -> Result<Group> {
@@ -150,8 +151,8 @@ impl Collector<'_> {
         Ok(Group { environment: name.clone(), task, labels, prompt_ids, rollouts: Vec::new() })
     }
 
-    /// Runs the sampler and hands every completion to the scorers as it ends.
-    fn sample(
+    /// Runs the sampler and hands every completion to the scorers as it ends. Tells when the first did.
+    fn score_each(
         &self,
         requests: &[Request],
         choices: &[Choice],
@@ -159,9 +160,9 @@ impl Collector<'_> {
         policy: &dyn PolicyFeed,
         settings: &Settings,
         scorers: &mut Scorers<Generation>,
-    ) -> Result<()> {
+    ) -> Result<Instant> {
         let total = requests.iter().map(|request| request.rollouts).sum();
-        let mut done = 0;
+        let (mut done, mut first) = (0, None);
         let mut waiting: Vec<Vec<Ended<Generation>>> = requests.iter().map(|_| Vec::new()).collect();
         sampler.sample(requests, policy, settings, &mut |generation| {
             let group = generation.group;
@@ -176,7 +177,7 @@ impl Collector<'_> {
                 bail!(Interrupted);
             }
             let one = self.ended(generation, settings);
-            done += 1;
+            (done, first) = (done + 1, first.or(Some(Instant::now())));
             (self.observer)(Event::Progress { what: self.what, done, total });
             if !self.sources[choices[group].0].environment.compares() {
                 return scorers.score(vec![one]);
@@ -188,12 +189,61 @@ impl Collector<'_> {
             let mut group = std::mem::take(&mut waiting[group]);
             group.sort_by_key(|ended| ended.of.rollout);
             scorers.score(group)
-        })
+        })?;
+        ensure!(done == total, "the sampler gave {done} completions where {total} were asked for");
+        Ok(first.unwrap_or_else(Instant::now))
     }
 
     fn ended(&self, generation: Generation, settings: &Settings) -> Ended<Generation> {
         let completion = generation.completion(self.tokenizer, settings);
         Ended { group: generation.group, completion, of: generation }
+    }
+}
+
+impl Unscored {
+    /// Waits for the scores that are still to come, at most `patience` for each, and asks every moment whether to `go_on`, with the
+    /// number of those that are missing.
+    ///
+    /// # Errors
+    /// If an environment panicked, scores do not come, or `go_on` fails. A score that an environment could not give is not an error
+    /// here: it stays with its rollout.
+    pub fn scored(
+        self,
+        tokenizer: &Tokenizer,
+        patience: Duration,
+        go_on: &mut dyn FnMut(usize) -> Result<()>,
+    ) -> Result<Collected> {
+        let Self { mut groups, outstanding, completions, times: [started, first, ended] } = self;
+        let (mut all, last) = outstanding.wait(completions, patience, go_on)?;
+        all.sort_by_key(|(ended, _)| (ended.group, ended.of.rollout));
+        for (Ended { group, completion, of: generation }, score) in all {
+            let answer = score.as_ref().ok().and_then(|score| score.answer.clone());
+            let token_confidence = answer.and_then(|range| generation.answer_confidence(range, tokenizer));
+            let text = completion.text;
+            groups[group].rollouts.push(Rollout { generation, text, score, token_confidence, advantage: None });
+        }
+        Ok(Collected { groups, sampled: [started, ended], scored: [first, last.unwrap_or(ended)] })
+    }
+
+    /// Why a scorer stopped, if one did.
+    pub fn failure(&self) -> Option<Error> {
+        self.outstanding.failure()
+    }
+}
+
+/// A policy whose completions nobody wants any more once one of them could not be handed to an environment.
+struct WhileScored<'a> {
+    policy: &'a dyn PolicyFeed,
+    failed: Arc<AtomicBool>,
+}
+
+impl PolicyFeed for WhileScored<'_> {
+    fn newest(&self) -> Option<Arc<Adapter>> {
+        self.policy.newest()
+    }
+
+    fn stopped(&self) -> bool {
+        self.failed.load(Ordering::Acquire) || self.policy.stopped()
     }
 }
 

@@ -16,6 +16,7 @@ use crate::config::Config;
 use crate::metrics::MetricsRow;
 use crate::rollout::{Group, Rollout};
 use crate::tensorboard::EventFile;
+use crate::timeline::Span;
 use crate::tokenizer::Tokenizer;
 
 /// Version of the rows of `generations.jsonl`.
@@ -196,6 +197,9 @@ pub struct RunFolder {
     generations: Lines,
     metrics: Lines,
     events: EventFile,
+    spans: Lines,
+    /// How long the run has taken until now, in seconds.
+    pub seconds: f64,
     /// Where the config asks for it.
     logprobs: Option<Lines>,
 }
@@ -258,6 +262,8 @@ impl RunFolder {
         for name in [GENERATIONS, METRICS, LOGPROBS] {
             notes.extend(cut_back(&path.join(name), next_step, &aside)?);
         }
+        // What was done is done, whether it was in vain or not.
+        notes.extend(cut_back(&path.join(SPANS), u64::MAX, &aside)?);
         Ok((Self::open(path, config, Some(next_step))?, notes))
     }
 
@@ -265,7 +271,9 @@ impl RunFolder {
         let (generations, metrics) = (Lines::append(path.join(GENERATIONS))?, Lines::append(path.join(METRICS))?);
         let events = EventFile::create(&path, resumed_at)?;
         let logprobs = config.sampling.logprobs.then(|| Lines::append(path.join(LOGPROBS))).transpose()?;
-        Ok(Self { path, generations, metrics, events, logprobs })
+        let spans = path.join(SPANS);
+        let seconds = each_span(&spans)?.iter().map(|span| span.end).fold(0.0, f64::max);
+        Ok(Self { path, generations, metrics, events, spans: Lines::append(spans)?, seconds, logprobs })
     }
 
     /// Appends one row per rollout.
@@ -317,6 +325,15 @@ impl RunFolder {
         self.events.scalars(step, &scalars)
     }
 
+    /// Appends to `spans.jsonl`.
+    ///
+    /// # Errors
+    /// If the disk fails.
+    pub fn record_spans(&mut self, spans: impl Iterator<Item = Span>) -> Result<()> {
+        spans.into_iter().try_for_each(|span| self.spans.write(&span))?;
+        self.spans.flush()
+    }
+
     /// Makes sure that everything written so far is on the disk: a checkpoint must not be newer than its rows.
     ///
     /// # Errors
@@ -335,8 +352,27 @@ pub const GENERATIONS: &str = "generations.jsonl";
 pub const METRICS: &str = "metrics.jsonl";
 /// See [`GENERATIONS`]; written where `sampling.logprobs` asks for it.
 pub const LOGPROBS: &str = "logprobs.jsonl";
+/// See [`GENERATIONS`].
+pub const SPANS: &str = "spans.jsonl";
 /// See [`GENERATIONS`]; written when a run is finished.
 pub const SUMMARY: &str = "summary.json";
+
+/// The spans of a run in the order of their ends; a torn last line is left out, and a file that is not there is empty.
+///
+/// # Errors
+/// If the file cannot be read, or a line is no span.
+pub fn each_span(path: &Path) -> Result<Vec<Span>> {
+    if !path.exists() {
+        return Ok(Vec::new());
+    }
+    let text = fs::read_to_string(path).with_context(|| format!("{}: cannot read", path.display()))?;
+    let whole = text.split_inclusive('\n').filter(|line| line.ends_with('\n')).enumerate();
+    whole
+        .map(|(index, line)| {
+            serde_json::from_str(line).with_context(|| format!("{}: line {}: not a span", path.display(), index + 1))
+        })
+        .collect()
+}
 
 /// The keys whose values differ in two configs, sorted, each with `OLD and not NEW`; a list is one value.
 ///

@@ -2,13 +2,13 @@
 //! under way: a score may be a judge's, who is waited for.
 //!
 //! Ownership is the shutdown protocol. When the sender is dropped the scorers finish what is left and stop; when one fails
-//! the next completion cannot be sent; a scorer that never returns is left behind after a limit, not waited for.
+//! its error takes the place of a score; a scorer that never returns is left behind after a limit, not waited for.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::thread::{Builder, JoinHandle};
-use std::time::Duration;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::thread::Builder;
+use std::time::{Duration, Instant};
 
 use anyhow::{Error, Result, anyhow, bail, ensure};
 use candor_environments::{Completion, Environment, Score, ScoreError};
@@ -66,9 +66,16 @@ pub type Scored<T> = (Ended<T>, Result<Score, ScoreError>);
 /// Running scorers.
 pub struct Scorers<T> {
     work: Sender<Vec<Ended<T>>>,
-    scored: Receiver<Scored<T>>,
-    threads: Vec<JoinHandle<Result<()>>>,
     scorer: Scorer<T>,
+    /// How many there are.
+    threads: usize,
+    outstanding: Outstanding<T>,
+}
+
+/// Scores that are still to come, of completions that have all been handed over.
+pub struct Outstanding<T> {
+    scored: Receiver<Result<(Scored<T>, Instant)>>,
+    failed: Arc<AtomicBool>,
 }
 
 /// What a thread needs.
@@ -76,7 +83,8 @@ pub struct Scorers<T> {
 struct Scorer<T> {
     tasks: Arc<[Scoring]>,
     to_score: Receiver<Vec<Ended<T>>>,
-    results: Sender<Scored<T>>,
+    results: Sender<Result<(Scored<T>, Instant)>>,
+    failed: Arc<AtomicBool>,
     /// What has been handed over and is not scored yet.
     under_way: Arc<AtomicUsize>,
 }
@@ -86,8 +94,10 @@ impl<T: Clone + Send + Sync + 'static> Scorers<T> {
     pub fn start(tasks: Vec<Scoring>) -> Self {
         let (work, to_score) = unbounded::<Vec<Ended<T>>>();
         let (results, scored) = unbounded();
-        let scorer = Scorer { tasks: tasks.into(), to_score, results, under_way: Arc::default() };
-        Self { work, scored, threads: Vec::new(), scorer }
+        let failed = Arc::new(AtomicBool::new(false));
+        let outstanding = Outstanding { scored, failed: failed.clone() };
+        let scorer = Scorer { tasks: tasks.into(), to_score, results, failed, under_way: Arc::default() };
+        Self { work, scorer, threads: 0, outstanding }
     }
 
     /// Has completions of one group scored: one, or all of them in order where they are compared.
@@ -95,67 +105,94 @@ impl<T: Clone + Send + Sync + 'static> Scorers<T> {
     /// # Errors
     /// If a scorer has stopped; [`Scorers::failure`] says why.
     pub fn score(&mut self, completions: Vec<Ended<T>>) -> Result<()> {
-        ensure!(!self.threads.iter().any(JoinHandle::is_finished), "scoring stopped");
+        ensure!(!self.outstanding.failed.load(Ordering::Acquire), "scoring stopped");
         let wanted = self.scorer.under_way.fetch_add(1, Ordering::Relaxed) + 1;
-        if wanted > self.threads.len() && self.threads.len() < MOST_THREADS {
+        if wanted > self.threads && self.threads < MOST_THREADS {
             let scorer = self.scorer.clone();
             match Builder::new().name("scorer".into()).spawn(move || scorer.score_all()) {
-                Ok(thread) => self.threads.push(thread),
+                Ok(_) => self.threads += 1,
                 // The others will come to it.
-                Err(_) if !self.threads.is_empty() => {}
+                Err(_) if self.threads > 0 => {}
                 Err(error) => bail!("cannot start a thread that scores: {error}"),
             }
         }
         Ok(self.work.send(completions)?)
     }
 
-    /// Why a scorer stopped, if one did.
-    pub fn failure(self) -> Option<Error> {
-        self.threads.into_iter().filter(JoinHandle::is_finished).find_map(|thread| join(thread).err())
+    /// Set as soon as a scorer fails.
+    pub fn failed(&self) -> Arc<AtomicBool> {
+        self.outstanding.failed.clone()
     }
 
-    /// Waits for `count` scores, at most `patience` for each next one.
+    /// Nothing more is handed over; the scorers stop when they are through.
+    pub fn close(self) -> Outstanding<T> {
+        self.outstanding
+    }
+}
+
+/// How often somebody who waits looks whether the wait has become pointless.
+pub const TICK: Duration = Duration::from_millis(200);
+
+impl<T> Outstanding<T> {
+    /// Why a scorer stopped, if one did.
+    pub fn failure(&self) -> Option<Error> {
+        self.failed.load(Ordering::Acquire).then(|| self.scored.try_iter().find_map(Result::err)).flatten()
+    }
+
+    /// Waits for `count` scores, at most `patience` for each next one, and asks every moment whether to `go_on`, with the number of
+    /// those that are missing. Tells when the last came, too.
     ///
     /// # Errors
-    /// If an environment panicked or gave the wrong number of scores, or no score came in time.
-    pub fn finish(self, count: usize, patience: Duration) -> Result<Vec<Scored<T>>> {
-        drop((self.work, self.scorer));
-        let mut all = Vec::with_capacity(count);
+    /// If an environment panicked or gave the wrong number of scores, no score came in time, or `go_on` fails.
+    pub fn wait(
+        self,
+        count: usize,
+        patience: Duration,
+        go_on: &mut dyn FnMut(usize) -> Result<()>,
+    ) -> Result<(Vec<Scored<T>>, Option<Instant>)> {
+        let (mut all, mut last, mut since) = (Vec::with_capacity(count), None, Instant::now());
         while all.len() < count {
-            match self.scored.recv_timeout(patience) {
-                Ok(one) => all.push(one),
-                // All scorers have stopped: joining them tells why.
-                Err(RecvTimeoutError::Disconnected) => break,
+            match self.scored.recv_timeout(patience.min(TICK)) {
+                Ok(scored) => {
+                    let (one, at) = scored?;
+                    all.push(one);
+                    (last, since) = (last.max(Some(at)), Instant::now());
+                }
+                Err(RecvTimeoutError::Disconnected) => {
+                    bail!("scoring stopped after {} of {count} completions", all.len())
+                }
+                Err(RecvTimeoutError::Timeout) if since.elapsed() < patience => go_on(count - all.len())?,
                 Err(RecvTimeoutError::Timeout) => {
                     bail!("waited {} s for the score of {} completions", patience.as_secs(), count - all.len())
                 }
             }
         }
-        self.threads.into_iter().try_for_each(join)?;
-        ensure!(all.len() == count, "only {} of {count} completions were scored", all.len());
-        Ok(all)
+        Ok((all, last))
     }
-}
-
-fn join(thread: JoinHandle<Result<()>>) -> Result<()> {
-    thread.join().unwrap_or_else(|_| bail!("a scoring thread panicked"))
 }
 
 impl<T> Scorer<T> {
     /// Until there is nothing more to score, or nobody wants to know.
-    fn score_all(&self) -> Result<()> {
+    fn score_all(&self) {
         for all in &self.to_score {
             let Some(first) = all.first() else { continue };
             let completions: Vec<Completion> = all.iter().map(|ended| ended.completion.clone()).collect();
-            let scores = self.tasks[first.group].score(&completions)?;
+            let scores = self.tasks[first.group].score(&completions);
             self.under_way.fetch_sub(1, Ordering::Relaxed);
-            for (ended, score) in all.into_iter().zip(scores) {
-                if self.results.send((ended, score)).is_err() {
-                    return Ok(());
+            let scored = match scores {
+                Ok(scores) => scores,
+                Err(error) => {
+                    // Where nobody wants to know any more, the run has ended with another error.
+                    drop(self.results.send(Err(error)));
+                    return self.failed.store(true, Ordering::Release);
+                }
+            };
+            for one in all.into_iter().zip(scored) {
+                if self.results.send(Ok((one, Instant::now()))).is_err() {
+                    return;
                 }
             }
         }
-        Ok(())
     }
 }
 

@@ -79,7 +79,7 @@ fn wrong_input_is_one_line_and_exit_code_2_and_leaves_nothing() {
         &["environment.0.source: \"nowhere\" is neither"],
     );
     refused("[lora]\nstart_from = \"nowhere\"", "run.toml", &["lora.start_from", "nowhere"]);
-    refused("sampling.async_level = 1", "run.toml", &["sampling.async_level", "not in this version"]);
+    refused("sampling.async_level = 65", "run.toml", &["sampling.async_level", "at most 64"]);
     fs::rename(place.path("model"), place.path("gone")).unwrap();
     refused("", "run.toml", &["model.source", "\"model\" is neither a folder nor a file"]);
     assert!(!place.path("results").exists(), "nothing is written before all input is found good");

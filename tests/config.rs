@@ -62,7 +62,7 @@ fn resolved_defaults_hold_the_contracts_keys_and_no_others() {
     let text = reference();
     let mut written = keys_of(&parse(SMALL).unwrap().to_toml().unwrap());
     let mut contract = keys_of(&text);
-    for added in ["batch.long_prompts", "sampling.logprobs", "sampling.samplers"] {
+    for added in ["batch.long_prompts", "sampling.logprobs", "sampling.samplers", "silence_seconds"] {
         assert!(written.remove(added), "{added}: added after the contract was written");
     }
     // These the contract gives in a comment: empty lists, and what follows an importance level.
@@ -143,7 +143,7 @@ const REFUSED: &[(&str, &str, &[&str])] = &[
     ("", "[sampling]\ntemperature = 0\n", &["sampling.temperature: 0 must be finite, more than 0"]),
     ("", "[sampling]\nstop = [\"\"]\n", &["sampling.stop"]),
     ("", "[sampling]\nkind = \"openai\"\n", &["small.toml:7: sampling.kind", "needs servers"]),
-    ("", "[sampling]\nasync_level = 1\n", &["sampling.async_level: not in this version"]),
+    ("", "[sampling]\nasync_level = 65\n", &["sampling.async_level: 65 versions behind"]),
     (
         "",
         "[[sampling.endpoints]]\nbase_url = \"b\"\nmodel = \"m\"\n",

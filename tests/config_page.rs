@@ -424,6 +424,7 @@ fn the_page_holds_the_contracts_keys_and_defaults() {
         "sampling.endpoints.timeout_seconds",
         "sampling.logprobs",
         "sampling.samplers",
+        "silence_seconds",
     ];
     assert_eq!(more, known);
 }

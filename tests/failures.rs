@@ -247,11 +247,12 @@ fn broken_batch(panics: bool) -> String {
         let environment = Arc::new(Broken { panics });
         let sources = [Source::new("broken", 1.0, environment)];
         let patience = Duration::from_millis(200);
-        let collector =
-            Collector { sources: &sources, tokenizer: &tokenizer, observer: &|_| {}, patience, what: "rollouts" };
+        let collector = Collector { sources: &sources, tokenizer: &tokenizer, observer: &|_| {}, what: "rollouts" };
         let mut sampler = LocalSampler::new(model, tokenizer.clone());
         let settings = Settings { max_tokens: 2, temperature: 1.0, stop: Vec::new(), seed: 0, step: 0 };
-        collector.collect(&[(0, 0)], 2, &mut sampler, &None, &settings).unwrap_err().to_string()
+        let unscored = collector.sample(&[(0, 0)], 2, &mut sampler, &None, &settings);
+        let scored = unscored.and_then(|unscored| unscored.scored(&tokenizer, patience, &mut |_| Ok(())));
+        scored.err().unwrap().to_string()
     })
 }
 

@@ -63,7 +63,7 @@ fn golden_sft_run_of_trl() {
                 trees.push(tree(prompt, vec![Branch::demonstration(completion)]));
             }
         }
-        let report = learner.step(&[alone(Loss::Demonstration, trees)], &shape(), &|_| {}).unwrap();
+        let report = learner.step(&[alone(Loss::Demonstration, trees)], &shape(), &mut |_, _| Ok(())).unwrap();
         let log = &trace["logs"][step];
         check::close(&format!("step {step}"), report.loss, log["loss"].as_f64().unwrap(), 1e-5);
         check::close(&format!("step {step}"), report.grad_norm, log["grad_norm"].as_f64().unwrap(), 1e-4);
@@ -97,7 +97,9 @@ fn golden_dpo_run_of_trl() {
             compared(&learner, tree(prompt, [chosen, rejected].map(Branch::demonstration).into()))
         };
         let trees = (0..rows / 2).map(pair).collect();
-        let report = learner.step(&[alone(Loss::Preference(Preference::default()), trees)], &shape(), &|_| {}).unwrap();
+        let report = learner
+            .step(&[alone(Loss::Preference(Preference::default()), trees)], &shape(), &mut |_, _| Ok(()))
+            .unwrap();
         let (log, metrics) = (&trace["logs"][step], report.metrics.values());
         check::close(&format!("step {step}"), report.loss, want["loss"].as_f64().unwrap(), 1e-5);
         check::close(&format!("step {step}"), report.grad_norm, log["grad_norm"].as_f64().unwrap(), 1e-4);
@@ -124,7 +126,7 @@ fn demonstrations() -> Vec<Tree> {
 /// The gradient of a step, all tensors in one list.
 fn gradient(learner: &Learner, portions: &[Portion], micro_tokens: usize) -> Vec<f64> {
     let shape = candor::learner::StepShape { micro_tokens, ..shape() };
-    learner.gradient(portions, &shape, &|_| {}).unwrap().gradients.iter().flat_map(values).collect()
+    learner.gradient(portions, &shape, &mut |_, _| Ok(())).unwrap().gradients.iter().flat_map(values).collect()
 }
 
 fn norm(values: &[f64]) -> f64 {
@@ -211,7 +213,7 @@ fn kinds_of_tasks_mix_by_share_whatever_the_micro_batches() {
     for micro_tokens in [26, 30, 64] {
         assert_same("micro-batches", &gradient(&learner, &portions, micro_tokens), &mixed, 1e-5);
     }
-    let report = learner.gradient(&portions, &shape(), &|_| {}).unwrap().report;
+    let report = learner.gradient(&portions, &shape(), &mut |_, _| Ok(())).unwrap().report;
     let total: f64 = [("reward", 0.125), ("demonstration", 0.25), ("preference", 0.375), ("judged", 0.25)]
         .into_iter()
         .map(|(kind, share)| share * report.losses[kind])
@@ -226,7 +228,7 @@ fn the_gradients_of_given_completions_equal_finite_differences() {
     let learner = Learner::new(model.clone(), &adapter, None, &settings()).unwrap();
     for portion in every_kind(&learner, &model, &adapter).split_off(1) {
         let portions = [Portion { share: 1.0, ..portion }];
-        let gradients = learner.gradient(&portions, &shape(), &|_| {}).unwrap().gradients;
+        let gradients = learner.gradient(&portions, &shape(), &mut |_, _| Ok(())).unwrap().gradients;
         let square: f64 = gradients.iter().map(|gradient| norm(&values(gradient)).powi(2)).sum();
         let loss = |scale: f64| {
             let moved: Vec<(String, Tensor)> = adapter
@@ -239,7 +241,7 @@ fn the_gradients_of_given_completions_equal_finite_differences() {
             let moved =
                 Adapter::from_tensors(&model.architecture, &lora, moved.into_iter().collect(), &Device::Cpu).unwrap();
             let moved = Learner::new(model.clone(), &moved, None, &settings()).unwrap();
-            moved.gradient(&portions, &shape(), &|_| {}).unwrap().report.loss
+            moved.gradient(&portions, &shape(), &mut |_, _| Ok(())).unwrap().report.loss
         };
         let step = 2e-3 / square.sqrt();
         let name = portions[0].loss.name();
@@ -275,6 +277,6 @@ fn a_pair_that_was_split_is_an_error() {
     let pair = compared(&learner, tree(vec![9; 10], branches));
     let portions = [alone(Loss::Preference(Preference::default()), vec![pair])];
     let shape = candor::learner::StepShape { micro_tokens: 16, ..shape() };
-    let error = format!("{:#}", learner.gradient(&portions, &shape, &|_| {}).err().unwrap());
+    let error = format!("{:#}", learner.gradient(&portions, &shape, &mut |_, _| Ok(())).err().unwrap());
     assert!(error.contains("a pair was split; raise batch.micro_tokens"), "{error}");
 }

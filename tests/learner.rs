@@ -70,7 +70,7 @@ fn golden_adapters() -> Vec<(std::path::PathBuf, &'static str)> {
 
 pub fn gradient(learner: &Learner, trees: &[Tree], shape: &StepShape) -> Vec<Vec<f64>> {
     learner
-        .gradient(&[Portion::sampled(trees.to_vec())], shape, &|_| {})
+        .gradient(&[Portion::sampled(trees.to_vec())], shape, &mut |_, _| Ok(()))
         .unwrap()
         .gradients
         .iter()
@@ -110,7 +110,7 @@ fn golden_trajectory_of_ten_adamw_steps() {
             let mut trees = [imitation(&ids(&logits["ids_a"])), imitation(&ids(&logits["ids_b"]))];
             on_policy(&model, learner.adapter(), &mut trees);
             let all: Vec<f64> = trees.iter_mut().flat_map(|tree| behavior_t(&mut tree.branches[0]).clone()).collect();
-            let report = learner.step(&[Portion::sampled(trees.to_vec())], &shape(), &|_| {}).unwrap();
+            let report = learner.step(&[Portion::sampled(trees.to_vec())], &shape(), &mut |_, _| Ok(())).unwrap();
             let place = format!("{} {name} step {step}", folder.display());
             check::close(&place, -all.iter().sum::<f64>() / all.len() as f64, want["loss"].as_f64().unwrap(), 1e-4);
             check::close(&place, report.grad_norm, want["grad_norm_before_clip"].as_f64().unwrap(), 1e-3);
@@ -166,7 +166,7 @@ fn golden_grpo_runs_of_trl() {
             let mut trees = trl_trees(want);
             on_policy(&model, learner.adapter(), &mut trees);
             let report = learner
-                .step(&[Portion::sampled(trees.to_vec())], &StepShape { max_tokens, ..shape() }, &|_| {})
+                .step(&[Portion::sampled(trees.to_vec())], &StepShape { max_tokens, ..shape() }, &mut |_, _| Ok(()))
                 .unwrap();
             let place = format!("{name} step {step}");
             check::close(&place, report.loss, want["loss"].as_f64().unwrap(), 1e-5);
@@ -265,7 +265,7 @@ fn a_completion_that_does_not_fit_is_named() {
     let trees = forest(&model, &adapter);
     let learner = Learner::new(model, &adapter, None, &settings()).unwrap();
     let error = learner
-        .gradient(&[Portion::sampled(trees.to_vec())], &StepShape { micro_tokens: 71, ..shape() }, &|_| {})
+        .gradient(&[Portion::sampled(trees.to_vec())], &StepShape { micro_tokens: 71, ..shape() }, &mut |_, _| Ok(()))
         .err()
         .unwrap();
     assert!(error.to_string().contains("group 1, rollout 1"), "{error}");
@@ -281,7 +281,8 @@ pub fn assert_finite_differences(shape: &StepShape) {
     for (model, adapter) in UNLIKE.into_iter().filter_map(tiny) {
         let trees = forest(&model, &adapter);
         let learner = Learner::new(model.clone(), &adapter, None, &settings()).unwrap();
-        let gradients = learner.gradient(&[Portion::sampled(trees.to_vec())], shape, &|_| {}).unwrap().gradients;
+        let gradients =
+            learner.gradient(&[Portion::sampled(trees.to_vec())], shape, &mut |_, _| Ok(())).unwrap().gradients;
         let loss = |scale: f64| {
             let moved = adapter
                 .tensors()
@@ -290,7 +291,7 @@ pub fn assert_finite_differences(shape: &StepShape) {
                 .map(|((name, tensor), gradient)| (name, (tensor + (gradient * scale).unwrap()).unwrap()));
             let moved = like_tiny(&model, moved);
             let learner = Learner::new(model.clone(), &moved, None, &settings()).unwrap();
-            learner.gradient(&[Portion::sampled(trees.to_vec())], shape, &|_| {}).unwrap().report.loss
+            learner.gradient(&[Portion::sampled(trees.to_vec())], shape, &mut |_, _| Ok(())).unwrap().report.loss
         };
         let square: f64 = gradients.iter().map(|g| values(g).iter().map(|x| x * x).sum::<f64>()).sum();
         let step = 2e-3 / square.sqrt();
@@ -355,7 +356,7 @@ fn a_gradient_that_is_not_finite_is_an_error() {
     let trees = forest(&model, &adapter);
     let mut learner = Learner::new(model, &broken, None, &settings()).unwrap();
     let before: Vec<Tensor> = learner.adapter().tensors().into_iter().map(|(_, t)| t.copy().unwrap()).collect();
-    assert!(learner.step(&[Portion::sampled(trees.to_vec())], &shape(), &|_| {}).is_err());
+    assert!(learner.step(&[Portion::sampled(trees.to_vec())], &shape(), &mut |_, _| Ok(())).is_err());
     for ((name, after), before) in learner.adapter().tensors().iter().zip(before) {
         assert!(
             values(after).iter().zip(values(&before)).all(|(a, b)| a.to_bits() == b.to_bits()),

@@ -37,6 +37,7 @@ mod judge_run;
 mod judge_server;
 mod kernels;
 mod learner;
+mod levels;
 mod lexical;
 mod loading;
 mod logprob;

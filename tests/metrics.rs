@@ -126,7 +126,8 @@ fn said(groups: &[(&str, Vec<Option<f64>>)]) -> Value {
     let report = StepReport { loss: 0.0, losses: Default::default(), grad_norm: 1.0, tokens: 9, metrics };
     let shape = StepShape { micro_tokens: 9, max_tokens: 12, temperature: 1.0, learning_rate: 0.5, dropout: None };
     let second = Duration::from_secs(1);
-    let timing = Timing { sample: second, score: second, learn: second, step: 3 * second };
+    let idle = [0.5, 0.5];
+    let timing = Timing { sample: second, score: second, score_wait: second, learn: second, step: 3 * second, idle };
     StepRecord { step: 0, rows: &rows, portions: &[], report: &report, shape: &shape, timing }.to_row().to_json()
 }
 

@@ -191,7 +191,8 @@ fn nothing_is_read_that_an_earlier_call_left() {
                 let mut trees = [learner::imitation(ids)];
                 learner::on_policy(&model, &good, &mut trees);
                 let learner = Learner::new(model.clone(), adapter, None, &learner::settings()).unwrap();
-                let gradients = learner.gradient(&[Portion::sampled(trees.into())], &learner::shape(), &|_| {});
+                let gradients =
+                    learner.gradient(&[Portion::sampled(trees.into())], &learner::shape(), &mut |_, _| Ok(()));
                 let gradients =
                     gradients.map(|gradient| gradient.gradients.iter().flat_map(values).collect::<Vec<f64>>());
                 (hidden(&model, &[(ids, Some(adapter))]).unwrap(), gradients.ok())

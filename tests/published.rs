@@ -124,7 +124,7 @@ fn golden_smollm2_in_bf16_loses_no_more_than_transformers_does() {
         let (adapter, _) = adapter(&model, &banana);
         let learner = Learner::new(model, &adapter, None, &Default::default()).unwrap();
         let portion = Portion { loss: Loss::Demonstration, share: 1.0, trees: trees.clone() };
-        let gradients = learner.gradient(&[portion], &shape(), &|_| {}).unwrap().gradients;
+        let gradients = learner.gradient(&[portion], &shape(), &mut |_, _| Ok(())).unwrap().gradients;
         (logprobs, gradients.iter().flat_map(values).collect::<Vec<f64>>())
     };
     let (exact, want) = of(check::f32_kernel());

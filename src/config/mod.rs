@@ -32,6 +32,9 @@ pub struct Config {
     /// Passes over the tasks, in place of `steps`, where every task carries its completions; the last step is filled up from the
     /// pass after.
     pub epochs: Option<u64>,
+    /// After so many seconds in which nothing was done, who waits for whom is told; the run goes on.
+    #[serde(default = "default_silence")]
+    pub silence_seconds: u64,
     /// The frozen base model.
     pub model: Model,
     /// The adapter being trained.
@@ -62,6 +65,10 @@ pub struct Config {
 
 fn default_seed() -> u64 {
     17
+}
+
+fn default_silence() -> u64 {
+    120
 }
 
 fn default_steps() -> u64 {
@@ -133,6 +140,11 @@ impl Config {
             table.remove("steps");
         }
         toml::to_string(&table).context(written)
+    }
+
+    /// How many optimizer steps the sampler may be ahead.
+    pub fn level(&self) -> u64 {
+        self.sampling.async_level as u64
     }
 
     /// The policy that the KL term is taken to: as configured, else the starting adapter where there is one.

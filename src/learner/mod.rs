@@ -19,11 +19,11 @@ use candle_core::{Device, Tensor};
 use tracing::debug;
 
 use crate::config::Learner as Settings;
-use crate::event::{Event, Observer};
 use crate::model::{Architecture, Attended, Call, Model, Projection};
 use crate::objective::{Counts, Metrics};
 use crate::ops::buffer::{self, Buffer};
 use crate::ops::head::{log_probabilities, log_probabilities_backward};
+use crate::ops::kernel::Kernel;
 use crate::ops::keys::Keys;
 use crate::policy::Adapter;
 use optimizer::AdamW;
@@ -82,6 +82,9 @@ pub struct StepReport {
     pub metrics: Metrics,
 }
 
+/// Told after each layer's backward pass how many are done, of how many; an error ends the step.
+pub type LayerDone<'a> = &'a mut dyn FnMut(usize, usize) -> Result<()>;
+
 /// The gradient of one step, in the order of [`Adapter::tensors`].
 pub struct StepGradient {
     /// One per adapter tensor.
@@ -105,6 +108,11 @@ impl Learner {
         &self.adapter
     }
 
+    /// What its matrices are multiplied with.
+    pub fn kernel(&self) -> Kernel {
+        self.model.kernel
+    }
+
     /// Where the adapter lives.
     pub fn device(&self) -> &Device {
         &self.model.device
@@ -113,9 +121,9 @@ impl Learner {
     /// One optimizer step.
     ///
     /// # Errors
-    /// If a completion does not fit, a number is not finite, or the device fails. Nothing is updated then.
-    pub fn step(&mut self, portions: &[Portion], shape: &StepShape, observer: Observer) -> Result<StepReport> {
-        let StepGradient { mut gradients, mut report } = self.gradient(portions, shape, observer)?;
+    /// If a completion does not fit, a number is not finite, the device or `layer_done` fails. Nothing is updated then.
+    pub fn step(&mut self, portions: &[Portion], shape: &StepShape, layer_done: LayerDone) -> Result<StepReport> {
+        let StepGradient { mut gradients, mut report } = self.gradient(portions, shape, layer_done)?;
         let names = self.adapter.tensors();
         report.grad_norm =
             optimizer::clip(&mut gradients, self.settings.max_grad_norm, |index| names[index].0.clone())?;
@@ -130,7 +138,7 @@ impl Learner {
     ///
     /// # Errors
     /// As [`Learner::step`].
-    pub fn gradient(&self, portions: &[Portion], shape: &StepShape, observer: Observer) -> Result<StepGradient> {
+    pub fn gradient(&self, portions: &[Portion], shape: &StepShape, layer_done: LayerDone) -> Result<StepGradient> {
         let tensors = tensors(&self.adapter);
         let mut gradients: Vec<Vec<f32>> = tensors.iter().map(|tensor| vec![0.0; tensor.elem_count()]).collect();
         let mut report =
@@ -142,7 +150,7 @@ impl Learner {
             (0, layers * packed.iter().map(|(_, micro_batches)| micro_batches.len()).sum::<usize>());
         let mut layer_done = || {
             done += 1;
-            observer(Event::Progress { what: "learning", done, total });
+            layer_done(done, total)
         };
         let mut earlier = 0;
         for (portion, mut micro_batches) in packed {
@@ -169,7 +177,7 @@ impl Learner {
         shape: &StepShape,
         gradients: &mut [Vec<f32>],
         report: &mut StepReport,
-        layer_done: &mut dyn FnMut(),
+        layer_done: &mut dyn FnMut() -> Result<()>,
     ) -> Result<()> {
         let model = &*self.model;
         let (inputs, last) = self.layer_inputs(micro)?;
@@ -226,7 +234,7 @@ impl Learner {
         inputs: Vec<LayerInput>,
         mut grad: Buffer,
         gradients: &mut [Vec<f32>],
-        layer_done: &mut dyn FnMut(),
+        layer_done: &mut dyn FnMut() -> Result<()>,
     ) -> Result<()> {
         let adapters = [(0..micro.ids.len(), Some(&self.adapter))];
         let call = call(micro, &adapters);
@@ -244,7 +252,7 @@ impl Learner {
                     gradients[total].iter_mut().zip(part).for_each(|(total, part)| *total += part);
                 }
             }
-            layer_done();
+            layer_done()?;
         }
         Ok(())
     }
