@@ -61,7 +61,7 @@ pub fn servers(
             );
             let tokens = here.len();
             observer(Event::Line(&format!(
-                "sampling on {address}: log-probabilities differ by {mean:.4} on average over {tokens} tokens"
+                "sampling on {address}: log-probabilities differ by {mean:.1e} on average over {tokens} tokens"
             )));
         }
         break;
