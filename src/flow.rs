@@ -65,7 +65,9 @@ impl Flow<'_> {
         let sampler = SamplerEnd { flow: self, published, newest, pass_on };
         scope(|scope| {
             let sampling = move || {
-                if let Err(error) = sample(&sampler) {
+                let sampled = sample(&sampler);
+                self.timeline.waits(Side::Sampler, "done with all steps".into());
+                if let Err(error) = sampled {
                     // A learner that is gone has an error of its own.
                     drop(sampler.pass_on.send(Err(error)));
                 }

@@ -37,7 +37,7 @@ pub struct Plan {
     pub memory: Memory,
 }
 
-/// The memory of a run by what it is for, in bytes. The two kinds of activations do not exist at once.
+/// The memory of a run by what it is for, in bytes.
 #[derive(Clone, Copy, Debug)]
 pub struct Memory {
     /// This process before the weights are read: program, tokenizer, rows of the environments.
@@ -58,12 +58,14 @@ pub struct Memory {
     pub head: usize,
     /// What is taken only while the weights are read.
     pub loading: usize,
+    /// Whether sampler and learner compute at once.
+    pub together: bool,
 }
 
 impl Memory {
-    /// The activations of the larger of the two kinds.
+    /// The activations of both kinds, or of the larger where they do not exist at once.
     fn activations(&self) -> usize {
-        self.sampling.max(self.learning)
+        if self.together { self.sampling + self.learning } else { self.sampling.max(self.learning) }
     }
 
     /// What freed activations leave in pieces that the allocator neither uses nor returns: measured with glibc, nothing to a
@@ -183,9 +185,10 @@ impl Work {
             config.lora.rank * (wide + narrow)
         };
         let adapter = architecture.layers.len() * config.lora.targets.iter().map(width).sum::<usize>();
-        // Trained, its gradient (or, while sampling, the published copy) and two moments; the reference where there is one.
+        // Trained, its gradient (or, while sampling, the published copy) and two moments; the reference where there is one, and the
+        // older versions that are still sampled from.
         let reference = inputs.has_reference(config)? && config.reference() == Reference::Start;
-        let copies = 4 + usize::from(reference);
+        let copies = 4 + usize::from(reference) + config.sampling.async_level;
         let Footprint { resident, layer, unpacked } = inputs.model.footprint;
         let blocks = rows::scratch(block_width(architecture), self.micro_rows);
         Ok(Memory {
@@ -199,6 +202,7 @@ impl Work {
             learning: FLOAT * (self.learning(architecture) + blocks),
             head: FLOAT * 3 * self.targets * architecture.hidden + head::bytes(self.targets, architecture.hidden),
             loading: reading_bytes(),
+            together: config.level() > 0,
         })
     }
 
@@ -268,7 +272,7 @@ impl fmt::Display for Plan {
     /// As TOML comments, so that a config stays one with its plan below it.
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
         self.derived.iter().try_for_each(|line| writeln!(f, "# {line}"))?;
-        let Memory { program, base, layer, adapter, cache, sampling, learning, head, loading } = self.memory;
+        let Memory { program, base, layer, adapter, cache, sampling, learning, head, loading, .. } = self.memory;
         let gigabytes = |bytes: usize| bytes as f64 / 1e9;
         writeln!(f, "#\n# memory at its fullest, completions as long as they may be (GB)")?;
         let rows = [

@@ -143,6 +143,15 @@ const REFUSED: &[(&str, &str, &[&str])] = &[
     ("", "[sampling]\ntemperature = 0\n", &["sampling.temperature: 0 must be finite, more than 0"]),
     ("", "[sampling]\nstop = [\"\"]\n", &["sampling.stop"]),
     ("", "[sampling]\nkind = \"openai\"\n", &["small.toml:7: sampling.kind", "needs servers"]),
+    (
+        "",
+        "[learner]\npolicy_loss = \"prime\"\nratio = \"sequence\"\n",
+        &["learner.policy_loss: \"prime\" has a ratio of its own"],
+    ),
+    ("", "[learner]\npolicy_loss = \"prime\"\nimportance.level = \"token\"\n", &["learner.policy_loss: \"prime\""]),
+    ("", "[learner]\ndelta = 2.0\nimportance.level = \"token\"\n", &["learner.delta: has no effect"]),
+    ("", "[learner]\nclip = [1.5, 0.2]\n", &["learner.clip: 1.5", "at most 1"]),
+    ("silence_seconds = 0\n", "", &["silence_seconds: 0 is not between 1"]),
     ("", "[sampling]\nasync_level = 65\n", &["sampling.async_level: 65 versions behind"]),
     (
         "",

@@ -3,178 +3,30 @@
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::path::Path;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, bail};
-use candor::checkpoint;
+use anyhow::bail;
 use candor::config::Config;
-use candor::event::Event;
 use candor::run::each_span;
-use candor::sampler::{Generation, Interrupted, PolicyFeed, Request, Sampler, Settings};
-use candor::setup::{Options, Run};
+use candor::sampler::{Interrupted, PolicyFeed};
+use candor::setup::Run;
 use candor::timeline::{Span, Stage};
-use candor::train::{Outcome, train};
-use candor_environments::{Completion, Environment, Load, Score, ScoreError, Task};
+use candor::train::Outcome;
 use proptest::prelude::*;
 use serde_json::Value;
-use tempfile::{TempDir, tempdir};
+use tempfile::tempdir;
 
+use crate::altered::{
+    Change, Ended, Said, altered, at_level, before, gated, go_on, never, no_pause, run_with, unchanged,
+};
 use crate::check::close;
 use crate::resume;
-use crate::toy::{config, generations, load, rows_of, step_metrics, within};
+use crate::toy::{config, generations, rows_of, step_metrics};
 
 const LEVELS: [u64; 4] = [0, 1, 2, 4];
-
-/// What is done before each batch is sampled; told the step, and whether anybody still wants it.
-type Before = Box<dyn FnMut(u64, &dyn PolicyFeed) -> Result<()> + Send>;
-
-/// The run's own sampler, with something done before each batch and to each completion.
-struct Altered {
-    own: Box<dyn Sampler>,
-    before: Before,
-    after: fn(&Settings, &mut Generation),
-}
-
-impl Sampler for Altered {
-    fn sample(
-        &mut self,
-        requests: &[Request],
-        policy: &dyn PolicyFeed,
-        settings: &Settings,
-        finished: &mut dyn FnMut(Generation) -> Result<()>,
-    ) -> Result<()> {
-        (self.before)(settings.step, policy)?;
-        self.own.sample(requests, policy, settings, &mut |mut generation| {
-            (self.after)(settings, &mut generation);
-            finished(generation)
-        })
-    }
-}
-
-/// What a test does to a run before it starts.
-type Change = Box<dyn FnOnce(&mut Run) + Send>;
-
-fn unchanged() -> Change {
-    Box::new(|_| {})
-}
-
-fn before(f: impl FnMut(u64, &dyn PolicyFeed) -> Result<()> + Send + 'static) -> Change {
-    altered(f, |_, _| {})
-}
-
-fn altered(
-    f: impl FnMut(u64, &dyn PolicyFeed) -> Result<()> + Send + 'static,
-    after: fn(&Settings, &mut Generation),
-) -> Change {
-    Box::new(move |run: &mut Run| {
-        let nobody = Box::new(Altered { own: Box::new(Nobody), before: Box::new(f), after });
-        let mut altered = nobody;
-        std::mem::swap(&mut altered.own, &mut run.sampler);
-        run.sampler = altered;
-    })
-}
-
-/// Who samples while a sampler is taken out of a run.
-struct Nobody;
-
-impl Sampler for Nobody {
-    fn sample(
-        &mut self,
-        _: &[Request],
-        _: &dyn PolicyFeed,
-        _: &Settings,
-        _: &mut dyn FnMut(Generation) -> Result<()>,
-    ) -> Result<()> {
-        bail!("nobody samples")
-    }
-}
-
-/// Events as a test keeps them: lines, warnings after `warning: `, and the progress of learning.
-type Said = Arc<Mutex<Vec<String>>>;
-
-/// A run and what became of it.
-struct Ended {
-    results: TempDir,
-    outcome: Result<Outcome>,
-    said: Vec<String>,
-}
-
-impl Ended {
-    fn folder(&self) -> std::path::PathBuf {
-        self.results.path().join("toy")
-    }
-
-    #[track_caller]
-    fn error(&self) -> String {
-        format!("{:#}", self.outcome.as_ref().expect_err("the run fails"))
-    }
-
-    fn spans(&self) -> Vec<Span> {
-        each_span(&self.folder().join("spans.jsonl")).unwrap()
-    }
-
-    /// The step that the newest checkpoint goes on with.
-    fn saved(&self) -> Option<u64> {
-        Some(checkpoint::state(&checkpoint::newest(&self.folder()).unwrap()?).unwrap().next_step)
-    }
-}
-
-/// A run that must end within a minute. `learning` is called at each layer that the learner is through with, `interrupts` with every
-/// line: whether somebody presses ctrl-C at it.
-fn run_with(
-    config: Config,
-    change: Change,
-    learning: impl Fn(usize, usize) + Send + Sync + 'static,
-    interrupts: fn(&str) -> bool,
-) -> Ended {
-    within(60, move || {
-        let (results, said) = (tempdir().unwrap(), Said::default());
-        let outcome = go_on(results.path(), &config, false, change, (&learning, interrupts), &said);
-        let said = std::mem::take(&mut *said.lock().unwrap());
-        Ended { results, outcome, said }
-    })
-}
-
-fn go_on(
-    results: &Path,
-    config: &Config,
-    resume: bool,
-    change: Change,
-    (learning, interrupts): (&(dyn Fn(usize, usize) + Sync), fn(&str) -> bool),
-    said: &Said,
-) -> Result<Outcome> {
-    let interrupted = AtomicBool::new(false);
-    let observer = |event: Event| {
-        let line = match event {
-            Event::Line(line) => line.to_string(),
-            Event::Warning(warning) => format!("warning: {warning}"),
-            Event::Progress { what: "learning", done, total } => return learning(done, total),
-            Event::Progress { .. } => return,
-        };
-        if interrupts(&line) {
-            interrupted.store(true, Ordering::Relaxed);
-        }
-        said.lock().unwrap().push(line);
-    };
-    let options = Options { results, resume, environments: &[("toy", load as Load)], observer: &observer };
-    let mut run = Run::prepare(config.clone(), &options)?;
-    change(&mut run);
-    train(&mut run, &observer, &interrupted)
-}
-
-fn at_level(level: u64, changes: &str) -> Config {
-    config(&format!("sampling.async_level = {level}\n{changes}"))
-}
-
-fn no_pause(_: usize, _: usize) {}
-
-fn never(_: &str) -> bool {
-    false
-}
 
 fn number(row: &Value, name: &str) -> u64 {
     row[name].as_u64().unwrap()
@@ -307,15 +159,8 @@ fn every_failure_ends_the_run_with_its_reason_at_every_level() {
         };
         assert_fails(level, &odd("panics"), unchanged(), 0..=0, "environment \"toy\" panicked on task");
         assert_fails(level, &odd("huge"), unchanged(), 0..=0, "step 0: the gradient of");
-        let later = |run: &mut Run| {
-            let environment = run.training[0].environment.clone();
-            run.training[0].environment = Arc::new(Gated {
-                own: environment,
-                gate: Box::new(|number| assert!(number < 30, "tired")),
-                asked: AtomicU64::new(0),
-            });
-        };
-        assert_fails(level, "", Box::new(later), 1..=2, "environment \"toy\" panicked on task");
+        let tires = gated(|number| assert!(number < 30, "tired"));
+        assert_fails(level, "", tires, 1..=2, "environment \"toy\" panicked on task");
         let no_checkpoints = |run: &mut Run| {
             let checkpoints = run.folder.path.join("checkpoints");
             fs::remove_dir(&checkpoints).unwrap();
@@ -324,35 +169,6 @@ fn every_failure_ends_the_run_with_its_reason_at_every_level() {
         let ended = run_with(at_level(level, ""), Box::new(no_checkpoints), no_pause, never);
         assert!(ended.error().contains("checkpoints/.step-000001.new: cannot create"), "{}", ended.error());
     }
-}
-
-/// An environment whose scores wait for something, or fail, by their number.
-struct Gated {
-    own: Arc<dyn Environment>,
-    gate: Box<dyn Fn(u64) + Send + Sync>,
-    asked: AtomicU64,
-}
-
-impl Environment for Gated {
-    fn num_tasks(&self) -> usize {
-        self.own.num_tasks()
-    }
-
-    fn task(&self, index: usize) -> Task {
-        self.own.task(index)
-    }
-
-    fn score(&self, index: usize, completion: &Completion) -> Result<Score, ScoreError> {
-        (self.gate)(self.asked.fetch_add(1, Ordering::Relaxed));
-        self.own.score(index, completion)
-    }
-}
-
-fn gated(gate: impl Fn(u64) + Send + Sync + 'static) -> Change {
-    Box::new(move |run: &mut Run| {
-        let own = run.training[0].environment.clone();
-        run.training[0].environment = Arc::new(Gated { own, gate: Box::new(gate), asked: AtomicU64::new(0) });
-    })
 }
 
 /// Catches an error that is only found when the learner is through with a long step, or with a wait for a judge.

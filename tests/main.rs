@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, missing_docs)]
 
 mod advantage;
+mod altered;
 mod attention;
 mod binary;
 mod boolq;
@@ -38,6 +39,7 @@ mod judge_server;
 mod kernels;
 mod learner;
 mod levels;
+mod levels_by_hand;
 mod lexical;
 mod loading;
 mod logprob;

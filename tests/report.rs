@@ -97,12 +97,19 @@ fn everything_is_written_and_the_numbers_are_those_of_the_evaluation() {
     fs::write(place.path("results/small/metrics.jsonl"), lines(metrics)).unwrap();
     fs::write(place.path("results/small/config.toml"), "name = \"small\"\nsteps = 12\n[model]\nsource = \"m\"\n")
         .unwrap();
+    let stages = [("sample", 0.0, 2.0), ("score", 0.5, 3.0), ("learn", 3.0, 5.0)];
+    let span = |step: u64, (stage, start, end): (&str, f64, f64)| {
+        let later = 5.0 * step as f64;
+        json!({"stage": stage, "step": step, "start": later + start, "end": later + end})
+    };
+    let spans = (0..12).flat_map(|step| stages.map(|stage| span(step, stage)));
+    fs::write(place.path("results/small/spans.jsonl"), lines(spans)).unwrap();
     let ended = reported(&place, &["results/small"]);
     assert_eq!(ended.stdout.trim(), "results/small/report/index.html");
     assert!(ended.stderr.contains("not finished"), "there is no summary.json: {}", ended.stderr);
 
     let figures = "over_steps reliability_phases confidence_histogram coverage_accuracy routing calibration_curves learner \
-                   brier_over_time";
+                   brier_over_time timeline";
     for name in figures.split(' ') {
         let bytes = fs::read(place.path(&format!("results/small/report/{name}.png"))).unwrap();
         let mut decoder = png::Decoder::new(Cursor::new(bytes)).read_info().unwrap();
@@ -111,6 +118,13 @@ fn everything_is_written_and_the_numbers_are_those_of_the_evaluation() {
         assert!(pixels.iter().any(|&byte| byte < 64), "{name}: nothing is drawn");
         assert!(read(&place, &format!("results/small/report/{name}.svg")).contains("</svg>"));
     }
+
+    let timeline = read(&place, "results/small/report/timeline.svg");
+    for words in ["sampler", "scorers", "learner", "rollouts", "steps 1 to 8", "steps 5 to 12"] {
+        assert!(timeline.contains(&format!("\n{words}\n")), "{words} is not in the timeline");
+    }
+    // Twice eight steps of three bars, each filled and outlined, three swatches, and the background.
+    assert_eq!(timeline.matches("<rect").count(), 2 * (2 * 3 * 8 + 3) + 1);
 
     let learner = read(&place, "results/small/report/learner.svg");
     assert!(LEARNER.iter().all(|name| learner.contains(&format!("\n{name}\n"))), "a metric has another name now");
@@ -282,7 +296,7 @@ proptest! {
     /// Would catch an axis without numbers or with hundreds, and numbers that look alike.
     #[test]
     fn an_axis_has_a_few_numbers_that_differ(low in -1e6..1e6, size in 1e-6..1e6, count in 5_usize..9, whole: bool) {
-        let axis = Axis { label: String::new(), range: (low, low + size), whole };
+        let axis = Axis { label: String::new(), range: (low, low + size), whole, names: &[] };
         let ticks = axis.ticks(count);
         prop_assert!(ticks.len() <= count + 1);
         prop_assert!(whole || ticks.len() >= 2, "{ticks:?}");

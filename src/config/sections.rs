@@ -249,7 +249,8 @@ pub struct Sampling {
     pub stop: Vec<String>,
     /// Whether `logprobs.jsonl` keeps every rollout's tokens with their log-probabilities, which `candor inspect` shades them by.
     pub logprobs: bool,
-    /// How many optimizer steps the sampler may run ahead of the learner; 0: strictly on policy.
+    /// How many optimizer steps the sampler may run ahead of the learner, at most 64; 0: strictly on policy, and the same run
+    /// whenever it is repeated.
     pub async_level: usize,
     /// `local`: samplers that work side by side, each with its share of the threads and of a step's groups. One is best where
     /// all threads share a cache; with many cores, one for each memory node.

@@ -8,7 +8,7 @@ use candor_environments::KeyError;
 
 use super::{Config, Device, Dtype, Endpoint, Environment, Learner, Reference, SamplerKind, Sampling};
 use crate::client::{MOST_IN_FLIGHT, NO_ADDRESS};
-use crate::objective::PolicyLoss;
+use crate::objective::{ImportanceLevel, PolicyLoss, Ratio};
 use crate::source::web_address;
 
 fn problem<T>(key: &str, text: impl Into<String>) -> Result<T, KeyError> {
@@ -106,7 +106,7 @@ impl Config {
             // Elsewhere a key of this name is the range of clipping, 0.2 or so.
             ("learner.epsilon", learner.epsilon, (Excluded(0.0), Included(0.01))),
             ("learner.max_grad_norm", learner.max_grad_norm, positive),
-            ("learner.clip", learner.clip[0], not_negative),
+            ("learner.clip", learner.clip[0], (Included(0.0), Included(1.0))),
             ("learner.clip", learner.clip[1], not_negative),
             ("learner.importance.max", learner.importance.max, positive),
             ("learner.kl", learner.kl, not_negative),
@@ -168,6 +168,19 @@ impl Config {
         let learner = &self.learner;
         if learner.delta.is_some() && learner.policy_loss != PolicyLoss::Clip {
             return problem("learner.delta", "bounds the ratio of policy_loss = \"clip\" only; remove it");
+        }
+        let weighted = learner.importance.level != ImportanceLevel::None;
+        if learner.policy_loss == PolicyLoss::Prime && (weighted || learner.ratio != Ratio::Token) {
+            return problem(
+                "learner.policy_loss",
+                "\"prime\" has a ratio of its own; it goes with learner.ratio = \"token\" and learner.importance.level = \"none\"",
+            );
+        }
+        if weighted && learner.delta.is_some() {
+            return problem(
+                "learner.delta",
+                "has no effect where learner.importance weighs: the ratio is 1; remove one of them",
+            );
         }
         if learner.kl_estimator.is_some() && learner.kl == 0.0 {
             return problem("learner.kl_estimator", "has no effect with learner.kl = 0; set that, or remove this");

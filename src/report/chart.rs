@@ -9,12 +9,14 @@ pub struct Axis {
     pub range: (f64, f64),
     /// Whether only whole numbers are meaningful.
     pub whole: bool,
+    /// What the whole numbers from 0 on stand for; none where they are numbers.
+    pub names: &'static [&'static str],
 }
 
 impl Axis {
     /// A share or probability.
     pub fn share(label: &str) -> Self {
-        Self { label: label.into(), range: (0.0, 1.0), whole: false }
+        Self { label: label.into(), range: (0.0, 1.0), whole: false, names: &[] }
     }
 
     /// An axis that shows all values, with some room above and below; `None` where there is none.
@@ -22,7 +24,7 @@ impl Axis {
         let (low, high) =
             values.fold((f64::INFINITY, f64::NEG_INFINITY), |(low, high), value| (low.min(value), high.max(value)));
         let room = if low < high { (high - low) * 0.06 } else { low.abs().max(1.0) * 0.1 };
-        (low <= high).then(|| Self { label: label.into(), range: (low - room, high + room), whole: false })
+        (low <= high).then(|| Self { label: label.into(), range: (low - room, high + room), whole: false, names: &[] })
     }
 
     /// Round numbers within the range, at most `count` of them: multiples of 1, 2 or 5 times a power of ten.
@@ -35,6 +37,9 @@ impl Axis {
 
     /// A tick as text, with the decimals that tell it from its neighbors.
     pub fn tick(&self, value: f64, count: usize) -> String {
+        if let Some(name) = self.names.get(value as usize) {
+            return name.to_string();
+        }
         let power = |value: f64| value.log10().floor() as i32;
         let (step, largest) = (power(self.step(count)), self.range.0.abs().max(self.range.1.abs()));
         let text = match largest {
@@ -81,6 +86,8 @@ pub enum Mark {
     Dots(Vec<Dot>),
     /// From, to, and height.
     Bars(Vec<(f64, f64, f64)>),
+    /// From, to, and the whole number that it lies around.
+    Spans(Vec<(f64, f64, f64)>),
 }
 
 /// A mark with its color, and its name where the legend has it.

@@ -173,7 +173,7 @@ where
             _ => &[],
         });
         let highest = highest.map(|bar| bar.2).fold(f64::MIN_POSITIVE, f64::max);
-        let y = Axis { label: String::new(), range: (0.0, highest), whole: false };
+        let y = Axis { label: String::new(), range: (0.0, highest), whole: false, names: &[] };
         let frame = Frame { x: &chart.x, y: &y, edges: (left, bottom + px(8.0), right, bottom + strip) };
         line(area, &[(left, bottom + strip), (right, bottom + strip)], stroke(GRID, 1.0))?;
         chart.strip.iter().try_for_each(|layer| mark(layer, &frame, area))?;
@@ -200,7 +200,7 @@ where
             Mark::Line { dashed: true, .. } => dashes(area, &swatch, style)?,
             Mark::Line { .. } => line(area, &swatch, style)?,
             Mark::Dots(_) => dot(area, (x + px(9.0), middle), 4.0, color(layer))?,
-            Mark::Band(_) | Mark::Bars(_) => {
+            Mark::Band(_) | Mark::Bars(_) | Mark::Spans(_) => {
                 let corners = [(x, y + px(1.0)), (x + px(18.0), y + px(LABEL - 1.0))];
                 area.draw(&Rectangle::new(corners, color(layer).mix(0.5).filled())).map_err(failed)?;
             }
@@ -270,6 +270,11 @@ where
         Mark::Bars(bars) => bars.iter().try_for_each(|&(from, to, height)| {
             let corners = [frame.at(from, height), frame.at(to, 0.0f64.max(frame.y.range.0))];
             area.draw(&Rectangle::new(corners, color.mix(0.5).filled())).map_err(failed)
+        }),
+        Mark::Spans(spans) => spans.iter().try_for_each(|&(from, to, lane)| {
+            let corners = [frame.at(from, lane + 0.36), frame.at(to, lane - 0.36)];
+            area.draw(&Rectangle::new(corners, color.mix(0.5).filled())).map_err(failed)?;
+            area.draw(&Rectangle::new(corners, stroke(color, 0.5))).map_err(failed)
         }),
     }
 }

@@ -114,7 +114,7 @@ fn over(title: &str, label: &str, range: Option<(f64, f64)>, layers: Vec<Layer>)
     let around = Axis::around(label, all().map(|(_, y)| y))?;
     let y = Axis { range: range.unwrap_or(around.range), ..around };
     let last = all().map(|(x, _)| x).fold(1.0, f64::max);
-    let x = Axis { label: "optimizer steps done".into(), range: (0.0, last), whole: true };
+    let x = Axis { label: "optimizer steps done".into(), range: (0.0, last), whole: true, names: &[] };
     Some(Chart { title: title.into(), x, y, layers, strip: Vec::new() })
 }
 
@@ -172,7 +172,7 @@ fn values(layer: &Layer) -> Vec<(f64, f64)> {
     match &layer.mark {
         Mark::Line { points, .. } => points.iter().filter_map(|&(x, y)| Some((x, y?))).collect(),
         Mark::Dots(dots) => dots.iter().map(|dot| dot.at).collect(),
-        Mark::Band(_) | Mark::Bars(_) => Vec::new(),
+        Mark::Band(_) | Mark::Bars(_) | Mark::Spans(_) => Vec::new(),
     }
 }
 
@@ -206,7 +206,12 @@ pub fn confidence_histogram(subjects: &[Subject]) -> Result<Figure> {
             charts.push(Chart {
                 title,
                 x: Axis::share("stated confidence"),
-                y: Axis { label: "share of parsed answers".into(), range: (0.0, highest * 1.05), whole: false },
+                y: Axis {
+                    label: "share of parsed answers".into(),
+                    range: (0.0, highest * 1.05),
+                    whole: false,
+                    names: &[],
+                },
                 layers: layers
                     .map(|(name, color, mark)| Layer { name: Some(name.into()), ..Layer::of(color, mark) })
                     .into(),

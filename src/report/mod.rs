@@ -1,7 +1,7 @@
 //! `candor report`: what became of a run, as files for people and for other programs.
 //!
 //! Reading order: [`read`] a run once, cut it into [`subject`]s, draw [`figures`], [`reliability`] diagrams and [`selective`] answering as [`chart`]s
-//! ([`draw`], [`band`]), fill a [`table`] and [`csv`] files, put it all on one [`page`].
+//! ([`draw`], [`band`]), and who worked when as a [`timeline`], fill a [`table`] and [`csv`] files, put it all on one [`page`].
 
 pub mod band;
 pub mod chart;
@@ -15,6 +15,7 @@ pub mod samples;
 pub mod selective;
 pub mod subject;
 pub mod table;
+pub mod timeline;
 
 use std::fs::{self, File};
 use std::io::{BufWriter, Write};
@@ -118,6 +119,7 @@ impl Report {
             selective::routing_curve(subjects, self.large_accuracy)?,
             reliability::calibration_curves(subjects, self.group_size)?,
             figures::learner(&self.runs),
+            timeline::timeline(&self.runs),
         ];
         Ok(figures.into_iter().filter(|figure| !figure.charts.is_empty()).collect())
     }

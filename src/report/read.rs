@@ -12,7 +12,8 @@ use rayon::prelude::*;
 use serde_json::{Map, Value, json};
 
 use crate::generations::{Line, Recorded, each_batch, each_rollout, generations_file};
-use crate::run::{METRICS, Row, RowSplit, SUMMARY};
+use crate::run::{METRICS, Row, RowSplit, SPANS, SUMMARY, each_span};
+use crate::timeline::Span;
 
 /// Rollouts whose texts are packed together: what a page unpacks to show one of them.
 const CHUNK: usize = 128;
@@ -27,6 +28,8 @@ pub struct RecordedRun {
     pub config: Option<String>,
     /// The rows of `metrics.jsonl`; empty where there is none.
     pub metrics: Vec<Map<String, Value>>,
+    /// What `spans.jsonl` says; empty where there is none.
+    pub spans: Vec<Span>,
     /// Every rollout, in the file's order.
     pub rollouts: Vec<Recorded>,
     /// The texts of consecutive rollouts, packed.
@@ -58,6 +61,7 @@ impl RecordedRun {
             path: path.to_owned(),
             config: folder.and_then(|folder| fs::read_to_string(folder.join("config.toml")).ok()),
             metrics: Vec::new(),
+            spans: folder.map(|folder| each_span(&folder.join(SPANS))).transpose()?.unwrap_or_default(),
             rollouts: Vec::new(),
             texts: Vec::new(),
             ends: [Vec::new(), Vec::new()],
