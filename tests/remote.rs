@@ -276,8 +276,7 @@ fn what_one_server_does_not_give_another_does_and_nothing_comes_twice() {
     let want = expected(&tiny, &policy);
     let dies = |number: usize, _: &Asked| (number >= 2).then(|| Answer { cut: Some(0), ..says("") });
     let hangs = |number: usize, _: &Asked| (number == 1).then(|| Answer { delay: Duration::from_secs(30), ..says("") });
-    let odd: [(&str, fn(usize, &Asked) -> Option<Answer>); 2] = [("dies", dies), ("hangs", hangs)];
-    for (name, odd) in odd {
+    for (name, odd) in [("dies", dies as fn(usize, &Asked) -> Option<Answer>), ("hangs", hangs)] {
         let folder = tempdir().unwrap();
         let (bad, good) = (server(&tiny, odd), honest(&tiny));
         let more = ", concurrency = 2, timeout_seconds = 1";

@@ -252,8 +252,8 @@ pub struct Sampling {
     /// How many optimizer steps the sampler may run ahead of the learner, at most 64; 0: strictly on policy, and the same run
     /// whenever it is repeated.
     pub async_level: usize,
-    /// `local`: samplers that work side by side, each with its share of the threads and of a step's groups. One is best where
-    /// all threads share a cache; with many cores, one for each memory node.
+    /// `local`: samplers that work side by side, each with its share of the threads and of a step's groups: for many cores,
+    /// which the few rows of a decoding step do not feed.
     pub samplers: usize,
     /// The servers of `kind = "openai"`.
     pub endpoints: Vec<Endpoint>,

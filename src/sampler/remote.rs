@@ -123,8 +123,8 @@ impl RemoteSampler {
         let oldest = oldest.unwrap_or(version).min(version);
         self.publication.retire(oldest);
         let first = self.publication.name(oldest);
-        for endpoint in self.endpoints.iter().filter(|endpoint| endpoint.has_before(&first)).cloned() {
-            let first = first.clone();
+        for endpoint in self.endpoints.iter().filter(|endpoint| endpoint.has_before(&first)) {
+            let (endpoint, first) = (endpoint.clone(), first.clone());
             spawn(move || endpoint.unload_before(Some(&first)))?;
         }
         Ok((version, Some(name.into())))
@@ -170,8 +170,8 @@ impl Drop for RemoteSampler {
     /// Has the servers forget this run's adapters, as far as they do so at once.
     fn drop(&mut self) {
         let (done, all) = unbounded::<()>();
-        for endpoint in self.endpoints.iter().cloned() {
-            let done = done.clone();
+        for endpoint in &self.endpoints {
+            let (endpoint, done) = (endpoint.clone(), done.clone());
             // A thread that cannot be started has dropped its end.
             drop(spawn(move || {
                 endpoint.unload_before(None);
