@@ -369,6 +369,19 @@ fn a_stop_is_heard_while_servers_are_silent() {
     assert!(error.is::<Interrupted>() && began.elapsed() < Duration::from_secs(20), "{error:#}");
 }
 
+/// Catches groups that are admitted one by one though servers have room for all.
+#[test]
+fn all_groups_are_asked_for_while_there_is_room() {
+    let (tiny, folder) = (tiny(), tempdir().unwrap());
+    let slow = tiny.clone();
+    let server =
+        server(&tiny, move |_, asked| Some(Answer { delay: Duration::from_millis(500), ..slow.answer(asked) }));
+    let mut sampler = open(&tiny, &[&server], folder.path(), ", concurrency = 100").unwrap();
+    let requests: Vec<Request> = (0..20).map(|number| request(number, 9, 2)).collect();
+    all(&mut sampler, &requests, &None, &settings(2, 1.0)).unwrap();
+    assert_eq!(server.seen.most_in_flight.load(Ordering::SeqCst), 40);
+}
+
 /// The key is shown to its server and to nobody else.
 #[test]
 fn a_key_is_sent_and_in_no_message() {

@@ -2,15 +2,19 @@
 
 use std::sync::Arc;
 
+use candor::check::Check;
 use candor::config::Dtype;
+use candor::inputs::Inputs;
 use candor::ops::kernel::Kernel;
+use candor::plan::Plan;
+use candor_environments::Load;
 use serde_json::{Value, json};
 use tempfile::tempdir;
 
 use crate::check;
 use crate::judge_server::Server;
-use crate::sampling_server::{Tiny, changed, endpoints, honest, server};
-use crate::toy::{config, failure, generations, rows_of, run, step_metrics};
+use crate::sampling_server::{Tiny, changed, endpoints, gone, honest, server};
+use crate::toy::{config, failure, generations, load, rows_of, run, step_metrics};
 
 /// Catches an adapter that does not reach the server, or an older one that stays in use: then the learner finds other
 /// log-probabilities than the server.
@@ -72,4 +76,18 @@ fn a_server_that_cannot_be_learned_from_is_refused_at_the_start() {
         }
     });
     assert!(error.contains("HERE does not sample from") && error.contains("by 1.00 on average"), "{error}");
+}
+
+/// Catches a plan that counts memory which servers take, and servers that are named nowhere before a run asks them.
+#[test]
+fn a_plan_and_a_check_name_the_servers() {
+    let folder = tempdir().unwrap();
+    let config = config(&endpoints(&[&gone()], folder.path(), ""));
+    let inputs = Inputs::open(&config, &[("toy", load as Load)], &|_| {}).unwrap();
+    let plan = Plan::of(&config, &inputs).unwrap();
+    assert_eq!(plan.memory.cache, 0);
+    let server = "tiny at http://127.0.0.1:9/v1, 64 requests at once, adapters in ";
+    assert!(plan.to_string().contains(&format!("sampled by {server}")), "{plan}");
+    let check = Check::of(&config, &inputs).unwrap();
+    assert!(check.to_string().contains(server), "{check}");
 }

@@ -152,11 +152,12 @@ impl Sampler for RemoteSampler {
             if policy.stopped() {
                 bail!(Interrupted);
             }
+            batch.ask()?;
             while batch.wants_group() {
                 let (version, adapter) = self.publish(policy, batch.oldest())?;
                 batch.admit(version, adapter);
+                batch.ask()?;
             }
-            batch.ask()?;
             if let Some(generation) = batch.next()? {
                 left -= 1;
                 finished(generation)?;
