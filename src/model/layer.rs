@@ -102,18 +102,18 @@ impl<'a> Work<'a> {
         }
     }
 
-    /// `outputs[i] = projections[i](x)` for a block of rows, each with the adapter of its own.
-    fn project<const N: usize>(
+    /// `outputs[i] = projections[i](x)` for a block of rows, each with the adapter of its own; `left` prepares some of them.
+    fn project<'x, const N: usize>(
         &self,
         projections: [Projection; N],
-        x: &[f32],
+        left: impl Fn(&Range<usize>) -> Left<'x>,
         rows: &Range<usize>,
         outputs: [&mut [f32]; N],
         threads: Threads,
     ) {
-        let (narrow, mut outputs) = (x.len() / rows.len(), outputs);
+        let mut outputs = outputs;
         for (part, adapter) in self.call.adapters(rows) {
-            let left = Left::new(&x[part.start * narrow..part.end * narrow], narrow, self.kernel);
+            let left = left(&part);
             let linears = projections.map(|projection| self.linear(projection, adapter, of_call(rows, &part)));
             let outputs = outputs.each_mut().map(|output| {
                 let wide = output.len() / rows.len();
@@ -123,12 +123,17 @@ impl<'a> Work<'a> {
         }
     }
 
+    /// Some rows of a block, normalized.
+    fn normed(&self, norm: &RmsNorm, x: &[f32], part: &Range<usize>) -> Left<'static> {
+        let hidden = self.architecture.hidden;
+        let row = |row: usize| &x[(part.start + row) * hidden..][..hidden];
+        Left::of_rows(part.len(), hidden, self.kernel, |index, to| norm.forward(row(index), to))
+    }
+
     /// The rows' queries and keys before they are normalized and rotated, and their values.
-    fn heads_before(&self, x: &[f32], rows: &Range<usize>, outputs: [&mut [f32]; 3], threads: Threads) -> Buffer {
-        let mut normed = Buffer::new(x.len());
-        self.layer.attention_norm.forward(x, &mut normed);
-        self.project([Projection::QProj, Projection::KProj, Projection::VProj], &normed, rows, outputs, threads);
-        normed
+    fn heads_before(&self, x: &[f32], rows: &Range<usize>, outputs: [&mut [f32]; 3], threads: Threads) {
+        let left = |part: &Range<usize>| self.normed(&self.layer.attention_norm, x, part);
+        self.project([Projection::QProj, Projection::KProj, Projection::VProj], left, rows, outputs, threads);
     }
 
     fn attend(&self, x: &[f32], keys: &mut Keys) -> Attended {
@@ -172,7 +177,7 @@ impl<'a> Work<'a> {
                 let x = &x[rows.start * hidden..rows.end * hidden];
                 let attended = &attended[rows.start * width..rows.end * width];
                 let middle = self.middle(x, attended, &rows, threads);
-                let returned = self.feed_forward(&middle.normed, &rows, threads);
+                let returned = self.feed_forward(&middle.x, &rows, threads);
                 add_normed(&middle.x, &returned, self.layer.feed_forward_output_norm.as_ref(), y);
             },
         );
@@ -181,12 +186,12 @@ impl<'a> Work<'a> {
 
     /// From what attention returned to the feed-forward block.
     fn middle(&self, x: &[f32], attended: &[f32], rows: &Range<usize>, threads: Threads) -> Middle {
-        let mut returned = Buffer::new(x.len());
-        self.project([Projection::OProj], attended, rows, [&mut *returned], threads);
-        let (mut sum, mut normed) = (Buffer::new(x.len()), Buffer::new(x.len()));
+        let (mut returned, mut sum) = (Buffer::new(x.len()), Buffer::new(x.len()));
+        let width = attended.len() / rows.len();
+        let left = |part: &Range<usize>| Left::new(&attended[part.start * width..part.end * width], width, self.kernel);
+        self.project([Projection::OProj], left, rows, [&mut *returned], threads);
         add_normed(x, &returned, self.layer.attention_output_norm.as_ref(), &mut sum);
-        self.layer.feed_forward_norm.forward(&sum, &mut normed);
-        Middle { returned, x: sum, normed }
+        Middle { returned, x: sum }
     }
 
     fn gated(&self, adapter: Option<&'a Adapter>, rows: Range<usize>) -> Gated<'_> {
@@ -198,12 +203,13 @@ impl<'a> Work<'a> {
         }
     }
 
-    fn feed_forward(&self, normed: &[f32], rows: &Range<usize>, threads: Threads) -> Buffer {
+    /// What the feed-forward block makes of the residual stream `x`, before its output is normalized.
+    fn feed_forward(&self, x: &[f32], rows: &Range<usize>, threads: Threads) -> Buffer {
         let hidden = self.architecture.hidden;
-        let mut returned = Buffer::new(normed.len());
+        let mut returned = Buffer::new(x.len());
         for (part, adapter) in self.call.adapters(rows) {
+            let x = self.normed(&self.layer.feed_forward_norm, x, &part);
             let (rows, part) = (of_call(rows, &part), part.start * hidden..part.end * hidden);
-            let x = Left::new(&normed[part.clone()], hidden, self.kernel);
             let product = self.gated(adapter, rows.clone()).forward(&x, threads);
             let out = self.linear(Projection::DownProj, adapter, rows);
             apply_together(&[out], &product, [&mut returned[part]], threads);
@@ -218,8 +224,6 @@ struct Middle {
     returned: Buffer,
     /// The residual stream after it.
     x: Buffer,
-    /// The same, normalized.
-    normed: Buffer,
 }
 
 /// `y = x + returned`, normalized first where the family does so.
@@ -233,16 +237,13 @@ fn add_normed(x: &[f32], returned: &[f32], norm: Option<&RmsNorm>, y: &mut [f32]
     }
 }
 
-/// The gradient of what a block returned, from that of the residual sum.
-fn before_norm(returned: &[f32], norm: Option<&RmsNorm>, grad: &[f32]) -> Buffer {
-    match norm {
-        Some(norm) => {
-            let mut before = Buffer::zeros(grad.len());
-            norm.backward(returned, grad, &mut before);
-            before
-        }
-        None => copy(grad),
-    }
+/// The gradient of what a block returned, from that of the residual sum; `None` if that is the same.
+fn before_norm(returned: &[f32], norm: Option<&RmsNorm>, grad: &[f32]) -> Option<Buffer> {
+    norm.map(|norm| {
+        let mut before = Buffer::zeros(grad.len());
+        norm.backward(returned, grad, &mut before);
+        before
+    })
 }
 
 /// A part of a block, counted from the block's first row, in rows of the call.
@@ -296,12 +297,14 @@ impl Work<'_> {
         let parts = in_blocks(self.rows(), outputs, Default::default, |gradient, rows, [grad, d_attended], threads| {
             let x = &x[rows.start * hidden..rows.end * hidden];
             let attended = &attended[rows.start * width..rows.end * width];
-            let Middle { returned, x, normed } = self.middle(x, attended, &rows, threads);
+            let Middle { returned, x } = self.middle(x, attended, &rows, threads);
             let mut back = Back { work: self, transposed, gradient, rows, threads };
-            let d_normed = back.through_feed_forward(&normed, grad);
+            let d_normed = back.through_feed_forward(&x, grad);
             self.layer.feed_forward_norm.backward(&x, &d_normed, grad);
             let d_returned = before_norm(&returned, self.layer.attention_output_norm.as_ref(), grad);
-            back.through(Projection::OProj, &d_returned, attended, d_attended, false);
+            let d_returned = d_returned.as_deref().unwrap_or(grad);
+            let left = Left::new(attended, width, self.kernel);
+            back.through(Projection::OProj, d_returned, (attended, &left), d_attended, false);
         });
         in_order(parts)
     }
@@ -347,23 +350,22 @@ impl Work<'_> {
             for heads in [&mut *q, &mut *k] {
                 self.call.rotation(self.index).apply(heads, rows.clone(), Direction::Backward);
             }
-            let mut normed = Buffer::new(x.len());
             if let (Some(query_norm), Some(key_norm)) = (&self.layer.query_norm, &self.layer.key_norm) {
                 let mut before = [q.len(), k.len(), v.len()].map(Buffer::new);
-                normed = self.heads_before(x, &rows, before.each_mut().map(|before| &mut **before), threads);
+                self.heads_before(x, &rows, before.each_mut().map(|before| &mut **before), threads);
                 for (norm, before, grad) in [(query_norm, &before[0], &mut *q), (key_norm, &before[1], &mut *k)] {
                     let after = copy(grad);
                     grad.fill(0.0);
                     norm.backward(before, &after, grad);
                 }
-            } else {
-                self.layer.attention_norm.forward(x, &mut normed);
             }
-            let mut d_normed = Buffer::new(x.len());
+            let (mut normed, mut d_normed) = (Buffer::new(x.len()), Buffer::new(x.len()));
+            self.layer.attention_norm.forward(x, &mut normed);
+            let x_normed = (&*normed, &Left::new(&normed, hidden, self.kernel));
             let mut back = Back { work: self, transposed, gradient, rows, threads };
-            back.through(Projection::QProj, q, &normed, &mut d_normed, false);
-            back.through(Projection::KProj, k, &normed, &mut d_normed, true);
-            back.through(Projection::VProj, v, &normed, &mut d_normed, true);
+            back.through(Projection::QProj, q, x_normed, &mut d_normed, false);
+            back.through(Projection::KProj, k, x_normed, &mut d_normed, true);
+            back.through(Projection::VProj, v, x_normed, &mut d_normed, true);
             self.layer.attention_norm.backward(x, &d_normed, grad);
         });
         in_order(parts)
@@ -390,15 +392,21 @@ impl<'a> Back<'a> {
         Linear { weight, bias: None, adapter, mask, backward: true }
     }
 
-    /// Writes the gradient of a projection's input `x` to `dx`, or adds it, and adds the adapter's to its own.
-    fn through(&mut self, projection: Projection, grad: &[f32], x: &[f32], dx: &mut [f32], add: bool) {
-        let (linear, kernel) = (self.linear(projection), self.work.kernel);
-        let (wide, narrow) = (linear.weight.dims().1, linear.weight.dims().0);
-        let left = Left::new(grad, wide, kernel);
+    /// Writes the gradient of a projection's input `x`, in both forms, to `dx`, or adds it, and adds the adapter's to its own.
+    fn through(
+        &mut self,
+        projection: Projection,
+        grad: &[f32],
+        (x, x_left): (&[f32], &Left),
+        dx: &mut [f32],
+        add: bool,
+    ) {
+        let linear = self.linear(projection);
+        let left = Left::new(grad, linear.weight.dims().1, self.work.kernel);
         let d_down = linear.down(&left);
         linear.apply_all(&left, d_down.as_ref(), dx, add, self.threads);
         if linear.adapter.is_some() {
-            let down = Linear { backward: false, ..linear }.down(&Left::new(x, narrow, kernel));
+            let down = Linear { backward: false, ..linear }.down(x_left);
             self.keep(projection, x, down.as_ref(), grad, d_down.as_ref());
         }
     }
@@ -412,14 +420,18 @@ impl<'a> Back<'a> {
         adapter.add_gradient(seen.as_deref().unwrap_or(x), down, grad, d_down, own);
     }
 
-    /// The gradient of the feed-forward block's input `normed`, given that of the residual sum after the block.
-    fn through_feed_forward(&mut self, normed: &[f32], grad: &[f32]) -> Buffer {
+    /// The gradient of the feed-forward block's normalized input, given the input and the gradient of the residual sum after the
+    /// block.
+    fn through_feed_forward(&mut self, x: &[f32], grad: &[f32]) -> Buffer {
         let (work, rows, threads) = (self.work, self.rows.clone(), self.threads);
         let (hidden, intermediate) = (work.architecture.hidden, work.architecture.intermediate);
         let norm = work.layer.feed_forward_output_norm.as_ref();
-        let returned = norm.map(|_| work.feed_forward(normed, &rows, threads));
+        let returned = norm.map(|_| work.feed_forward(x, &rows, threads));
         let d_returned = before_norm(returned.as_deref().unwrap_or(&[]), norm, grad);
-        let (x, grad) = (Left::new(normed, hidden, work.kernel), Left::new(&d_returned, hidden, work.kernel));
+        let d_returned = d_returned.as_deref().unwrap_or(grad);
+        let mut normed = Buffer::new(x.len());
+        work.layer.feed_forward_norm.forward(x, &mut normed);
+        let (x, grad) = (Left::new(&normed, hidden, work.kernel), Left::new(d_returned, hidden, work.kernel));
         let [gate, up, out] =
             [Projection::GateProj, Projection::UpProj, Projection::DownProj].map(|projection| self.linear(projection));
         let room = |wanted: bool| wanted.then(|| Buffer::new(rows.len() * intermediate));
@@ -435,13 +447,13 @@ impl<'a> Back<'a> {
             let d_down = linear.down(&grads[index]);
             linear.apply_all(&grads[index], d_down.as_ref(), &mut d_normed, index > 0, threads);
             if let Some(grad) = &inner.grads[index] {
-                self.keep(projection, normed, down, grad, d_down.as_ref());
+                self.keep(projection, &normed, down, grad, d_down.as_ref());
             }
         }
         if let Some(product) = &inner.product {
             let left = Left::new(product, intermediate, work.kernel);
             let down = Linear { backward: false, ..out }.down(&left);
-            self.keep(Projection::DownProj, product, down.as_ref(), &d_returned, d_down.as_ref());
+            self.keep(Projection::DownProj, product, down.as_ref(), d_returned, d_down.as_ref());
         }
         d_normed
     }

@@ -6,14 +6,14 @@
 #![cfg(target_arch = "x86_64")]
 
 use std::arch::x86_64::{
-    __m512, __m512bh, __mmask16, _mm_loadu_si128, _mm256_loadu_epi16, _mm512_add_ps, _mm512_castsi512_ps,
-    _mm512_cvtepi8_epi32, _mm512_cvtepi32_ps, _mm512_cvtepu16_epi32, _mm512_dpbf16_ps, _mm512_fmadd_ps,
-    _mm512_loadu_ps, _mm512_mask_storeu_ps, _mm512_maskz_loadu_ps, _mm512_set1_epi32, _mm512_set1_ps,
-    _mm512_setzero_ps, _mm512_slli_epi32, _mm512_storeu_ps,
+    __m512, __m512bh, __m512i, __mmask16, _mm_loadu_si128, _mm256_loadu_epi16, _mm512_add_ps, _mm512_castsi512_ps,
+    _mm512_cvtepi8_epi32, _mm512_cvtepi32_ps, _mm512_cvtepu16_epi32, _mm512_cvtne2ps_pbh, _mm512_dpbf16_ps,
+    _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_mask_storeu_ps, _mm512_maskz_loadu_ps, _mm512_set1_epi32, _mm512_set1_ps,
+    _mm512_setzero_ps, _mm512_slli_epi32, _mm512_storeu_epi16, _mm512_storeu_ps,
 };
 use std::mem::transmute;
 
-use super::left::{TILE, TILE_WIDTH};
+use super::left::{TILE, TILE_WIDTH, in_tiles, to_bf16};
 use super::panels::GROUP;
 
 /// Numbers in a vector.
@@ -167,6 +167,32 @@ macro_rules! by_rows {
             _ => unreachable!("blocks have these numbers of rows"),
         }
     };
+}
+
+/// Writes a stretch of a row of tiles from a column on, rounded to bf16, if the processor has an instruction that rounds.
+pub(super) fn write_row(tiles: &mut [u16], row: usize, column: usize, values: &[f32]) -> bool {
+    let there = is_x86_feature_detected!("avx512bf16") && super::kernel::has_avx512();
+    if there {
+        // SAFETY: the instructions are there.
+        unsafe { round_row(tiles, row, column, values) };
+    }
+    there
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+fn round_row(tiles: &mut [u16], row: usize, column: usize, values: &[f32]) {
+    in_tiles(tiles, row, column, values, |from, to| {
+        if from.len() < TILE_WIDTH {
+            return to.iter_mut().zip(from).for_each(|(to, from)| *to = to_bf16(*from));
+        }
+        assert!(to.len() == TILE_WIDTH && from.len() == TILE_WIDTH, "pieces fit into a tile");
+        // SAFETY: by the assert, 32 numbers are there on both sides.
+        unsafe {
+            let [first, second] = [0, LANES].map(|at| _mm512_loadu_ps(from.as_ptr().add(at)));
+            let rounded: __m512i = transmute(_mm512_cvtne2ps_pbh(second, first));
+            _mm512_storeu_epi16(to.as_mut_ptr().cast(), rounded);
+        }
+    });
 }
 
 /// `c = a · b` (or `+=`) for up to 8 rows of bf16 in tiles, so many along k, and `b` of pairs of k [steps · 16, 32, 2]; `c` has as

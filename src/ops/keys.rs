@@ -31,9 +31,9 @@ pub struct Store {
 
 /// In the type of the kernel.
 enum Numbers {
-    /// Keys [blocks, heads, dim, 32] or values [heads, rows, dim].
+    /// Keys [heads, blocks, dim, 32] or values [heads, rows, dim].
     F32(Held<f32>),
-    /// Keys [blocks, heads, dim / 2, 32, 2] or values [heads, dim / 32, rows / 2, 32, 2], `dim` up to whole panels.
+    /// Keys [heads, blocks, dim / 2, 32, 2] or values [heads, dim / 32, rows / 2, 32, 2], `dim` up to whole panels.
     Bf16(Held<u16>),
 }
 
@@ -95,7 +95,7 @@ impl Keys {
                     // SAFETY: no two stores write to one block.
                     let (to_keys, to_values) = unsafe {
                         (
-                            to_keys.part(block * heads + head, 0..BLOCK * dim),
+                            to_keys.part(head * (rows / BLOCK) + block, 0..BLOCK * dim),
                             to_values.part(head * (rows / BLOCK) + block, 0..BLOCK * dim),
                         )
                     };
@@ -114,7 +114,7 @@ impl Keys {
                     let (block, lane, from) = (to / BLOCK, to % BLOCK, row * width + head * dim);
                     let (keys, values) = (&keys[from..from + dim], &values[from..from + dim]);
                     // SAFETY: no two stores write to one block.
-                    let to_keys = unsafe { to_keys.part(block * heads + head, 0..BLOCK * padded(dim)) };
+                    let to_keys = unsafe { to_keys.part(head * (rows / BLOCK) + block, 0..BLOCK * padded(dim)) };
                     if lane == 0 {
                         to_keys.fill(0);
                     }
@@ -142,7 +142,7 @@ impl Keys {
     pub(super) fn scores(&self, rows: &Left, head: usize, blocks: Range<usize>, scores: &mut [f32], stride: usize) {
         let tiles = self.tiles();
         for (number, block) in blocks.enumerate() {
-            let (index, to) = (block * self.heads + head, &mut scores[number * BLOCK..]);
+            let (index, to) = (head * (self.rows / BLOCK) + block, &mut scores[number * BLOCK..]);
             match &self.keys {
                 Numbers::F32(keys) => {
                     let len = self.dim * BLOCK;
@@ -152,7 +152,7 @@ impl Keys {
                 Numbers::Bf16(keys) => {
                     let len = padded(self.dim) * BLOCK;
                     let mut to = Columns::first(to, rows.rows(), BLOCK, stride);
-                    bf16_panel(tiles.as_ref(), rows.tiles(0, 0), (&keys[index * len..][..len], &[]), &mut to, false);
+                    bf16_panel(tiles.as_ref(), (rows.tiles(0, 0), &keys[index * len..][..len]), None, &mut to, false);
                 }
             }
         }
@@ -178,7 +178,7 @@ impl Keys {
                     let values = &values[first..][..blocks.len() * BLOCK * PANEL];
                     let columns = PANEL.min(dim - panel * PANEL);
                     let mut to = Columns::first(&mut combined[panel * PANEL..], m, columns, dim);
-                    bf16_panel(tiles.as_ref(), weights.tiles(0, from), (values, &[]), &mut to, true);
+                    bf16_panel(tiles.as_ref(), (weights.tiles(0, from), values), None, &mut to, true);
                 }
             }
         }
@@ -206,7 +206,7 @@ impl Keys {
         for block in columns.clone().step_by(BLOCK) {
             pair_rows(&y[block..], m, y_stride, &mut panel);
             let mut to = Columns::first(&mut total[block - columns.start..], wide, BLOCK, stride);
-            bf16_panel(tiles.as_ref(), x.tiles(0, 0), (&panel, &[]), &mut to, true);
+            bf16_panel(tiles.as_ref(), (x.tiles(0, 0), &panel), None, &mut to, true);
         }
     }
 }

@@ -65,6 +65,22 @@ impl<'a> Left<'a> {
         left
     }
 
+    /// Prepares rows of `width` values that are made one by one: `make(row, values)`.
+    pub fn of_rows(rows: usize, width: usize, kernel: Kernel, make: impl Fn(usize, &mut [f32])) -> Left<'static> {
+        let mut left = Self::room(rows, width, kernel);
+        match &mut left.form {
+            Form::OwnF32(own) => own.chunks_exact_mut(width).enumerate().for_each(|(row, to)| make(row, to)),
+            _ => {
+                let mut made = Buffer::new(width);
+                for row in 0..rows {
+                    make(row, &mut made);
+                    left.write_rows(row, 0..width, std::iter::once(&*made));
+                }
+            }
+        }
+        left
+    }
+
     /// Prepares dense rows of `width` values with rows and columns exchanged.
     pub(super) fn transposed(rows: &[f32], width: usize, kernel: Kernel) -> Left<'static> {
         let (mut dense, rows_t) = (Buffer::new(rows.len()), rows.len() / width);
@@ -99,23 +115,24 @@ impl<'a> Left<'a> {
     /// # Panics
     /// If the rows are borrowed: a mistake of the caller.
     pub fn write(&mut self, columns: Range<usize>, values: &[f32], stride: usize) {
-        let (rows, width) = (self.rows, self.width);
-        let from = values.chunks(stride).take(rows);
+        self.write_rows(0, columns, values.chunks(stride).take(self.rows));
+    }
+
+    /// Writes some columns of consecutive rows.
+    fn write_rows<'b>(&mut self, first: usize, columns: Range<usize>, from: impl Iterator<Item = &'b [f32]>) {
+        let width = self.width;
         match &mut self.form {
             Form::F32(_) => unreachable!("borrowed rows are there already"),
             Form::OwnF32(own) => {
-                for (to, from) in own.chunks_exact_mut(width).zip(from) {
+                for (to, from) in own.chunks_exact_mut(width).skip(first).zip(from) {
                     to[columns.clone()].copy_from_slice(&from[..columns.len()]);
                 }
             }
             Form::Bf16(own) => {
                 let row_tiles = TILE_ROWS * width.next_multiple_of(TILE_WIDTH);
-                for (row, from) in from.enumerate() {
+                for (row, from) in (first..).zip(from) {
                     let tiles = &mut own[row / TILE_ROWS * row_tiles..][..row_tiles];
-                    vectorized(
-                        #[inline(always)]
-                        || write_row(tiles, row % TILE_ROWS, columns.start, &from[..columns.len()]),
-                    );
+                    write_row(tiles, row % TILE_ROWS, columns.start, &from[..columns.len()]);
                 }
             }
         }
@@ -191,18 +208,35 @@ fn place(row: usize, channel: usize) -> usize {
 }
 
 /// Writes a stretch of a row from a column on.
-#[inline(always)]
 fn write_row(tiles: &mut [u16], row: usize, column: usize, values: &[f32]) {
+    #[cfg(target_arch = "x86_64")]
+    if super::avx512::write_row(tiles, row, column, values) {
+        return;
+    }
+    vectorized(
+        #[inline(always)]
+        || {
+            in_tiles(tiles, row, column, values, |from, to| {
+                to.iter_mut().zip(from).for_each(|(to, from)| *to = to_bf16(*from))
+            })
+        },
+    );
+}
+
+/// Cuts a stretch of a row at the ends of tiles, and has each piece rounded.
+#[inline(always)]
+pub(super) fn in_tiles(
+    tiles: &mut [u16],
+    row: usize,
+    column: usize,
+    values: &[f32],
+    round: impl Fn(&[f32], &mut [u16]),
+) {
     let first = (TILE_WIDTH - column % TILE_WIDTH).min(values.len());
     let (first, rest) = values.split_at(first);
-    let mut write = |column: usize, values: &[f32]| {
-        let to = &mut tiles[place(row, column)..][..values.len()];
-        to.iter_mut().zip(values).for_each(|(to, from)| *to = to_bf16(*from));
-    };
-    write(column, first);
-    let mut column = column + first.len();
-    for values in rest.chunks(TILE_WIDTH) {
-        write(column, values);
-        column += values.len();
+    round(first, &mut tiles[place(row, column)..][..first.len()]);
+    for (index, piece) in rest.chunks(TILE_WIDTH).enumerate() {
+        let column = column + first.len() + index * TILE_WIDTH;
+        round(piece, &mut tiles[place(row, column)..][..piece.len()]);
     }
 }

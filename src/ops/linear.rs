@@ -177,20 +177,19 @@ impl Linear<'_> {
         add: bool,
         threads: Threads,
     ) {
-        self.weight.multiply(x, outputs.clone(), y, stride, add, threads);
+        let adapted = self.adapter.zip(down).map(|(adapter, down)| (&down.left, &adapter.factors(self.backward).up));
+        let mask = self.mask.filter(|_| self.backward);
+        let together = adapted.filter(|_| mask.is_none());
+        self.weight.multiply_sum(x, together, outputs.clone(), (y, stride), add, threads);
         if let Some(bias) = self.bias {
             for y in y.chunks_mut(stride) {
                 y.iter_mut().zip(&bias[outputs.clone()]).for_each(|(y, bias)| *y += bias);
             }
         }
-        if let (Some(adapter), Some(down)) = (self.adapter, down) {
-            let up = &adapter.factors(self.backward).up;
-            let Some(mask) = self.mask.filter(|_| self.backward) else {
-                return up.multiply(&down.left, outputs, y, stride, true, threads);
-            };
+        if let (Some(mask), Some((left, up))) = (mask, adapted) {
             let width = outputs.len();
             let mut share = Buffer::new(x.rows() * width);
-            up.multiply(&down.left, outputs.clone(), &mut share, width, false, threads);
+            up.multiply(left, outputs.clone(), &mut share, width, false, threads);
             mask.apply(outputs, &mut share, width);
             for (y, share) in y.chunks_mut(stride).zip(share.chunks_exact(width)) {
                 y.iter_mut().zip(share).for_each(|(y, share)| *y += share);

@@ -36,7 +36,7 @@ impl RmsNorm {
                 #[inline(always)]
                 || {
                     let inverse = self.inverse_rms(x);
-                    let projection = sum(x.len(), |i| f64::from(x[i]) * f64::from(grad[i] * self.gain[i]));
+                    let projection = sum(x.len(), |i| x[i] * (grad[i] * self.gain[i]));
                     let pull = (projection / width as f64) as f32 * inverse * inverse;
                     for (((dx, x), grad), gain) in dx.iter_mut().zip(x).zip(grad).zip(&self.gain) {
                         *dx += inverse * (grad * gain - x * pull);
@@ -46,23 +46,25 @@ impl RmsNorm {
         }
     }
 
-    /// 1 / sqrt(mean(x²) + ε), summed in f64: the widths are small and the sum decides every value of the row.
+    /// 1 / sqrt(mean(x²) + ε).
     #[inline(always)]
     fn inverse_rms(&self, x: &[f32]) -> f32 {
-        let squares = sum(x.len(), |i| f64::from(x[i]) * f64::from(x[i]));
+        let squares = sum(x.len(), |i| x[i] * x[i]);
         (1.0 / (squares / x.len() as f64 + self.epsilon).sqrt()) as f32
     }
 }
 
-/// The sum of `term(0..len)`, in sixteen strands that the compiler can put side by side.
+/// The sum of `term(0..len)`, in strands that the compiler can put side by side. What the strands hold is summed in f64: it decides
+/// every value of the row.
 #[inline(always)]
-fn sum(len: usize, term: impl Fn(usize) -> f64) -> f64 {
-    let mut strands = [0.0; 16];
-    let whole = len / 16 * 16;
-    for start in (0..whole).step_by(16) {
+fn sum(len: usize, term: impl Fn(usize) -> f32) -> f64 {
+    const STRANDS: usize = 64;
+    let mut strands = [0.0f32; STRANDS];
+    let whole = len / STRANDS * STRANDS;
+    for start in (0..whole).step_by(STRANDS) {
         for (i, strand) in strands.iter_mut().enumerate() {
             *strand += term(start + i);
         }
     }
-    strands.iter().sum::<f64>() + (whole..len).map(term).sum::<f64>()
+    strands.iter().copied().map(f64::from).sum::<f64>() + (whole..len).map(|i| f64::from(term(i))).sum::<f64>()
 }

@@ -201,9 +201,8 @@ impl Panels {
         let values = match &self.values {
             Values::F32(values) if self.kernel == Kernel::Gemm => {
                 let mut transposed = Buffer::new(wide * self.narrow);
-                for (number, row) in
-                    values[outputs.start * self.narrow..].chunks_exact(self.narrow).take(wide).enumerate()
-                {
+                let rows = values[outputs.start * self.narrow..].chunks_exact(self.narrow).take(wide);
+                for (number, row) in rows.enumerate() {
                     transposed.iter_mut().skip(number).step_by(wide).zip(row).for_each(|(to, from)| *to = *from);
                 }
                 Values::F32(Held::Product(transposed))
@@ -239,33 +238,48 @@ impl Panels {
 
     /// `c = x · Wᵀ`, or `c += x · Wᵀ` if `add` is set, for some of the outputs, which start with a whole panel: [rows,
     /// outputs], the rows of `c` being `stride` values apart.
+    pub fn multiply(&self, x: &Left, outputs: Range<usize>, c: &mut [f32], stride: usize, add: bool, threads: Threads) {
+        self.multiply_sum(x, None, outputs, (c, stride), add, threads);
+    }
+
+    /// The same with the product of other rows and another weight added, if there is one.
     ///
     /// # Panics
     /// If shapes disagree: a mistake of the calling operation.
-    pub fn multiply(&self, x: &Left, outputs: Range<usize>, c: &mut [f32], stride: usize, add: bool, threads: Threads) {
+    pub fn multiply_sum(
+        &self,
+        x: &Left,
+        then: Option<Operands>,
+        outputs: Range<usize>,
+        (c, stride): (&mut [f32], usize),
+        add: bool,
+        threads: Threads,
+    ) {
         let rows = x.rows();
-        assert!(x.width() == self.narrow && outputs.end <= self.wide, "inner dimensions or outputs differ");
+        for (x, weight) in [(x, self)].into_iter().chain(then) {
+            assert!(x.width() == weight.narrow && x.rows() == rows, "inner dimensions or rows differ");
+            assert!(outputs.end <= weight.wide, "there are fewer outputs");
+            assert!(weight.kernel.rounds_inputs() == self.kernel.rounds_inputs(), "rows have one form");
+        }
         assert!(outputs.start.is_multiple_of(PANEL), "outputs start with a panel");
         if rows == 0 || outputs.is_empty() {
             return;
         }
         assert!(outputs.len() <= stride && (rows - 1) * stride + outputs.len() <= c.len(), "product out of bounds");
-        if let (Kernel::Gemm, Values::F32(values)) = (self.kernel, &self.values) {
-            return multiply_rows(
-                &values[outputs.start * self.narrow..outputs.end * self.narrow],
-                x,
-                c,
-                stride,
-                add,
-                threads,
-            );
+        if self.kernel == Kernel::Gemm {
+            for (number, (x, weight)) in [(x, self)].into_iter().chain(then).enumerate() {
+                let Values::F32(values) = &weight.values else { unreachable!("that kernel has f32") };
+                let values = &values[outputs.start * weight.narrow..outputs.end * weight.narrow];
+                multiply_rows(values, x, c, stride, add || number > 0, threads);
+            }
+            return;
         }
         let panels = outputs.start / PANEL..outputs.end.div_ceil(PANEL);
         let parts = if threads == Threads::All { rayon::current_num_threads().min(panels.len()) } else { 1 };
         let c = SharedRows::new(c, stride);
         let part = |part: usize| {
             let cut = |part: usize| panels.start + panels.len() * part / parts;
-            self.some(x, cut(part)..cut(part + 1), &outputs, &c, add);
+            self.some((x, then), cut(part)..cut(part + 1), &outputs, &c, add);
         };
         match parts {
             1 => part(0),
@@ -274,8 +288,14 @@ impl Panels {
     }
 
     /// The products with some panels, one after the other.
-    fn some(&self, x: &Left, panels: Range<usize>, outputs: &Range<usize>, c: &SharedRows, add: bool) {
-        let depth = padded(self.narrow);
+    fn some(
+        &self,
+        (x, then): (&Left, Option<Operands>),
+        panels: Range<usize>,
+        outputs: &Range<usize>,
+        c: &SharedRows,
+        add: bool,
+    ) {
         let tiles = (self.kernel == Kernel::Amx).then(amx::Tiles::configure);
         for first in (0..x.rows()).step_by(ROWS) {
             let rows = first..(first + ROWS).min(x.rows());
@@ -283,27 +303,42 @@ impl Panels {
                 let columns = panel * PANEL - outputs.start..(panel * PANEL + PANEL).min(outputs.end) - outputs.start;
                 // SAFETY: each panel's columns are written by the one thread that has the panel.
                 let mut c = unsafe { c.columns(rows.clone(), columns) };
-                match &self.values {
-                    Values::Bf16(values) => {
-                        let (start, len) = (panel * PANEL * depth, PANEL * depth);
-                        let next = values.get(start + len..start + 2 * len).unwrap_or(&[]);
-                        bf16_panel(tiles.as_ref(), x.tiles(first, 0), (&values[start..start + len], next), &mut c, add);
-                    }
-                    Values::F32(values) => {
-                        let panel = &values[panel * PANEL * depth..][..PANEL * self.narrow];
-                        f32_panel(&x.f32()[rows.start * self.narrow..rows.end * self.narrow], panel, &mut c, add);
-                    }
-                    Values::Int8(values, scales) => {
-                        let values = &values[panel * PANEL * depth..][..PANEL * depth];
-                        let scales = &scales[panel * depth..][..depth];
-                        let x = &x.f32()[rows.start * self.narrow..rows.end * self.narrow];
-                        int8_panel(x, (values, scales), &mut c, add);
-                    }
+                if let Values::Bf16(_) = self.values {
+                    let then = then.map(|(x, weight)| (x.tiles(first, 0), weight.bf16(panel)));
+                    bf16_panel(tiles.as_ref(), (x.tiles(first, 0), self.bf16(panel)), then, &mut c, add);
+                    continue;
+                }
+                self.f32_or_int8(x, &rows, panel, &mut c, add);
+                if let Some((x, weight)) = then {
+                    weight.f32_or_int8(x, &rows, panel, &mut c, true);
                 }
             }
         }
     }
+
+    /// A panel in bf16.
+    fn bf16(&self, panel: usize) -> &[u16] {
+        let Values::Bf16(values) = &self.values else { unreachable!("weights of one kernel have one type") };
+        let len = PANEL * padded(self.narrow);
+        &values[panel * len..][..len]
+    }
+
+    /// Some rows times a panel in another type.
+    fn f32_or_int8(&self, x: &Left, rows: &Range<usize>, panel: usize, c: &mut Columns, add: bool) {
+        let (depth, x) = (padded(self.narrow), &x.f32()[rows.start * self.narrow..rows.end * self.narrow]);
+        match &self.values {
+            Values::F32(values) => f32_panel(x, &values[panel * PANEL * depth..][..PANEL * self.narrow], c, add),
+            Values::Int8(values, scales) => {
+                let (values, scales) = (&values[panel * PANEL * depth..][..PANEL * depth], &scales[panel * depth..]);
+                int8_panel(x, (values, &scales[..depth]), c, add);
+            }
+            Values::Bf16(_) => unreachable!("those are in tiles"),
+        }
+    }
 }
+
+/// Rows, and a weight that they are multiplied with.
+pub type Operands<'a> = (&'a Left<'a>, &'a Panels);
 
 /// Rounds a row into its place in a panel: the largest of a group of inputs becomes 127.
 fn round(row: &[f32], number: usize, depth: usize, values: &mut [i8], scales: &mut [u16]) {
@@ -332,13 +367,11 @@ fn each<T: Send>(values: &mut [T], chunk: usize, threads: Threads, f: impl Fn(us
 
 /// From [input pairs, outputs, 2] to [output pairs, inputs, 2], 32 of each.
 fn transpose_pairs(from: &[u16], to: &mut [u16]) {
-    let (from, to) = (&from[..PANEL * PANEL], &mut to[..PANEL * PANEL]);
-    for outputs in 0..PANEL / 2 {
-        for inputs in 0..PANEL / 2 {
-            let at = 2 * (inputs * PANEL + 2 * outputs);
-            let [a, b, c, d] = [from[at], from[at + 1], from[at + 2], from[at + 3]];
-            let at = 2 * (outputs * PANEL + 2 * inputs);
-            (to[at], to[at + 1], to[at + 2], to[at + 3]) = (a, c, b, d);
+    let from = &from[..PANEL * PANEL];
+    for (outputs, to) in to.chunks_exact_mut(2 * PANEL).enumerate() {
+        for (to, from) in to.chunks_exact_mut(4).zip(from.chunks_exact(2 * PANEL)) {
+            let pairs = &from[4 * outputs..][..4];
+            to.copy_from_slice(&[pairs[0], pairs[2], pairs[1], pairs[3]]);
         }
     }
 }
@@ -362,32 +395,36 @@ fn f32_panel(x: &[f32], panel: &[f32], c: &mut Columns, add: bool) {
     }
 }
 
-/// All rows times one panel of bf16. Meanwhile `next`, the panel after it, is fetched.
+/// All rows times one panel of bf16, and `then` others times another, as far as there are such.
 pub(super) fn bf16_panel(
     tiles: Option<&amx::Tiles>,
-    a: left::Tiles,
-    (panel, next): (&[u16], &[u16]),
+    (a, panel): (left::Tiles, &[u16]),
+    then: Option<(left::Tiles, &[u16])>,
     c: &mut Columns,
     add: bool,
 ) {
-    let (steps, rows, b) = (panel.len() / (PANEL * TILE_WIDTH), c.rows(), panel.as_ptr());
-    let last = (rows.div_ceil(TILE_ROWS) - 1) * a.row_tiles;
-    assert!(last + steps * TILE <= a.numbers.len(), "rows are padded to tiles");
-    // With one pair of tiles a panel is fetched as fast as it is used, and the processor sees that coming by itself.
-    let ahead = if rows > PANEL { next } else { &[] };
-    let mut ahead = ahead.chunks(ahead.len().div_ceil(rows.div_ceil(PANEL)).max(1));
+    let rows = c.rows();
     let mut row = 0;
     while row < rows {
-        let of_row = &a.numbers[row / TILE_ROWS * a.row_tiles + row % TILE_ROWS * TILE_WIDTH..];
+        let walk = |(a, panel): (left::Tiles, &[u16])| {
+            let steps = panel.len() / (PANEL * TILE_WIDTH);
+            assert!(
+                (rows.div_ceil(TILE_ROWS) - 1) * a.row_tiles + steps * TILE <= a.numbers.len(),
+                "rows are padded to tiles"
+            );
+            let of_row = &a.numbers[row / TILE_ROWS * a.row_tiles + row % TILE_ROWS * TILE_WIDTH..];
+            amx::Walk { a: of_row.as_ptr(), b: panel.as_ptr(), steps, second: a.row_tiles }
+        };
+        let (first, then) = (walk((a, panel)), then.map(walk));
         match tiles {
             Some(tiles) => {
-                amx::fetch(ahead.next().unwrap_or(&[]));
                 let two = rows - row > TILE_ROWS;
                 let height = if two { 2 * TILE_ROWS } else { TILE_ROWS };
-                let a = (of_row.as_ptr(), if two { a.row_tiles } else { 0 });
-                // SAFETY: by the assert above, all tiles of `height` rows are there, and all inputs of the panel; `whole` gives
-                // room for as many rows of 32.
-                c.whole(row..row + height, add, |c| unsafe { tiles.multiply(a, b, steps, c, add, two) });
+                // SAFETY: by the assert above, all tiles of `height` rows are there, and all inputs of the panels; `whole` gives
+                // room for as many rows of 32. The first rows find their panel in memory, the others in the cache.
+                c.whole(row..row + height, add, |c| unsafe {
+                    tiles.multiply((first, then.as_ref()), c, add, two, row == 0);
+                });
                 row += height;
             }
             #[cfg(target_arch = "x86_64")]
@@ -395,9 +432,12 @@ pub(super) fn bf16_panel(
                 // Half a tile.
                 let count = (rows - row).min(TILE_ROWS / 2);
                 // SAFETY: the kernel was chosen because AVX-512-BF16 is there; by the assert above `count` rows of all tiles are
-                // there, and all inputs of the panel; `whole` gives room for as many rows of 32.
+                // there, and all inputs of the panels; `whole` gives room for as many rows of 32.
                 c.whole(row..row + count, add, |c| unsafe {
-                    super::avx512::bf16_block(of_row.as_ptr(), b, steps, c, count, add);
+                    super::avx512::bf16_block(first.a, first.b, first.steps, c, count, add);
+                    if let Some(then) = then {
+                        super::avx512::bf16_block(then.a, then.b, then.steps, c, count, true);
+                    }
                 });
                 row += count;
             }
