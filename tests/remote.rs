@@ -176,7 +176,8 @@ fn completion(asked: &Asked, tiny: &Tiny, change: impl Fn(&mut Value)) -> Answer
     changed(tiny, asked, change)
 }
 
-const FAULTS: [Fault; 17] = [
+const FAULTS: [Fault; 18] = [
+    ("are not the same", |tiny, asked| completion(asked, tiny, |choice| choice["text"] = json!("something else"))),
     ("truncated", |_, _| Answer { body: b"{\"choices\": [{\"text\"".to_vec(), ..says("") }),
     ("cut", |tiny, asked| Answer { cut: Some(40), ..tiny.answer(asked) }),
     ("closed", |tiny, asked| Answer { cut: Some(0), ..tiny.answer(asked) }),
