@@ -161,6 +161,9 @@ impl Collector<'_> {
         settings: &Settings,
         scorers: &mut Scorers<Generation>,
     ) -> Result<Instant> {
+        if requests.is_empty() {
+            return Ok(Instant::now());
+        }
         let total = requests.iter().map(|request| request.rollouts).sum();
         let (mut done, mut first) = (0, None);
         let mut waiting: Vec<Vec<Ended<Generation>>> = requests.iter().map(|_| Vec::new()).collect();
