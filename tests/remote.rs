@@ -239,7 +239,7 @@ fn whatever_a_server_does_once_is_asked_again() {
 #[test]
 fn whatever_a_server_does_always_ends_the_sampling_with_its_words() {
     for (name, fault) in FAULTS {
-        let error = within(60, move || {
+        let error = within(300, move || {
             let (tiny, folder) = (tiny(), tempdir().unwrap());
             let behind = tiny.clone();
             let server = server(&tiny, move |_, asked| Some(fault(&behind, asked)));
