@@ -183,7 +183,7 @@ impl Tiles {
     /// 32, which lie `c_stride` values apart. With `cold`, the second operand is fetched ahead from memory.
     ///
     /// # Safety
-    /// All that the walks speak of must be there, and `c` must have as many rows.
+    /// All that the walks speak of must be there, one step at least, and `c` must have as many rows.
     #[cfg(target_arch = "x86_64")]
     #[inline]
     pub unsafe fn multiply(
@@ -194,9 +194,6 @@ impl Tiles {
         two: bool,
         cold: bool,
     ) {
-        if first.steps == 0 {
-            return;
-        }
         // SAFETY: the caller's; tiles are configured as long as `self` lives.
         unsafe {
             match (two, cold) {

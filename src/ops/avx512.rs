@@ -6,10 +6,11 @@
 #![cfg(target_arch = "x86_64")]
 
 use std::arch::x86_64::{
-    __m512, __m512bh, __m512i, __mmask16, _mm_loadu_si128, _mm256_loadu_epi16, _mm512_add_ps, _mm512_castsi512_ps,
-    _mm512_cvtepi8_epi32, _mm512_cvtepi32_ps, _mm512_cvtepu16_epi32, _mm512_cvtne2ps_pbh, _mm512_dpbf16_ps,
-    _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_mask_storeu_ps, _mm512_maskz_loadu_ps, _mm512_set1_epi32, _mm512_set1_ps,
-    _mm512_setzero_ps, _mm512_slli_epi32, _mm512_storeu_epi16, _mm512_storeu_ps,
+    __m512, __m512bh, __m512i, __mmask16, _MM_HINT_T0, _mm_loadu_si128, _mm_prefetch, _mm256_loadu_epi16,
+    _mm512_add_ps, _mm512_castsi512_ps, _mm512_cvtepi8_epi32, _mm512_cvtepi32_ps, _mm512_cvtepu16_epi32,
+    _mm512_cvtne2ps_pbh, _mm512_dpbf16_ps, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_mask_storeu_ps,
+    _mm512_maskz_loadu_ps, _mm512_set1_epi32, _mm512_set1_ps, _mm512_setzero_ps, _mm512_slli_epi32,
+    _mm512_storeu_epi16, _mm512_storeu_ps,
 };
 use std::mem::transmute;
 
@@ -266,6 +267,9 @@ pub(super) unsafe fn int8_block(
     by_rows!(rows: 1 2 3 4 => int8_tile(x, w, c, keep))
 }
 
+/// How far ahead weights are fetched, in bytes.
+const AHEAD: usize = 2048;
+
 #[expect(clippy::needless_range_loop, reason = "they are the numbers of rows and vectors in memory too")]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
 #[inline]
@@ -284,15 +288,22 @@ unsafe fn int8_tile<const ROWS: usize>(
             }
         }
         for start in (0..narrow).step_by(GROUP) {
-            // Two strands of each sum, or one addition would wait for the other.
-            let mut strands = [[[_mm512_setzero_ps(); 2]; 2]; ROWS];
-            for k in start..narrow.min(start + GROUP) {
-                for vector in 0..2 {
-                    let eight = _mm_loadu_si128(w.add(k * 2 * LANES + vector * LANES).cast());
-                    let line = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(eight));
-                    for row in 0..ROWS {
-                        let strand = &mut strands[row][k % 2][vector];
-                        *strand = _mm512_fmadd_ps(_mm512_set1_ps(*x.add(row * narrow + k)), line, *strand);
+            // Two strands of each sum, or one addition would wait for the other. They are named by constants, or they would not be
+            // kept in registers.
+            let (mut strands, end) = ([[[_mm512_setzero_ps(); 2]; 2]; ROWS], narrow.min(start + GROUP));
+            for pair in (start..end).step_by(2) {
+                _mm_prefetch::<_MM_HINT_T0>(w.wrapping_add(pair * 2 * LANES + AHEAD));
+                for strand in 0..2 {
+                    let k = pair + strand;
+                    for vector in 0..2 {
+                        let eight = _mm_loadu_si128(w.add(k * 2 * LANES + vector * LANES).cast());
+                        let line = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(eight));
+                        for row in 0..ROWS {
+                            // After the last input the panel goes on, with zeros.
+                            let x = if k < end { *x.add(row * narrow + k) } else { 0.0 };
+                            let strand = &mut strands[row][strand][vector];
+                            *strand = _mm512_fmadd_ps(_mm512_set1_ps(x), line, *strand);
+                        }
                     }
                 }
             }

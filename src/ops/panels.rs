@@ -81,14 +81,10 @@ impl Panels {
     /// Fills the weight in parallel: `read(first, rows)` writes `rows`, dense, whose first is number `first`. A piece has
     /// `piece` rows, a multiple of the panel, or is the last.
     pub fn write(&mut self, piece: usize, read: impl Fn(usize, &mut [f32]) + Sync) {
-        let result = self.try_write(piece, |first, rows| {
+        let Ok(()) = self.try_write(piece, |first, rows| {
             read(first, rows);
             Ok::<(), std::convert::Infallible>(())
         });
-        match result {
-            Ok(()) => {}
-            Err(impossible) => match impossible {},
-        }
     }
 
     /// As [`Panels::write`], where reading may fail.
@@ -408,10 +404,8 @@ pub(super) fn bf16_panel(
     while row < rows {
         let walk = |(a, panel): (left::Tiles, &[u16])| {
             let steps = panel.len() / (PANEL * TILE_WIDTH);
-            assert!(
-                (rows.div_ceil(TILE_ROWS) - 1) * a.row_tiles + steps * TILE <= a.numbers.len(),
-                "rows are padded to tiles"
-            );
+            let last = (rows.div_ceil(TILE_ROWS) - 1) * a.row_tiles;
+            assert!(steps > 0 && last + steps * TILE <= a.numbers.len(), "rows are padded to tiles");
             let of_row = &a.numbers[row / TILE_ROWS * a.row_tiles + row % TILE_ROWS * TILE_WIDTH..];
             amx::Walk { a: of_row.as_ptr(), b: panel.as_ptr(), steps, second: a.row_tiles }
         };
@@ -421,10 +415,10 @@ pub(super) fn bf16_panel(
                 let two = rows - row > TILE_ROWS;
                 let height = if two { 2 * TILE_ROWS } else { TILE_ROWS };
                 // SAFETY: by the assert above, all tiles of `height` rows are there, and all inputs of the panels; `whole` gives
-                // room for as many rows of 32. The first rows find their panel in memory, the others in the cache.
-                c.whole(row..row + height, add, |c| unsafe {
-                    tiles.multiply((first, then.as_ref()), c, add, two, row == 0);
-                });
+                // room for as many rows of 32, all of which are written. The first rows find their panel in memory, the others in the cache.
+                unsafe {
+                    c.whole(row..row + height, add, |c| tiles.multiply((first, then.as_ref()), c, add, two, row == 0));
+                }
                 row += height;
             }
             #[cfg(target_arch = "x86_64")]
@@ -432,13 +426,15 @@ pub(super) fn bf16_panel(
                 // Half a tile.
                 let count = (rows - row).min(TILE_ROWS / 2);
                 // SAFETY: the kernel was chosen because AVX-512-BF16 is there; by the assert above `count` rows of all tiles are
-                // there, and all inputs of the panels; `whole` gives room for as many rows of 32.
-                c.whole(row..row + count, add, |c| unsafe {
-                    super::avx512::bf16_block(first.a, first.b, first.steps, c, count, add);
-                    if let Some(then) = then {
-                        super::avx512::bf16_block(then.a, then.b, then.steps, c, count, true);
-                    }
-                });
+                // there, and all inputs of the panels; `whole` gives room for as many rows of 32, all of which are written.
+                unsafe {
+                    c.whole(row..row + count, add, |c| {
+                        super::avx512::bf16_block(first.a, first.b, first.steps, c, count, add);
+                        if let Some(then) = then {
+                            super::avx512::bf16_block(then.a, then.b, then.steps, c, count, true);
+                        }
+                    });
+                }
                 row += count;
             }
             #[cfg(not(target_arch = "x86_64"))]
@@ -458,10 +454,11 @@ fn int8_panel(x: &[f32], panel: (&[i8], &[u16]), c: &mut Columns, add: bool) {
         let x = &x[row * narrow..(row + count) * narrow];
         #[cfg(target_arch = "x86_64")]
         // SAFETY: the kernel was chosen because AVX-512 is there; the rows are those of `x`, and by the assert above the panel has
-        // all inputs; `whole` gives room for as many rows of 32.
-        c.whole(row..row + count, add, |c| unsafe {
-            super::avx512::int8_block((x.as_ptr(), narrow), (values.as_ptr(), scales.as_ptr()), c, count, add);
-        });
+        // all inputs; `whole` gives room for as many rows of 32, all of which are written.
+        unsafe {
+            let panel = (values.as_ptr(), scales.as_ptr());
+            c.whole(row..row + count, add, |c| super::avx512::int8_block((x.as_ptr(), narrow), panel, c, count, add));
+        }
         #[cfg(not(target_arch = "x86_64"))]
         unreachable!("the kernel is for x86-64");
     }

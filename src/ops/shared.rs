@@ -1,6 +1,7 @@
 //! Rows that several threads write at once, each its own columns or rows. One of the kernel files.
 
 use std::marker::PhantomData;
+use std::mem::MaybeUninit;
 use std::ops::Range;
 
 /// A row-major matrix whose parts are written by different threads.
@@ -90,26 +91,33 @@ impl Columns<'_> {
 
     /// Calls `f` with a place for these rows of 32 columns, and the distance between them: where they lie if they are all
     /// there, else a copy, which is written back as far as they are. What it holds before matters only if `keep` is set.
-    pub fn whole(&mut self, rows: Range<usize>, keep: bool, f: impl FnOnce((*mut f32, usize))) {
+    ///
+    /// # Safety
+    /// `f` must write all rows of the place, and read none of it before unless `keep` is set.
+    pub unsafe fn whole(&mut self, rows: Range<usize>, keep: bool, f: impl FnOnce((*mut f32, usize))) {
         if rows.end <= self.rows && self.width == SIDE {
             // SAFETY: these rows are inside the columns.
             return f((unsafe { self.start.add(rows.start * self.stride) }, self.stride));
         }
-        let mut copy = [0.0; SIDE * SIDE];
+        // Zeros are needed only beside what is kept: otherwise all rows of the copy are written before they are read.
+        let mut copy = [const { MaybeUninit::<f32>::uninit() }; SIDE * SIDE];
         let there = rows.start..rows.end.min(self.rows);
         let row = |row: usize| {
             // SAFETY: `row` is one of ours, and its columns are inside the matrix and ours alone.
             unsafe { std::slice::from_raw_parts_mut(self.start.add(row * self.stride), self.width) }
         };
-        if keep {
-            there
-                .clone()
-                .zip(copy.chunks_exact_mut(SIDE))
-                .for_each(|(at, to)| to[..self.width].copy_from_slice(row(at)));
-        }
         assert!(rows.len() <= SIDE, "as many rows as the copy has");
-        f((copy.as_mut_ptr(), SIDE));
-        there.zip(copy.chunks_exact(SIDE)).for_each(|(at, from)| row(at).copy_from_slice(&from[..self.width]));
+        if keep {
+            copy.fill(MaybeUninit::new(0.0));
+            for (at, to) in there.clone().zip(copy.chunks_exact_mut(SIDE)) {
+                to.iter_mut().zip(row(at)).for_each(|(to, from)| *to = MaybeUninit::new(*from));
+            }
+        }
+        f((copy.as_mut_ptr().cast(), SIDE));
+        for (at, from) in there.zip(copy.chunks_exact(SIDE)) {
+            // SAFETY: `f` was given a place for these rows, and has written them.
+            row(at).iter_mut().zip(from).for_each(|(to, from)| *to = unsafe { from.assume_init() });
+        }
     }
 
     /// Adds dense rows of as many columns.
