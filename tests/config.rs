@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use candor::config::{Config, Device, Projection, Reference, SamplerKind, Schedule};
+use candor::objective::ImportanceLevel;
 use proptest::prelude::*;
 
 /// The least that a config must say.
@@ -81,6 +82,25 @@ fn resolved_defaults_hold_the_contracts_keys_and_no_others() {
     assert_eq!(written, contract);
 }
 
+/// Catches a default that overrules what is written, and one that weighs where the loss has a ratio of its own.
+#[test]
+fn samples_of_older_policies_are_weighed_unless_it_is_said() {
+    for (learner, level, want) in [
+        ("", 0, ImportanceLevel::None),
+        ("", 1, ImportanceLevel::Token),
+        ("learner.importance.level = \"none\"", 1, ImportanceLevel::None),
+        ("learner.importance = { level = \"sequence\", mode = \"mask\" }", 2, ImportanceLevel::Sequence),
+        ("learner.policy_loss = \"prime\"", 1, ImportanceLevel::None),
+        ("learner.policy_loss = \"cispo\"", 1, ImportanceLevel::None),
+        ("learner.ratio = \"sequence\"", 1, ImportanceLevel::None),
+        ("learner.delta = 3.0", 1, ImportanceLevel::None),
+    ] {
+        let config = parse(&format!("sampling.async_level = {level}\n{learner}\n{SMALL}")).unwrap();
+        assert_eq!(config.learner.importance.level, want, "{learner}, level {level}");
+        assert_eq!(parse(&config.to_toml().unwrap()).unwrap(), config);
+    }
+}
+
 #[test]
 fn a_resolved_config_loads_as_itself() {
     let every_kind = "name = \"x-1.b\"\nsteps = 3\n[model]\nsource = \"m\"\ndevice = \"cpu\"\ndtype = \"f32\"\n\
@@ -88,7 +108,7 @@ fn a_resolved_config_loads_as_itself() {
         [[environment]]\nname = \"a\"\nweight = 2\nlength = { mode = \"soft\", weight = 0.25 }\n\
         [environment.judge]\nkind = \"lexical\"\n\
         [[environment]]\nname = \"b\"\n[sampling]\nstop = [\"\\n\"]\n\
-        [learner]\nlearning_rate = 3e-7\nschedule = \"linear\"\ndelta = 4.0\n\
+        [learner]\nlearning_rate = 3e-7\nschedule = \"linear\"\nkl = 0.1\nkl_estimator = \"unbiased\"\n\
         importance = { level = \"token\", max = 5 }\n\
         [[evaluation.environment]]\nname = \"c\"\nsource = \"there\"\n";
     for text in [SMALL, every_kind, &reference()] {

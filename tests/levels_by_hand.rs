@@ -89,8 +89,8 @@ fn corrections_on_the_toy() {
     const SEEDS: u64 = 8;
     const STEPS: u64 = 24;
     let corrections = [
-        ("none", "learner.clip = [1.0, 1e9]"),
-        ("clip", ""),
+        ("none", "learner.importance.level = \"none\"\nlearner.clip = [1.0, 1e9]"),
+        ("clip", "learner.importance.level = \"none\""),
         ("token", "learner.importance.level = \"token\""),
         ("sequence-mask", "learner.importance = { level = \"sequence\", mode = \"mask\" }"),
         ("prime", "learner.policy_loss = \"prime\""),

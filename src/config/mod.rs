@@ -11,6 +11,7 @@ use anyhow::{Context, Result};
 use candor_environments::keys::{self, KeyError};
 use serde::{Deserialize, Serialize};
 
+use crate::objective::{Importance, ImportanceLevel, PolicyLoss, Ratio};
 use layers::{Layers, Places};
 pub use sections::{
     Batch, Checkpoint, Device, Dtype, Endpoint, Environment, Evaluation, Learner, LongPrompts, Lora, Model, Projection,
@@ -102,9 +103,13 @@ impl Config {
             let problem = KeyError::new("epochs", "stands in place of `steps`, which is set too; remove one of them");
             return Err(layers.places.locate(&problem));
         }
+        let weighs = layers.root.get("learner").is_some_and(|learner| learner.get("importance").is_some());
         let mut config: Config =
             keys::typed(layers.root).map_err(|problem| layers.places.locate(&names::explained(problem)))?;
         config.places = layers.places;
+        if !weighs {
+            config.learner.importance = config.importance();
+        }
         config.validate().map_err(|problem| config.locate(problem))?;
         config.learner.reference = Some(config.reference());
         Ok(config)
@@ -140,6 +145,15 @@ impl Config {
             table.remove("steps");
         }
         toml::to_string(&table).context(written)
+    }
+
+    /// How samples of an older policy are weighed unless it is said: truncated by the token above level 0, because PPO's clip alone learned
+    /// less there (results/reported-async-levels). Losses that treat the ratio in a way of their own are left alone.
+    fn importance(&self) -> Importance {
+        let Learner { policy_loss, ratio, delta, importance, .. } = &self.learner;
+        let plain = (*policy_loss, *ratio, *delta) == (PolicyLoss::Clip, Ratio::Token, None);
+        let level = if self.level() > 0 && plain { ImportanceLevel::Token } else { importance.level };
+        Importance { level, ..*importance }
     }
 
     /// How many optimizer steps the sampler may be ahead.

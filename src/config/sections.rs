@@ -353,7 +353,8 @@ pub struct Learner {
     pub delta: Option<f64>,
     /// What the token losses of one step are divided by.
     pub loss_mean: LossMean,
-    /// Weights that correct for sampling from an older or differently computed policy.
+    /// Weights that correct for sampling from an older or differently computed policy. Absent: level `none`, and `token` with
+    /// `sampling.async_level` above 0, `policy_loss` and `ratio` as by default and no `delta`.
     pub importance: Importance,
     /// Weight of the KL divergence to the reference policy.
     pub kl: f64,
