@@ -35,6 +35,7 @@ impl Check {
     pub fn of(config: &Config, inputs: &Inputs) -> Result<Self> {
         let mut check = Self::default();
         check.model(&inputs.model);
+        config.sampling.endpoints.iter().for_each(|endpoint| check.line("sampler", endpoint));
         let twin = |source: &Source, of: &[Source]| of.iter().position(|other| other.name == source.name);
         for source in &inputs.training {
             let sampled = source.samples()?;

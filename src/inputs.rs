@@ -12,11 +12,11 @@ use candor_environments::{Context, Judge, Load, REGISTRY, Split, Target};
 use rayon::prelude::*;
 
 use crate::advantage::AdvantageKind;
+use crate::client::Patience;
 use crate::config::{self, Config, LongPrompts};
 use crate::event::{Event, Observer};
 use crate::given;
 use crate::judge::Panel;
-use crate::judge::gate::Patience;
 use crate::judge::options::JudgeOptions;
 use crate::model_files::{ModelFiles, resolve};
 use crate::ops::kernel::Kernel;

@@ -22,10 +22,12 @@
 //! * [`alarm`]: sampler and learner must agree
 //! * [`learner`]: trees of completions become one optimizer step
 //! * [`sampler`]: prompts become completions
+//! * [`probe`]: whether servers that sample have the model that is trained
 //! * [`policy`]: the adapter
 //! * [`model`]: the frozen decoder, described by data
 //! * [`ops`]: fused operations with exact backward
 //! * [`tokenizer`]: text, tokens and the chat template
+//! * [`client`]: one request to a server
 //! * [`config`], [`source`], [`run`], [`checkpoint`], [`peft`], [`tensors`]: what is read, fetched and written
 //! * [`evaluation`]: metrics of confidences, in plain floats
 //! * [`calibration`], [`comparison`], [`routed`], [`calibration_map`]: what the rows of evaluations say by them
@@ -45,6 +47,7 @@ pub mod chat;
 pub mod check;
 pub mod checkpoint;
 pub mod cli;
+pub mod client;
 pub mod comparison;
 pub mod config;
 pub mod evaluation;
@@ -70,6 +73,7 @@ pub mod plan;
 pub mod policy;
 pub mod prepare;
 pub mod printable;
+pub mod probe;
 pub mod prompts;
 pub mod random;
 pub mod record;

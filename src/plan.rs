@@ -7,7 +7,7 @@ use std::fmt;
 
 use anyhow::Result;
 
-use crate::config::{Config, Reference};
+use crate::config::{Config, Reference, SamplerKind, Sampling};
 use crate::given;
 use crate::inputs::Inputs;
 use crate::learner::kept_layers;
@@ -94,12 +94,12 @@ impl Plan {
         let mut prompt_tokens = Vec::new();
         for step in 0..looked_at(config, inputs.steps) {
             let shapes = shapes(training, &choose_tasks(training, config.batch.prompts, config.seed, step))?;
-            work.sample(&shapes, config.batch.group, &Settings::training(config, step));
+            work.sample(&shapes, config.batch.group, &Settings::training(config, step), &config.sampling);
             work.learn(&shapes, config);
             prompt_tokens.extend(shapes.iter().map(|shape| shape.prompt));
         }
         let held_out = choose_heldout(heldout, config.evaluation.tasks, config.seed);
-        work.sample(&shapes(heldout, &held_out)?, 1, &Settings::evaluation(config, 0));
+        work.sample(&shapes(heldout, &held_out)?, 1, &Settings::evaluation(config, 0), &config.sampling);
         let memory = work.memory(config, inputs, program)?;
         Ok(Self { derived: derived(config, inputs, &prompt_tokens, held_out.len())?, memory })
     }
@@ -139,12 +139,21 @@ struct Work {
 }
 
 impl Work {
-    fn sample(&mut self, shapes: &[Shape], rollouts: usize, settings: &Settings) {
+    /// Sampling takes memory where it is done here: of each sampler, for its part of the groups.
+    fn sample(&mut self, shapes: &[Shape], rollouts: usize, settings: &Settings, sampling: &Sampling) {
+        if sampling.kind != SamplerKind::Local {
+            return;
+        }
         let prompts: Vec<usize> =
             shapes.iter().filter(|shape| shape.given.is_empty()).map(|shape| shape.prompt).collect();
-        let groups = prompts.iter().map(|&prompt| group_rows(prompt, rollouts, settings));
-        self.stored_rows = self.stored_rows.max(stored_rows(groups));
-        self.forward_rows = self.forward_rows.max(forward_rows(&prompts, rollouts));
+        let (mut stored, mut forward) = (0, 0);
+        for part in 0..sampling.samplers.min(prompts.len()) {
+            let own: Vec<usize> = prompts.iter().skip(part).step_by(sampling.samplers).copied().collect();
+            stored += stored_rows(own.iter().map(|&prompt| group_rows(prompt, rollouts, settings)));
+            forward += forward_rows(&own, rollouts);
+        }
+        self.stored_rows = self.stored_rows.max(stored);
+        self.forward_rows = self.forward_rows.max(forward);
         self.rollouts = self.rollouts.max(prompts.len() * rollouts);
     }
 
@@ -250,6 +259,7 @@ fn derived(config: &Config, inputs: &Inputs, prompt_tokens: &[usize], held_out: 
         format!("in all: {steps} steps{sampled_in_all}"),
     ];
     lines.splice(0..0, first);
+    lines.extend(sampling.endpoints.iter().map(|endpoint| format!("sampled by {endpoint}")));
     let between = (1..steps).filter(|&step| is_due(evaluation.every, step)).count();
     lines.push(match held_out {
         0 => "evaluations: none".to_string(),

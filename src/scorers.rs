@@ -14,7 +14,7 @@ use anyhow::{Error, Result, anyhow, bail, ensure};
 use candor_environments::{Completion, Environment, Score, ScoreError};
 use crossbeam::channel::{Receiver, RecvTimeoutError, Sender, unbounded};
 
-use crate::judge::options::MOST_IN_FLIGHT;
+use crate::client::MOST_IN_FLIGHT;
 
 /// The most threads that score: as many as a judge may be asked at once.
 const MOST_THREADS: usize = MOST_IN_FLIGHT;

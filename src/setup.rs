@@ -8,7 +8,7 @@ use candle_core::Device;
 use candor_environments::Load;
 
 use crate::checkpoint;
-use crate::config::{Config, Reference};
+use crate::config::{Config, Reference, SamplerKind};
 use crate::event::{Event, Observer};
 use crate::given::Given;
 use crate::inputs::Inputs;
@@ -16,9 +16,11 @@ use crate::learner::Learner;
 use crate::model::Model;
 use crate::peft;
 use crate::policy::Adapter;
+use crate::probe;
 use crate::run::RunFolder;
 use crate::sampler::Sampler;
 use crate::sampler::local::LocalSampler;
+use crate::sampler::parallel::ParallelSampler;
 use crate::selection::Source;
 use crate::tokenizer::Tokenizer;
 
@@ -72,8 +74,15 @@ impl Run {
         let model = model.load(&Device::Cpu, options.observer)?;
         let base = || Ok((model.clone(), tokenizer.clone()));
         judges.iter().try_for_each(|judge| judge.load(&base, options.observer))?;
+        let sampler: Box<dyn Sampler> = match (config.sampling.kind, config.sampling.samplers) {
+            (SamplerKind::Local, 1) => Box::new(LocalSampler::new(model.clone(), tokenizer.clone())),
+            (SamplerKind::Local, samplers) => Box::new(ParallelSampler::new(&model, &tokenizer, samplers)?),
+            (SamplerKind::Openai, _) => {
+                let sources: Vec<&Source> = training.iter().chain(&heldout).collect();
+                Box::new(probe::servers(&config, &model, &tokenizer, &sources, options.observer)?)
+            }
+        };
         let (folder, learner, next_step) = begin(&config, &model, start, compares, options)?;
-        let sampler = Box::new(LocalSampler::new(model, tokenizer.clone()));
         let given = Given::default();
         Ok(Self { config, folder, tokenizer, training, heldout, sampler, given, learner, steps, next_step })
     }

@@ -63,7 +63,7 @@ fn resolved_defaults_hold_the_contracts_keys_and_no_others() {
     let text = reference();
     let mut written = keys_of(&parse(SMALL).unwrap().to_toml().unwrap());
     let mut contract = keys_of(&text);
-    for added in ["batch.long_prompts", "sampling.logprobs", "silence_seconds"] {
+    for added in ["batch.long_prompts", "sampling.logprobs", "sampling.samplers", "silence_seconds"] {
         assert!(written.remove(added), "{added}: added after the contract was written");
     }
     // These the contract gives in a comment: empty lists, and what follows an importance level.
@@ -162,7 +162,7 @@ const REFUSED: &[(&str, &str, &[&str])] = &[
     ("", "[sampling]\ntemperature = -1.0\n", &["sampling.temperature: -1 must"]),
     ("", "[sampling]\ntemperature = 0\n", &["sampling.temperature: 0 must be finite, more than 0"]),
     ("", "[sampling]\nstop = [\"\"]\n", &["sampling.stop"]),
-    ("", "[sampling]\nkind = \"openai\"\n", &["sampling.kind: not in this version", "\"local\""]),
+    ("", "[sampling]\nkind = \"openai\"\n", &["small.toml:7: sampling.kind", "needs servers"]),
     (
         "",
         "[learner]\npolicy_loss = \"prime\"\nratio = \"sequence\"\n",
@@ -173,7 +173,11 @@ const REFUSED: &[(&str, &str, &[&str])] = &[
     ("", "[learner]\nclip = [1.5, 0.2]\n", &["learner.clip: 1.5", "at most 1"]),
     ("silence_seconds = 0\n", "", &["silence_seconds: 0 is not between 1"]),
     ("", "[sampling]\nasync_level = 65\n", &["sampling.async_level: 65 versions behind"]),
-    ("", "[[sampling.endpoints]]\nbase_url = \"b\"\nmodel = \"m\"\n", &["sampling.endpoints: not in this version"]),
+    (
+        "",
+        "[[sampling.endpoints]]\nbase_url = \"b\"\nmodel = \"m\"\n",
+        &["sampling.endpoints.0.adapter_dir: is missing"],
+    ),
     ("", "[sampling]\ntop_p = 0.9\n", &["small.toml:7: sampling.top_p: "]),
     ("", "[learner]\nlearning_rate = inf\n", &["learner.learning_rate: inf must be finite"]),
     ("", "[learner]\nclip = [-0.1, 0.2]\n", &["small.toml:7: learner.clip: -0.1"]),
@@ -214,6 +218,37 @@ fn what_cannot_work_is_refused_by_key_and_line() {
         for part in *wanted {
             assert!(message.contains(part), "{top}{end}: no {part:?} in: {message}");
         }
+    }
+}
+
+/// A config whose completions come from one server.
+const SERVED: &str = "[sampling]\nkind = \"openai\"\n[[sampling.endpoints]]\nbase_url = \"http://h/v1\"\nmodel = \"m\"\nadapter_dir = \"a\"\n";
+
+/// Catches servers whose numbers would not be those of the policy, and what no server could be asked with.
+#[test]
+fn servers_that_cannot_sample_for_training_are_refused() {
+    let text = |more: &str| format!("{SMALL}{SERVED}{more}");
+    parse(&text("")).unwrap();
+    let second = &SERVED[SERVED.find("[[").unwrap()..];
+    for (text, wanted) in [
+        (text("").replace("openai", "local"), "sampling.endpoints: has no effect with kind = \"local\""),
+        (text("").replace("http://h", "h"), "sampling.endpoints.0.base_url: is not an address"),
+        (text("").replace("http://", "http://user:secret@"), "sampling.endpoints.0.base_url: is not an address"),
+        (text("").replace("\"m\"", "\" \""), "sampling.endpoints.0.model: is empty"),
+        (text("").replace("\"a\"", "\"\""), "sampling.endpoints.0.adapter_dir: is empty"),
+        (text("concurrency = 0\n"), "sampling.endpoints.0.concurrency: 0 is not between 1 and 1024"),
+        (text("timeout_seconds = 0\n"), "sampling.endpoints.0.timeout_seconds: 0 is not between 1 and 86400"),
+        (text(second), "sampling.endpoints.1.base_url: is named twice"),
+        (
+            text(&format!("concurrency = 1000\n{}", second.replace("//h", "//i"))),
+            "1064 requests at once are more than 1024",
+        ),
+        (text("").replace("[sampling]\n", "[sampling]\ntemperature = 0.9\n"), "sampling.temperature: 0.9: servers"),
+        (text("").replace("[sampling]\n", "[sampling]\nsamplers = 2\n"), "sampling.samplers: has no effect"),
+        (text("[evaluation]\ntemperature = 0.7\n"), "evaluation.temperature: 0.7: servers"),
+    ] {
+        let message = parse(&text).expect_err(&format!("accepted: {text}"));
+        assert!(message.contains(wanted) && !message.contains("secret"), "no {wanted:?} in: {message}");
     }
 }
 

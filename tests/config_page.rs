@@ -236,7 +236,11 @@ impl<'a> Page<'a> {
         match self.types.get(&inner) {
             _ if PLAIN.iter().any(|(plain, _)| *plain == inner) => {}
             Some(Item::Struct(_)) if inner == "Endpoint" => {
-                self.keys(&inner, &Defaults::of::<Endpoint>("base_url = \"\"\nmodel = \"\"\n"), indent + 2);
+                self.keys(
+                    &inner,
+                    &Defaults::of::<Endpoint>("base_url = \"\"\nmodel = \"\"\nadapter_dir = \"\"\n"),
+                    indent + 2,
+                );
             }
             Some(Item::Struct(_)) => self.keys(&inner, &defaults.within(&name), indent + 2),
             Some(Item::Enum(item)) => {
@@ -415,8 +419,11 @@ fn the_page_holds_the_contracts_keys_and_defaults() {
         "sampling.endpoints.adapter_dir",
         "sampling.endpoints.base_url",
         "sampling.endpoints.concurrency",
+        "sampling.endpoints.key_variable",
         "sampling.endpoints.model",
+        "sampling.endpoints.timeout_seconds",
         "sampling.logprobs",
+        "sampling.samplers",
         "silence_seconds",
     ];
     assert_eq!(more, known);

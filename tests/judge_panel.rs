@@ -5,9 +5,8 @@ use std::sync::{Arc, Barrier};
 use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
+use candor::client::{Patience, wait};
 use candor::judge::Panel;
-use candor::judge::chat::wait;
-use candor::judge::gate::Patience;
 use candor::judge::options::JudgeOptions;
 use candor_environments::{Judge, Verdict};
 use serde_json::{Value, json};

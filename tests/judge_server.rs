@@ -1,4 +1,5 @@
-//! A chat server of the tests' own, which keeps connections, counts, and misbehaves as it is told.
+//! A server of the tests' own, which keeps connections, counts, and misbehaves as it is told; judges are asked here, and
+//! `sampling_server` samples on it.
 
 use std::ffi::OsString;
 use std::io::{BufRead, BufReader, Write};
@@ -8,8 +9,8 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use candor::client::Patience;
 use candor::judge::Panel;
-use candor::judge::gate::Patience;
 use candor::judge::options::JudgeOptions;
 use candor_environments::{Judge, Judgment};
 use serde_json::{Value, json};
@@ -159,7 +160,7 @@ fn request(reader: &mut impl BufRead) -> Option<Asked> {
         let line = head.iter().find(|line| line.to_lowercase().starts_with(&format!("{name}:")))?;
         Some(line[name.len() + 1..].trim().to_string())
     };
-    let mut body = vec![0; header("content-length")?.parse().ok()?];
+    let mut body = vec![0; header("content-length").map_or(Some(0), |length| length.parse().ok())?];
     reader.read_exact(&mut body).ok()?;
     Some(Asked {
         path: head.first()?.split(' ').nth(1)?.to_string(),

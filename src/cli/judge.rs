@@ -8,12 +8,12 @@ use clap::{ArgGroup, Args};
 
 use super::Failure;
 use super::console::Console;
+use crate::client::Patience;
 use crate::config::Config;
 use crate::config::Dtype;
 use crate::event::Observer;
 use crate::judge::Panel;
 use crate::judge::answers::Answers;
-use crate::judge::gate::Patience;
 use crate::judge::options::JudgeOptions;
 use crate::model_files::load_model;
 use crate::ops::kernel::Kernel;

@@ -252,6 +252,9 @@ pub struct Sampling {
     /// How many optimizer steps the sampler may run ahead of the learner, at most 64; 0: strictly on policy, and the same run
     /// whenever it is repeated.
     pub async_level: usize,
+    /// `local`: samplers that work side by side, each with its share of the threads and of a step's groups: for many cores,
+    /// which the few rows of a decoding step do not feed.
+    pub samplers: usize,
     /// The servers of `kind = "openai"`.
     pub endpoints: Vec<Endpoint>,
 }
@@ -266,6 +269,7 @@ impl Default for Sampling {
             stop,
             logprobs: false,
             async_level: 0,
+            samplers: 1,
             endpoints,
         }
     }
@@ -277,7 +281,7 @@ impl Default for Sampling {
 pub enum SamplerKind {
     /// This process, on the learner's own copy of the base weights.
     Local,
-    /// OpenAI-compatible servers.
+    /// Servers that speak OpenAI's protocol as vLLM does: with token ids, and adapters loaded at run time.
     Openai,
 }
 
@@ -292,13 +296,30 @@ pub struct Endpoint {
     /// Requests in flight at once.
     #[serde(default = "Endpoint::default_concurrency")]
     pub concurrency: usize,
-    /// A folder that the server can read, where each version of the adapter is put in PEFT form.
-    pub adapter_dir: Option<String>,
+    /// A folder that this process can write and the server read, by the same path, where each version of the adapter is put in
+    /// PEFT form.
+    pub adapter_dir: String,
+    /// The environment variable that holds the key; absent: no key is sent.
+    pub key_variable: Option<String>,
+    /// How long one completion may take.
+    #[serde(default = "Endpoint::default_timeout")]
+    pub timeout_seconds: u64,
 }
 
 impl Endpoint {
     fn default_concurrency() -> usize {
         64
+    }
+
+    fn default_timeout() -> u64 {
+        300
+    }
+}
+
+impl fmt::Display for Endpoint {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        let Self { base_url, model, concurrency, adapter_dir, .. } = self;
+        write!(f, "{model} at {base_url}, {concurrency} requests at once, adapters in {adapter_dir}")
     }
 }
 

@@ -6,18 +6,20 @@ use std::ops::{Bound, RangeBounds};
 
 use candor_environments::KeyError;
 
-use super::{Config, Device, Dtype, Environment, Learner, Reference, SamplerKind};
+use super::{Config, Device, Dtype, Endpoint, Environment, Learner, Reference, SamplerKind, Sampling};
+use crate::client::{MOST_IN_FLIGHT, NO_ADDRESS};
 use crate::objective::{ImportanceLevel, PolicyLoss, Ratio};
+use crate::source::web_address;
 
 fn problem<T>(key: &str, text: impl Into<String>) -> Result<T, KeyError> {
     Err(KeyError::new(key, text))
 }
 
-/// What is said of everything that comes with a later version.
-const LATER: &str = "not in this version: ";
-
 /// More of anything than this is a slip of the keyboard; it also keeps products of two counts inside 64 bits.
 const MOST: u64 = 1 << 30;
+
+/// Seconds: nobody waits longer for one completion.
+const DAY: u64 = 24 * 3600;
 
 /// More steps ahead than anybody has trained with.
 const MOST_AHEAD: usize = 64;
@@ -34,6 +36,7 @@ impl Config {
         self.check_environments()?;
         self.check_lists()?;
         self.check_objective()?;
+        self.check_sampler()?;
         self.check_offered()
     }
 
@@ -46,6 +49,7 @@ impl Config {
             ("batch.group", self.batch.group as u64, 1),
             ("batch.micro_tokens", self.batch.micro_tokens as u64, 1),
             ("sampling.max_tokens", self.sampling.max_tokens as u64, 1),
+            ("sampling.samplers", self.sampling.samplers as u64, 1),
             ("silence_seconds", self.silence_seconds, 1),
             ("learner.warmup_steps", self.learner.warmup_steps, 0),
             ("evaluation.every", self.evaluation.every, 0),
@@ -198,6 +202,54 @@ impl Config {
         Ok(())
     }
 
+    /// Who samples, and what servers as samplers ask of the rest.
+    fn check_sampler(&self) -> Result<(), KeyError> {
+        let Sampling { kind, endpoints, temperature, .. } = &self.sampling;
+        match (kind, endpoints.is_empty()) {
+            (SamplerKind::Local, true) => return Ok(()),
+            (SamplerKind::Local, false) => {
+                return problem(
+                    "sampling.endpoints",
+                    "has no effect with kind = \"local\"; use \"openai\", or remove it",
+                );
+            }
+            (SamplerKind::Openai, true) => {
+                return problem("sampling.kind", "\"openai\" needs servers; add a [[sampling.endpoints]]");
+            }
+            (SamplerKind::Openai, false) if self.sampling.samplers > 1 => {
+                return problem("sampling.samplers", "has no effect with kind = \"openai\"; remove it");
+            }
+            (SamplerKind::Openai, false) => {}
+        }
+        // Whatever they sample at. Of training, no other temperature would do.
+        let at_one = "servers are asked for log-probabilities at temperature 1";
+        if *temperature != 1.0 {
+            return problem(
+                "sampling.temperature",
+                format!("{temperature}: {at_one}, so these are not the sampler's; use 1.0"),
+            );
+        }
+        if ![0.0, 1.0].contains(&self.evaluation.temperature) {
+            let temperature = self.evaluation.temperature;
+            return problem("evaluation.temperature", format!("{temperature}: {at_one}; use 0.0 or 1.0"));
+        }
+        for (index, endpoint) in endpoints.iter().enumerate() {
+            let twice = endpoints[..index].iter().any(|other| other.base_url == endpoint.base_url);
+            let checked = match twice {
+                true => problem("base_url", "is named twice; raise the concurrency of one instead"),
+                false => endpoint.check(),
+            };
+            checked.map_err(|problem| problem.within(&format!("sampling.endpoints.{index}")))?;
+        }
+        match endpoints.iter().map(|endpoint| endpoint.concurrency).sum() {
+            0..=MOST_IN_FLIGHT => Ok(()),
+            many => problem(
+                "sampling.endpoints",
+                format!("{many} requests at once are more than {MOST_IN_FLIGHT}; lower a concurrency"),
+            ),
+        }
+    }
+
     /// Keys of the contract whose code comes with a later version: refused, because ignoring them would be worse.
     fn check_offered(&self) -> Result<(), KeyError> {
         if self.model.dtype == Dtype::Int8 {
@@ -207,21 +259,31 @@ impl Config {
                  save memory",
             );
         }
-        let later = [
-            (
-                matches!(self.model.device, Device::Cuda(_)),
+        if matches!(self.model.device, Device::Cuda(_)) {
+            return problem(
                 "model.device",
-                "this build computes on the CPU only; use \"auto\" or \"cpu\"",
-            ),
-            (
-                self.sampling.kind != SamplerKind::Local,
-                "sampling.kind",
-                "servers as samplers are to come; use \"local\"",
-            ),
-            (!self.sampling.endpoints.is_empty(), "sampling.endpoints", "servers as samplers are to come; remove it"),
-        ];
-        match later.into_iter().find(|(asked, ..)| *asked) {
-            Some((_, key, text)) => problem(key, format!("{LATER}{text}")),
+                "not in this version: this build computes on the CPU only; use \"auto\" or \"cpu\"",
+            );
+        }
+        Ok(())
+    }
+}
+
+impl Endpoint {
+    fn check(&self) -> Result<(), KeyError> {
+        let Self { base_url, model, concurrency, adapter_dir, timeout_seconds, .. } = self;
+        if web_address(base_url).is_none() {
+            return problem("base_url", NO_ADDRESS);
+        }
+        if let Some((key, _)) =
+            [("model", model), ("adapter_dir", adapter_dir)].iter().find(|(_, text)| text.trim().is_empty())
+        {
+            return problem(key, "is empty; name one");
+        }
+        let counts =
+            [("concurrency", *concurrency as u64, MOST_IN_FLIGHT as u64), ("timeout_seconds", *timeout_seconds, DAY)];
+        match counts.into_iter().find(|(_, value, most)| !(1..=*most).contains(value)) {
+            Some((key, value, most)) => problem(key, format!("{value} is not between 1 and {most}")),
             None => Ok(()),
         }
     }

@@ -4,32 +4,7 @@
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-/// How long is waited for a server, and how often it is tried.
-#[derive(Clone, Copy, Debug)]
-pub struct Patience {
-    /// The wait before the second try; it doubles from try to try.
-    pub backoff: Duration,
-    /// Tries of one request.
-    pub tries: u32,
-    /// Failures in a row, of whichever requests, after which the server is left alone for a while.
-    pub broken_after: u32,
-    /// That while. Then one request finds out.
-    pub cool_down: Duration,
-    /// How long a server may fail, or ask not to be asked, until requests are given up.
-    pub give_up: Duration,
-}
-
-impl Default for Patience {
-    fn default() -> Self {
-        Self {
-            backoff: Duration::from_secs(1),
-            tries: 5,
-            broken_after: 20,
-            cool_down: Duration::from_secs(10),
-            give_up: Duration::from_secs(150),
-        }
-    }
-}
+use crate::client::Patience;
 
 /// Requests at once and per minute.
 #[derive(Clone, Copy, Debug)]

@@ -3,7 +3,7 @@
 //!
 //! * [`options`]: the keys of `[environment.judge]`
 //! * [`prompt`], [`reply`]: what a judge is asked, and what it may say
-//! * [`chat`], [`gate`]: one request to a server; how many, how fast, and when none at all
+//! * [`chat`], [`gate`]: one question to a server; how many, how fast, and when none at all
 //! * [`local`]: a model in this process
 //! * [`referee`]: one judge, asked until it gives a verdict or up
 //! * [`cache`]: verdicts that somebody has paid for
@@ -21,20 +21,19 @@ pub mod referee;
 pub mod reply;
 
 use std::collections::HashMap;
-use std::ffi::OsString;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::Result;
-use candor_environments::{Judge, Judgment, KeyError};
+use candor_environments::{Judge, Judgment};
 use tracing::{debug, warn};
 
+use crate::client::{Patience, Variable, key_in};
 use crate::event::{Event, Observer};
-use crate::source::{Cache as Sources, Token};
+use crate::source::Cache as Sources;
 use cache::{Cache, Kept};
-use gate::Patience;
 use local::PolicyBase;
 use options::JudgeOptions;
 use referee::{Decision, Referee};
@@ -223,18 +222,6 @@ impl Pending {
         let decision = waited.unwrap_or_else(PoisonError::into_inner).0.clone();
         decision.unwrap_or_else(|| Decision::free(Err("the same question is with the judge for too long".into())))
     }
-}
-
-/// What an environment variable holds.
-pub type Variable<'a> = &'a dyn Fn(&str) -> Option<OsString>;
-
-/// The key in an environment variable.
-fn key_in(name: &str, variable: Variable) -> Result<Token, KeyError> {
-    let problem = |text: String| KeyError::new("key_variable", text);
-    let key = variable(name).and_then(|key| key.into_string().ok()).ok_or_else(|| {
-        problem(format!("the environment variable {name} is not set, or is no text; put the server's key there"))
-    })?;
-    Token::new(&key).map_err(|error| problem(format!("the environment variable {name} {error}")))
 }
 
 /// Where verdicts are kept.

@@ -5,6 +5,7 @@ use candor_environments::keys;
 use serde::{Deserialize, Serialize};
 
 use super::prompt::Style;
+use crate::client::{MOST_IN_FLIGHT, NO_ADDRESS};
 use crate::source::web_address;
 
 /// `[environment.judge]`: who decides whether an answer is right.
@@ -73,9 +74,6 @@ impl Default for JudgeOptions {
     }
 }
 
-/// Threads that score wait for a judge, so there are no more requests in flight than this.
-pub const MOST_IN_FLIGHT: usize = 1024;
-
 /// A request that takes longer would outlast the run's patience with its retries.
 const LONGEST_TIMEOUT: u64 = 100;
 
@@ -122,9 +120,7 @@ impl JudgeOptions {
         let missing = |key| KeyError::new(key, "is missing, and kind = \"openai\" needs it; add it");
         let address = self.base_url.as_ref().ok_or_else(|| missing("base_url"))?;
         if web_address(address).is_none() {
-            // The address is not repeated: it may hold a password.
-            let text = "is not an address such as https://api.openai.com/v1, without a user's name and a query";
-            return problem("base_url", text.into());
+            return problem("base_url", NO_ADDRESS.into());
         }
         self.model.as_ref().filter(|model| !model.trim().is_empty()).ok_or_else(|| missing("model"))?;
         let counts = [

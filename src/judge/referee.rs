@@ -7,12 +7,13 @@ use candor_environments::Verdict;
 use candor_environments::lexical::grade;
 use sha2::{Digest, Sha256};
 
-use super::chat::{CallError, Chat, Reply};
-use super::gate::{Gate, Limits, Patience};
+use super::chat::{Chat, Reply};
+use super::gate::{Gate, Limits};
 use super::local::Local;
 use super::options::{JudgeKind, JudgeOptions};
 use super::prompt::Style;
 use super::{Question, reply};
+use crate::client::{CallError, Patience};
 use crate::random::SplitMix64;
 use crate::source::Token;
 
@@ -185,7 +186,7 @@ impl Server {
                     return Ok(reply);
                 }
                 // The server is there: it is the request that it does not want.
-                Err(CallError::Lasting(what)) => {
+                Err(CallError::Lasting { what, .. }) => {
                     pass.succeeded();
                     return Err(what);
                 }

@@ -6,10 +6,10 @@ use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::Arc;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, bail};
 
 use super::rows::Rows;
-use super::{Generation, Interrupted, PolicyFeed, Request, Sampler, Settings, version};
+use super::{Generation, Interrupted, PolicyFeed, Request, Sampler, Settings, check, version};
 use crate::model::{KeyValueStore, Model};
 use crate::ops::buffer;
 use crate::ops::head::Choice;
@@ -28,6 +28,8 @@ pub struct LocalSampler {
     tokenizer: Arc<Tokenizer>,
     /// Kept between calls: fresh memory costs more than it should.
     store: Option<KeyValueStore>,
+    /// The first group that is sampled, and the distance to each next one.
+    part: (usize, usize),
 }
 
 /// A completion being sampled.
@@ -70,12 +72,19 @@ impl Rows {
 impl LocalSampler {
     /// A sampler over a loaded model.
     pub fn new(model: Arc<Model>, tokenizer: Arc<Tokenizer>) -> Self {
-        Self { model, tokenizer, store: None }
+        Self::of_part(model, tokenizer, 0, 1)
+    }
+
+    /// A sampler of every group whose index is `part` modulo `parts`.
+    pub(super) fn of_part(model: Arc<Model>, tokenizer: Arc<Tokenizer>, part: usize, parts: usize) -> Self {
+        Self { model, tokenizer, store: None, part: (part, parts) }
     }
 
     /// Makes sure that the store holds what the requests need, within the limit.
     fn prepare_store(&mut self, requests: &[Request], settings: &Settings) -> KeyValueStore {
-        let sizes = requests.iter().map(|request| group_rows(request.prompt_ids.len(), request.rollouts, settings));
+        let (first, distance) = self.part;
+        let own = requests.iter().skip(first).step_by(distance);
+        let sizes = own.map(|request| group_rows(request.prompt_ids.len(), request.rollouts, settings));
         let rows = stored_rows(sizes);
         match self.store.take().filter(|store| store.rows() >= rows) {
             Some(mut store) => {
@@ -84,21 +93,6 @@ impl LocalSampler {
             }
             None => KeyValueStore::new(&self.model.architecture, rows, self.model.kernel),
         }
-    }
-
-    /// Refuses what could not be sampled, before anything is.
-    fn check(&self, requests: &[Request], settings: &Settings) -> Result<()> {
-        for request in requests {
-            let (name, prompt, context) = (&request.name, request.prompt_ids.len(), self.model.architecture.context);
-            ensure!(prompt > 0, "{name}: the prompt has no tokens");
-            ensure!(request.rollouts > 0, "{name}: no completion is asked for");
-            ensure!(
-                prompt + settings.max_tokens <= context,
-                "{name}: a prompt of {prompt} tokens leaves no room for {}, the model's context is {context}",
-                settings.max_tokens
-            );
-        }
-        Ok(())
     }
 }
 
@@ -161,9 +155,9 @@ impl Sampler for LocalSampler {
         settings: &Settings,
         finished: &mut dyn FnMut(Generation) -> Result<()>,
     ) -> Result<()> {
-        self.check(requests, settings)?;
+        check(requests, self.model.architecture.context, settings)?;
         let mut store = self.prepare_store(requests, settings);
-        let mut waiting: VecDeque<usize> = (0..requests.len()).collect();
+        let mut waiting: VecDeque<usize> = (self.part.0..requests.len()).step_by(self.part.1).collect();
         let mut unfinished: Vec<usize> = requests.iter().map(|request| request.rollouts).collect();
         let mut branches: Vec<Branch> = Vec::new();
         while !waiting.is_empty() || !branches.is_empty() {

@@ -1,16 +1,25 @@
 //! The sampler: prompts in, completions out, each handed over as soon as it ends.
 //!
 //! * [`local`]: continuous batching in this process, on the learner's own copy of the base weights
+//! * [`parallel`]: several of these side by side
 //! * [`conversation`]: one sequence that goes on turn by turn, each token handed over at once
+//! * [`remote`]: on servers, each one an [`endpoint`] with a [`standing`]; [`completions`] is what is said to them and believed
+//!   of them, [`publication`] how adapters reach them
 
+pub mod completions;
 pub mod conversation;
+pub mod endpoint;
 pub mod local;
+pub mod parallel;
+pub mod publication;
+pub mod remote;
 mod rows;
+pub mod standing;
 
 use std::ops::Range;
 use std::sync::Arc;
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use candor_environments::{Completion, Finish};
 
 use crate::config::{Config, Evaluation, Sampling};
@@ -29,6 +38,20 @@ pub struct Request {
     pub prompt_ids: Vec<u32>,
     /// Completions to sample.
     pub rollouts: usize,
+}
+
+/// Refuses what a model with this context could not continue, before anything is.
+fn check(requests: &[Request], context: usize, settings: &Settings) -> Result<()> {
+    for Request { name, prompt_ids, rollouts } in requests {
+        let (prompt, longest) = (prompt_ids.len(), settings.max_tokens);
+        ensure!(prompt > 0, "{name}: the prompt has no tokens");
+        ensure!(*rollouts > 0, "{name}: no completion is asked for");
+        ensure!(
+            prompt + longest <= context,
+            "{name}: a prompt of {prompt} tokens leaves no room for {longest}, the model's context is {context}"
+        );
+    }
+    Ok(())
 }
 
 /// How completions are sampled.
