@@ -1,6 +1,5 @@
 //! Memory for activations that is used again: fresh pages cost more than the arithmetic on them.
 
-use std::cell::RefCell;
 use std::ops::{Deref, DerefMut};
 use std::sync::Mutex;
 
@@ -8,9 +7,6 @@ use std::sync::Mutex;
 pub trait Pooled: Copy + Default + Send + Sync + 'static {
     /// The buffers of this type that nobody uses.
     fn unused() -> &'static Mutex<Vec<Vec<Self>>>;
-
-    /// Small ones that were last used by this thread, by the logarithm of their length.
-    fn at_hand<R>(f: impl FnOnce(&mut [Vec<Vec<Self>>; CLASSES]) -> R) -> R;
 }
 
 macro_rules! pooled {
@@ -19,13 +15,6 @@ macro_rules! pooled {
             fn unused() -> &'static Mutex<Vec<Vec<Self>>> {
                 static UNUSED: Mutex<Vec<Vec<$kind>>> = Mutex::new(Vec::new());
                 &UNUSED
-            }
-
-            fn at_hand<R>(f: impl FnOnce(&mut [Vec<Vec<Self>>; CLASSES]) -> R) -> R {
-                thread_local! {
-                    static AT_HAND: RefCell<[Vec<Vec<$kind>>; CLASSES]> = const { RefCell::new([const { Vec::new() }; CLASSES]) };
-                }
-                AT_HAND.with_borrow_mut(f)
             }
         }
     )*};
@@ -40,20 +29,14 @@ pub struct Buffer<T: Pooled = f32> {
     len: usize,
 }
 
-/// Buffers of so many numbers or fewer stay with the thread that used them last.
-const SMALL: usize = 1 << (CLASSES - 1);
-/// Powers of two that lengths of small buffers are rounded up to.
-const CLASSES: usize = 14;
-/// Small buffers of one length that a thread keeps.
-const KEPT: usize = 16;
+/// Buffers of fewer numbers are left to the allocator, which is quick at that.
+const SMALL: usize = 8 * 1024;
 
 impl<T: Pooled> Buffer<T> {
     /// Room for `len` numbers. What they are is left over from earlier uses: whoever takes a buffer writes all of it.
     pub fn new(len: usize) -> Self {
-        if len <= SMALL {
-            let class = len.next_power_of_two().ilog2() as usize;
-            let found = T::at_hand(|at_hand| at_hand[class].pop());
-            return Self { values: found.unwrap_or_else(|| vec![T::default(); 1 << class]), len };
+        if len < SMALL {
+            return Self { values: vec![T::default(); len], len };
         }
         let mut unused = T::unused().lock().expect("nothing panics while it holds the pool");
         let fits = |values: &&Vec<T>| values.len() >= len && values.len() / 2 <= len;
@@ -89,16 +72,8 @@ impl<T: Pooled> DerefMut for Buffer<T> {
 impl<T: Pooled> Drop for Buffer<T> {
     fn drop(&mut self) {
         let values = std::mem::take(&mut self.values);
-        if values.len() > SMALL {
+        if values.len() >= SMALL {
             T::unused().lock().expect("nothing panics while it holds the pool").push(values);
-        } else if !values.is_empty() {
-            let keep = |at_hand: &mut [Vec<Vec<T>>; CLASSES]| {
-                let of_length = &mut at_hand[values.len().ilog2() as usize];
-                if of_length.len() < KEPT {
-                    of_length.push(values);
-                }
-            };
-            T::at_hand(keep);
         }
     }
 }
