@@ -320,21 +320,22 @@ fn gated_activations() {
 }
 
 /// The first product prepares an adapter, and many begin at once. Catches preparation that waits for parallel work of its own: the
-/// thread that prepares would take over another product meanwhile, and wait for itself.
+/// thread that prepares would take over another product meanwhile, and two would wait for each other.
 #[test]
-fn parallel_work_that_begins_with_the_same_adapter_does_not_wait_for_itself() {
+fn parallel_work_that_begins_with_the_same_adapters_does_not_wait_for_itself() {
     const RANK: usize = 8;
-    toy::within(60, || {
-        for round in 0..50 {
-            let adapter = OnceLock::new();
-            (0..256).into_par_iter().with_max_len(1).for_each(|number| {
-                if number % 4 == round % 4 {
-                    let prepare =
-                        || LowRank::new(vec![1.0; 64 * RANK], vec![1.0; 4096 * RANK], RANK, 1.0, check::f32_kernel());
-                    adapter.get_or_init(prepare);
-                }
-                std::hint::black_box((0..20_000).fold(0u64, |sum, next| std::hint::black_box(sum + next)));
-            });
+    toy::within(120, || {
+        let prepare = || LowRank::new(vec![1.0; 64 * RANK], vec![1.0; 2048 * RANK], RANK, 1.0, check::f32_kernel());
+        for _ in 0..60 {
+            let adapters: Vec<OnceLock<LowRank>> = (0..32).map(|_| OnceLock::new()).collect();
+            let begin = |first: usize| {
+                let order: Vec<usize> = (0..32).map(|number| (first + 5 * number) % 32).collect();
+                order.into_par_iter().with_max_len(1).for_each(|number| {
+                    adapters[number].get_or_init(prepare);
+                });
+            };
+            let begin = &begin;
+            std::thread::scope(|scope| (0..4).for_each(|thread| drop(scope.spawn(move || begin(8 * thread)))));
         }
     });
 }
