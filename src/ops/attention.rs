@@ -13,6 +13,7 @@ use rayon::prelude::*;
 use super::buffer::Buffer;
 use super::keys::{BLOCK, Keys, padded};
 use super::left::Left;
+use super::rows::in_turns;
 use super::shared::SharedRows;
 use super::{exp, vectorized};
 
@@ -61,6 +62,8 @@ pub struct Heads {
 
 /// Queries whose scores are computed together.
 const QUERIES: usize = 32;
+/// Blocks that a thread computes one after the other before it looks whether there are more.
+const TURN: usize = 4;
 /// Strands of a sum over keys.
 const LANES: usize = 16;
 
@@ -121,7 +124,8 @@ pub fn forward(
         spans.iter().flat_map(|span| (0..heads.key).flat_map(move |head| blocks(span, head))).collect();
     let (group, width) = (heads.query / heads.key, heads.query * heads.dim);
     let (attended, log_sums) = (SharedRows::new(attended, width), SharedRows::new(log_sums, heads.query));
-    all.par_iter().with_min_len(4).for_each(|block| {
+    in_turns(all.len(), TURN, |index| {
+        let block = &all[index];
         let stride = block.stride();
         let queries = heads.gather(block, queries, heads.scale);
         let mut weights = heads.scores(block, &queries, keys);

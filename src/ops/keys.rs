@@ -5,8 +5,6 @@
 
 use std::ops::Range;
 
-use rayon::prelude::*;
-
 use super::amx;
 use super::attention::Heads;
 use super::buffer::Buffer;
@@ -16,6 +14,7 @@ use super::matmul::{Matrix, matmul};
 use super::pages::Held;
 use super::panels::PANEL;
 use super::products::bf16_panel;
+use super::rows::in_turns;
 use super::shared::{Columns, SharedRows};
 
 /// Rows of a block. Stretches of rows that belong to one sequence start with a block.
@@ -231,7 +230,8 @@ fn pair_rows(y: &[f32], m: usize, stride: usize, panel: &mut [u16]) {
 
 /// Calls `f(row of the call, row of the keys, head)` for all of them, one store after the other.
 fn each_row(stores: &[Store], heads: usize, f: impl Fn(usize, usize, usize) + Sync) {
-    stores.par_iter().with_min_len(16).for_each(|Store { from, to }| {
+    in_turns(stores.len(), 16, |store| {
+        let Store { from, to } = &stores[store];
         from.clone().zip(*to..).for_each(|(row, to)| (0..heads).for_each(|head| f(row, to, head)));
     });
 }

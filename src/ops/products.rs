@@ -5,14 +5,13 @@
 
 use std::ops::Range;
 
-use rayon::prelude::*;
-
 use super::amx;
 use super::buffer::Buffer;
 use super::kernel::Kernel;
 use super::left::{self, Left, TILE, TILE_ROWS, TILE_WIDTH};
 use super::matmul::{Matrix, matmul, matmul_at};
 use super::panels::{GROUP, PANEL, Panels, Threads};
+use super::rows::in_parts;
 use super::shared::{Columns, SharedRows};
 
 /// Rows whose products with a panel are computed before the next panel: their inputs stay in the second-level cache.
@@ -89,10 +88,7 @@ pub fn multiply<const N: usize>(x: &Left, products: [Product; N], threads: Threa
             before += panels_of.len();
         }
     };
-    match parts {
-        1 => part(0),
-        parts => (0..parts).into_par_iter().with_max_len(1).for_each(part),
-    }
+    in_parts(parts, part);
 }
 
 impl Shared<'_> {

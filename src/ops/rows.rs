@@ -2,7 +2,7 @@
 //! the threads inside the products.
 
 use std::ops::Range;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use rayon::prelude::*;
@@ -54,14 +54,51 @@ pub const WIDTH: usize = 2 * PANEL;
 /// Calls `f` for the columns of a matrix so wide, WIDTH at a time or what is left; each of the threads takes a part of them.
 pub fn in_columns(wide: usize, threads: Threads, f: impl Fn(Range<usize>) + Sync) {
     let (all, parts) = (wide.div_ceil(WIDTH), if threads == Threads::All { rayon::current_num_threads() } else { 1 });
-    let part = |part: usize| {
+    in_parts(parts, |part| {
         let columns = (all * part / parts..all * (part + 1) / parts).map(|number| number * WIDTH);
         columns.for_each(|start| f(start..(start + WIDTH).min(wide)));
-    };
-    match threads {
-        Threads::One => part(0),
-        Threads::All => (0..parts).into_par_iter().with_max_len(1).for_each(part),
-    }
+    });
+}
+
+/// Calls `f` with the numbers of all parts, each on a thread of its own. Where parts are short, a thread that goes to sleep until
+/// the others are done wakes up too late: this one stays awake.
+pub fn in_parts(parts: usize, f: impl Fn(usize) + Sync) {
+    let unfinished = AtomicUsize::new(parts.saturating_sub(1));
+    rayon::scope(|scope| {
+        for part in 1..parts {
+            let (f, unfinished) = (&f, &unfinished);
+            scope.spawn(move |_| {
+                // Finished if `f` panics too; the scope passes it on.
+                let _finished = OnReturn(|| {
+                    unfinished.fetch_sub(1, Ordering::Release);
+                });
+                f(part);
+            });
+        }
+        if parts > 0 {
+            f(0);
+        }
+        let waiting = Instant::now();
+        while unfinished.load(Ordering::Acquire) > 0 && waiting.elapsed() < PATIENCE {
+            if rayon::yield_now() != Some(rayon::Yield::Executed) {
+                std::hint::spin_loop();
+            }
+        }
+    });
+}
+
+/// Calls `f` with the numbers of so many tasks, `at_once` of them in a row, on all threads; each takes the next when it is done.
+pub fn in_turns(tasks: usize, at_once: usize, f: impl Fn(usize) + Sync) {
+    let next = AtomicUsize::new(0);
+    in_parts(rayon::current_num_threads().min(tasks.div_ceil(at_once)), |_| {
+        loop {
+            let first = next.fetch_add(at_once, Ordering::Relaxed);
+            if first >= tasks {
+                return;
+            }
+            (first..(first + at_once).min(tasks)).for_each(&f);
+        }
+    });
 }
 
 /// Numbers in blocks of so many per row that are alive at once, for so many rows in all.
@@ -71,6 +108,8 @@ pub fn scratch(width: usize, rows: usize) -> usize {
 
 /// How long a thread of the pool without work stays awake.
 const AWAKE: Duration = Duration::from_micros(100);
+/// How long a thread stays awake for the other parts of what it has computed a part of.
+const PATIENCE: Duration = Duration::from_millis(1);
 
 /// Runs `f` on a thread of the pool and keeps the others awake meanwhile: `f` has parallel parts every few dozen microseconds,
 /// and to wake a thread takes as long as one of them.
@@ -89,16 +128,17 @@ pub fn on_the_pool<R: Send>(f: impl FnOnce() -> R + Send) -> R {
             }
         });
         // Set if `f` panics too, or the others would wait for nothing.
-        let _returned = OnReturn(returned);
+        let _returned = OnReturn(|| returned.store(true, Ordering::Release));
         f()
     })
 }
 
-struct OnReturn<'a>(&'a AtomicBool);
+/// Calls its function when it is dropped.
+struct OnReturn<F: Fn()>(F);
 
-impl Drop for OnReturn<'_> {
+impl<F: Fn()> Drop for OnReturn<F> {
     fn drop(&mut self) {
-        self.0.store(true, Ordering::Release);
+        self.0();
     }
 }
 

@@ -77,6 +77,19 @@ pub struct Columns<'a> {
     borrowed: PhantomData<&'a mut [f32]>,
 }
 
+/// Asks for memory that will be needed soon.
+#[inline]
+fn fetch<T>(values: &[T]) {
+    #[cfg(target_arch = "x86_64")]
+    for line in values.chunks(64 / size_of::<T>()) {
+        use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+        // SAFETY: an address inside the slice, of which nothing is read.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(line.as_ptr().cast()) };
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = values;
+}
+
 /// Columns that tiles have.
 const SIDE: usize = 32;
 
@@ -134,18 +147,10 @@ impl Columns<'_> {
     /// Asks for the memory of some rows, as far as they are there: tiles that are stored where nothing is in the cache wait for it.
     #[inline]
     pub fn fetch(&self, rows: Range<usize>) {
-        #[cfg(target_arch = "x86_64")]
         for row in rows.start..rows.end.min(self.rows) {
-            // SAFETY: an address inside the columns; and what is fetched is not read.
-            let start = unsafe { self.start.add(row * self.stride) };
-            for line in [0, self.width / 2] {
-                use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
-                // SAFETY: as above.
-                unsafe { _mm_prefetch::<_MM_HINT_T1>(start.add(line).cast()) };
-            }
+            // SAFETY: `row` is one of ours, and its columns are inside the matrix and ours alone.
+            fetch(unsafe { std::slice::from_raw_parts(self.start.add(row * self.stride), self.width) });
         }
-        #[cfg(not(target_arch = "x86_64"))]
-        let _ = rows;
     }
 
     /// Adds dense rows of as many columns.
