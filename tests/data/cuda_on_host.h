@@ -198,23 +198,24 @@ template <typename T> T __shfl_xor_sync(unsigned, T value, int mask) {
 
 typedef unsigned short host_bf16;
 
-inline float host_widen(unsigned bits) {
-    return __uint_as_float(bits << 16);
+// Adds the product of two pairs.
+inline void host_add(float &sum, unsigned left, unsigned right) {
+    sum += __uint_as_float(left << 16) * __uint_as_float(right << 16);
+    sum += __uint_as_float(left & 0xffff0000u) * __uint_as_float(right & 0xffff0000u);
 }
 
-// As the manual of PTX has the fragments of mma.m16n8k16.
+// As the manual of PTX has the fragments of mma.m16n8k16: pairs along k, four to each lane that has a row of a or a column of b.
 inline void multiply(float sum[4], const unsigned a[4], const unsigned b[2]) {
     struct Fragments {
         unsigned a[4], b[2];
     } own = {{a[0], a[1], a[2], a[3]}, {b[0], b[1]}};
     const unsigned char(*words)[32] = host::tell(own);
-    int lane = threadIdx.x % host::WARP_LANES;
-    for (int i = 0; i < 4; i++) {
-        int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
-        for (int k = 0; k < 16; k++) {
-            unsigned left = host::told<Fragments>(words, row % 8 * 4 + k % 8 / 2).a[k / 8 * 2 + row / 8];
-            unsigned right = host::told<Fragments>(words, column * 4 + k % 8 / 2).b[k / 8];
-            sum[i] += host_widen(left >> k % 2 * 16 & 0xffff) * host_widen(right >> k % 2 * 16 & 0xffff);
+    int lane = threadIdx.x % host::WARP_LANES, row = lane / 4 * 4, column = lane % 4 * 8;
+    for (int pair = 0; pair < 8; pair++) {
+        Fragments left = host::told<Fragments>(words, row + pair % 4);
+        for (int i = 0; i < 4; i++) {
+            unsigned right = host::told<Fragments>(words, column + i % 2 * 4 + pair % 4).b[pair / 4];
+            host_add(sum[i], left.a[pair / 4 * 2 + i / 2], right);
         }
     }
 }
