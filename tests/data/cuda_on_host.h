@@ -1,14 +1,16 @@
 // CUDA's words for a C++ compiler, so that the kernels of src/cuda run where there is no GPU.
 //
-// Blocks run one after the other. The threads of a block are coroutines of one thread: each runs until it waits for others. They take
-// turns from the first to the last or the other way round, so that a kernel that forgets to wait computes something else in one of both
-// orders. Copies to shared memory happen when they are waited for, not before.
+// Blocks run one after the other. The threads of a block are coroutines of one thread: each runs until it waits for others, and a warp
+// until it waits for other warps. They take turns from the first to the last or the other way round, so that a kernel that forgets to
+// wait computes something else in one of both orders. Copies to shared memory happen when they are waited for, not before.
 
 #define CUDA_ON_HOST
 
 #include <algorithm>
 #include <csetjmp>
 #include <cstddef>
+#include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <math.h>
 #include <ucontext.h>
@@ -30,6 +32,13 @@ struct Dimensions {
 
 static thread_local Dimensions threadIdx, blockIdx, blockDim, gridDim;
 static thread_local std::vector<unsigned char> dynamic_shared;
+
+inline void require_shared(size_t bytes) {
+    if (dynamic_shared.size() < bytes + 16) {
+        fprintf(stderr, "a kernel needs %zu bytes of dynamic shared memory, not %zu\n", bytes, dynamic_shared.size() - 16);
+        abort();
+    }
+}
 
 inline unsigned __float_as_uint(float x) {
     unsigned bits;
@@ -153,6 +162,22 @@ void resume(unsigned index) {
     }
 }
 
+// Lets every lane of a warp run until it waits or ends; how many could.
+size_t run_lanes(size_t first, bool backward, size_t &ended) {
+    size_t moved = 0;
+    for (size_t i = 0; i < WARP_LANES; i++) {
+        size_t index = first + (backward ? WARP_LANES - 1 - i : i);
+        const Thread &thread = threads[index];
+        bool waits = thread.barrier && (int)(thread.barrier->times - thread.until) < 0;
+        if (!thread.ended && !waits) {
+            resume(index);
+            moved++;
+            ended += thread.ended;
+        }
+    }
+    return moved;
+}
+
 // Runs one block; false if its threads wait for ever.
 bool run_block(size_t shared_bytes, bool backward) {
     // What nobody has written is no number.
@@ -165,17 +190,13 @@ bool run_block(size_t shared_bytes, bool backward) {
         thread.exchanges = thread.groups = 0;
         thread.copies.clear();
     }
-    size_t count = threads.size(), ended = 0;
-    while (ended < count) {
+    for (size_t ended = 0; ended < threads.size();) {
         bool moved = false;
-        for (size_t i = 0; i < count; i++) {
-            size_t index = backward ? count - 1 - i : i;
-            Thread &thread = threads[index];
-            bool waits = thread.barrier && (int)(thread.barrier->times - thread.until) < 0;
-            if (!thread.ended && !waits) {
-                resume(index);
+        for (size_t i = 0; i < warps.size(); i++) {
+            size_t first = (backward ? warps.size() - 1 - i : i) * WARP_LANES;
+            // A warp runs until it waits for others.
+            while (run_lanes(first, backward, ended) > 0) {
                 moved = true;
-                ended += threads[index].ended;
             }
         }
         if (!moved) {
