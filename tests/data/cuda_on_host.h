@@ -20,7 +20,7 @@
 #define __device__
 #define __forceinline__ inline
 #define __shared__ static thread_local
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 #define DYNAMIC_SHARED(name) unsigned char *name = dynamic_shared.data() + 16 - (size_t)dynamic_shared.data() % 16
 
 using std::max;
