@@ -1,5 +1,6 @@
-// What all kernels share: bf16 as bits, sums and maxima of a block in a fixed order. The host puts this in front of every file, so
-// that NVRTC needs no headers. The tests compile the same text with a C++ compiler (tests/data/cuda_on_host.h).
+// What all kernels share: bf16 as bits, sums and maxima of a block in a fixed order. The host puts this in front of
+// every file, so that NVRTC needs no headers. The tests compile the same text with a C++ compiler
+// (tests/data/cuda_on_host.h).
 
 typedef unsigned short bf16;
 typedef unsigned long long u64;
@@ -35,6 +36,12 @@ __device__ __forceinline__ unsigned round_pair(float first, float second) {
     return pair;
 #endif
 }
+
+// Eight numbers that lie together.
+struct alignas(16) Eight {
+    unsigned pairs[4];
+    __device__ float at(int i) const { return widen((bf16)(pairs[i / 2] >> i % 2 * 16)); }
+};
 
 struct Sum {
     template <typename T> __device__ static T of(T a, T b) { return a + b; }

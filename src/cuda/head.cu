@@ -1,21 +1,24 @@
 // From logits to log-probabilities, their gradient and the choice of a token; the twin of ops/head.rs.
 //
-// Logits are what the head's weight makes of hidden states, before soft-cap and temperature: raw. With cap c (0 = none) and
-// temperature t, z = c * tanh(raw / c) / t.
+// Logits are what the head's weight makes of hidden states, before soft-cap and temperature: raw. With cap c (0 = none)
+// and temperature t, z = c * tanh(raw / c) / t.
 //
-//   tally(logits, rows, first_token, tokens, soft_cap, inverse_temperature, targets, max, sum, weighted, chosen)   (rows; 256)
-//       One chunk of the vocabulary, logits [rows, tokens]; chunks come in order, and the one with first_token 0 begins anew. Per
-//       row: max m of z, sum of exp(z - m), sum of exp(z - m) * (z - m), and z of the target once it was seen. sum and weighted
-//       are double.
-//   tally_end(max, sum, weighted, chosen, logprobs, entropies, log_sums, rows)                                    (ceil(rows / 256); 256)
+//   tally(logits, rows, first_token, tokens, soft_cap, inverse_temperature, targets, max, sum, weighted, chosen) (rows;
+//           256)
+//       One chunk of the vocabulary, logits [rows, tokens]; chunks come in order, and the one with first_token 0 begins
+//       anew. Per row: max m of z, sum of exp(z - m), sum of exp(z - m) * (z - m), and z of the target once it was
+//       seen. sum and weighted are double.
+//   tally_end(max, sum, weighted, chosen, logprobs, entropies, log_sums, rows) (ceil(rows / 256); 256)
 //       logprobs = log p(target), entropies in nats, log_sums = log of the sum of exp(z): [rows] each.
-//   logit_gradient(logits, rounded, rows, first_token, tokens, soft_cap, temperature, targets, log_sums, grad)    (rows; 256)
+//   logit_gradient(logits, rounded, rows, first_token, tokens, soft_cap, temperature, targets, log_sums, grad) (rows;
+//           256)
 //       The gradient of the raw logits, in bf16 [rows, tokens], given that of the log-probabilities [rows].
-//   choose(logits, rows, vocabulary, soft_cap, temperature, places, tokens, logprobs, untempered)                 (rows; 512)
-//       All logits of a row at once, up to 2^20 tokens. place < 0: the most likely token, the lowest id among equals; else the first token at which the
-//       cumulative distribution over token ids exceeds the place. The log-probability is that of the tempered softmax, untempered
-//       that at temperature 1. Where a row's sums are not finite, one of them is NaN or infinite: the host looks at them. There is
-//       no Gumbel noise: a token's place is a number of the host's counters, so that the device draws what the CPU draws.
+//   choose(logits, rows, vocabulary, soft_cap, temperature, places, tokens, logprobs, untempered) (rows; 512)
+//       All logits of a row at once, up to 2^20 tokens. place < 0: the most likely token, the lowest id among equals;
+//       else the first token at which the cumulative distribution over token ids exceeds the place. The log-probability
+//       is that of the tempered softmax, untempered that at temperature 1. Where a row's sums are not finite, one of
+//       them is NaN or infinite: the host looks at them. There is no Gumbel noise: a token's place is a number of the
+//       host's counters, so that the device draws what the CPU draws.
 
 // Caps a raw logit.
 __device__ __forceinline__ float capped(float raw, float soft_cap) {
@@ -57,8 +60,9 @@ __device__ Tally tally_of(const float *logits, int tokens, float soft_cap, float
     return {max, block_reduce<Sum>((double)sum), block_reduce<Sum>((double)weighted)};
 }
 
-extern "C" __global__ void tally(const float *logits, int rows, int first_token, int tokens, float soft_cap, float inverse_temperature,
-                                 const unsigned *targets, float *max, double *sum, double *weighted, float *chosen) {
+extern "C" __global__ void tally(const float *logits, int rows, int first_token, int tokens, float soft_cap,
+                                 float inverse_temperature, const unsigned *targets, float *max, double *sum,
+                                 double *weighted, float *chosen) {
     int row = blockIdx.x;
     const float *own = logits + (long long)row * tokens;
     Tally total = tally_of(own, tokens, soft_cap, inverse_temperature);
@@ -77,8 +81,8 @@ extern "C" __global__ void tally(const float *logits, int rows, int first_token,
     }
 }
 
-extern "C" __global__ void tally_end(const float *max, const double *sum, const double *weighted, const float *chosen, float *logprobs,
-                                     float *entropies, float *log_sums, int rows) {
+extern "C" __global__ void tally_end(const float *max, const double *sum, const double *weighted, const float *chosen,
+                                     float *logprobs, float *entropies, float *log_sums, int rows) {
     int row = blockIdx.x * blockDim.x + threadIdx.x;
     if (row < rows) {
         Tally total = {max[row], sum[row], weighted[row]};
@@ -88,8 +92,9 @@ extern "C" __global__ void tally_end(const float *max, const double *sum, const 
     }
 }
 
-extern "C" __global__ void logit_gradient(const float *logits, bf16 *rounded, int rows, int first_token, int tokens, float soft_cap,
-                                          float temperature, const unsigned *targets, const float *log_sums, const float *grad) {
+extern "C" __global__ void logit_gradient(const float *logits, bf16 *rounded, int rows, int first_token, int tokens,
+                                          float soft_cap, float temperature, const unsigned *targets,
+                                          const float *log_sums, const float *grad) {
     int row = blockIdx.x;
     long long start = (long long)row * tokens, target = (long long)targets[row] - first_token;
     float inverse = 1.0f / temperature, log_sum = log_sums[row], scale = grad[row] / temperature;
