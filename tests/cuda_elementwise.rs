@@ -41,6 +41,9 @@ fn rounding_is_to_the_nearest_even() {
         let mut out = vec![0u16; x.len()];
         run!(kernels, spread(turns), round_rows(&x[..], &mut out[..], x.len() as i64));
         assert_eq!(out, rounded(&x));
+        // Behind an address from which several cannot be read at once.
+        run!(kernels, spread(turns), round_rows(&x[1..], &mut out[1..], x.len() as i64 - 1));
+        assert_eq!(out, rounded(&x));
         let mut nan = [0u16];
         run!(kernels, spread(turns), round_rows(&[f32::NAN][..], &mut nan[..], 1i64));
         assert!(widened(&nan)[0].is_nan());

@@ -43,6 +43,63 @@ struct alignas(16) Eight {
     __device__ float at(int i) const { return widen((bf16)(pairs[i / 2] >> i % 2 * 16)); }
 };
 
+// N numbers that are read or written at once.
+template <int N> struct alignas(4 * N) Floats {
+    float at[N];
+};
+
+template <int N> struct alignas(2 * N) Halves {
+    bf16 at[N];
+};
+
+template <int N> __device__ __forceinline__ Floats<N> load(const float *from) {
+    return *(const Floats<N> *)from;
+}
+
+template <int N> __device__ __forceinline__ void store(float *to, const Floats<N> &values) {
+    *(Floats<N> *)to = values;
+}
+
+template <int N> __device__ __forceinline__ void store(bf16 *to, const Halves<N> &values) {
+    *(Halves<N> *)to = values;
+}
+
+template <int N> __device__ __forceinline__ Halves<N> rounded(const Floats<N> &values) {
+    Halves<N> halves;
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+        halves.at[i] = round_bf16(values.at[i]);
+    }
+    return halves;
+}
+
+// Calls body.at<4>(i) for every fourth i that is the thread's where `places`, all addresses together, allow it, and
+// body.at<1>(i) for what is left. Memory is only kept busy by reading several numbers at once.
+template <typename Body>
+__device__ __forceinline__ void in_fours(long long first, long long stride, long long n, u64 places, Body &&body) {
+    long long fours = places % 16 == 0 ? n / 4 : 0;
+    for (long long i = first; i < fours; i += stride) {
+        body.template at<4>(4 * i);
+    }
+    for (long long i = 4 * fours + first; i < n; i += stride) {
+        body.template at<1>(i);
+    }
+}
+
+// An address for in_fours.
+__device__ __forceinline__ u64 place(const float *x) {
+    return (u64)x;
+}
+
+__device__ __forceinline__ u64 place(const bf16 *x) {
+    return 2 * (u64)x;
+}
+
+// The same of rows of some width, whichever it is: what is summed up together must not depend on where a row lies.
+__device__ __forceinline__ u64 place(const float *rows, int width) {
+    return place(rows) | width % 4;
+}
+
 struct Sum {
     template <typename T> __device__ static T of(T a, T b) { return a + b; }
 };

@@ -58,10 +58,14 @@ extern "C" __global__ void rope_tables(const unsigned *positions, const float *f
     }
 }
 
+struct Rounding {
+    const float *x;
+    bf16 *out;
+    template <int N> __device__ void at(long long i) { store(out + i, rounded(load<N>(x + i))); }
+};
+
 extern "C" __global__ void round_rows(const float *x, bf16 *out, long long n) {
-    for (long long i = FIRST; i < n; i += STRIDE) {
-        out[i] = round_bf16(x[i]);
-    }
+    in_fours(FIRST, STRIDE, n, place(x) | place(out), Rounding{x, out});
 }
 
 extern "C" __global__ void split_parts(const float *x, bf16 *high, bf16 *low, long long n) {
@@ -72,10 +76,21 @@ extern "C" __global__ void split_parts(const float *x, bf16 *high, bf16 *low, lo
     }
 }
 
-extern "C" __global__ void add(const float *x, const float *y, float *out, long long n) {
-    for (long long i = FIRST; i < n; i += STRIDE) {
-        out[i] = x[i] + y[i];
+struct Adding {
+    const float *x, *y;
+    float *out;
+    template <int N> __device__ void at(long long i) {
+        Floats<N> sum = load<N>(x + i), other = load<N>(y + i);
+#pragma unroll
+        for (int j = 0; j < N; j++) {
+            sum.at[j] += other.at[j];
+        }
+        store(out + i, sum);
     }
+};
+
+extern "C" __global__ void add(const float *x, const float *y, float *out, long long n) {
+    in_fours(FIRST, STRIDE, n, place(x) | place(y) | place(out), Adding{x, y, out});
 }
 
 extern "C" __global__ void add_bias(float *y, const float *bias, int rows, int width) {
@@ -216,35 +231,63 @@ __device__ __forceinline__ Activated activated(float x, int activation) {
     return {x * half, half + 2.0f * x * half * (1.0f - half) * c * (1.0f + 3.0f * 0.044715f * x * x)};
 }
 
+struct Gating {
+    const float *gate, *up;
+    bf16 *product;
+    int activation;
+    template <int N> __device__ void at(long long i) {
+        Floats<N> own = load<N>(gate + i), gated = load<N>(up + i);
+#pragma unroll
+        for (int j = 0; j < N; j++) {
+            own.at[j] = activated(own.at[j], activation).value * gated.at[j];
+        }
+        store(product + i, rounded(own));
+    }
+};
+
 extern "C" __global__ void gate(const float *gate, const float *up, bf16 *product, int activation, long long n) {
-    for (long long i = FIRST; i < n; i += STRIDE) {
-        product[i] = round_bf16(activated(gate[i], activation).value * up[i]);
+    u64 places = place(gate) | place(up) | place(product);
+    in_fours(FIRST, STRIDE, n, places, Gating{gate, up, product, activation});
+}
+
+// Where there is room for it.
+template <typename T, typename Values>
+__device__ __forceinline__ void store_if(T *to, long long i, const Values &values) {
+    if (to) {
+        store(to + i, values);
     }
 }
+
+struct GatingBackward {
+    const float *d_product, *gate, *up;
+    float *d_gate, *d_up, *product;
+    bf16 *d_gate_rounded, *d_up_rounded;
+    int activation;
+    template <int N> __device__ void at(long long i) {
+        Floats<N> to_gate = load<N>(d_product + i), own = load<N>(gate + i), gated = load<N>(up + i), to_up;
+#pragma unroll
+        for (int j = 0; j < N; j++) {
+            Activated of_gate = activated(own.at[j], activation);
+            to_up.at[j] = to_gate.at[j] * of_gate.value;
+            to_gate.at[j] *= gated.at[j] * of_gate.slope;
+            gated.at[j] *= of_gate.value;
+        }
+        store_if(d_gate, i, to_gate);
+        store_if(d_up, i, to_up);
+        store_if(product, i, gated);
+        store_if(d_gate_rounded, i, rounded(to_gate));
+        store_if(d_up_rounded, i, rounded(to_up));
+    }
+};
 
 extern "C" __global__ void gate_backward(const float *d_product, const float *gate, const float *up, float *d_gate,
                                          float *d_up, bf16 *d_gate_rounded, bf16 *d_up_rounded, float *product_or_null,
                                          int activation, long long n) {
-    for (long long i = FIRST; i < n; i += STRIDE) {
-        Activated own = activated(gate[i], activation);
-        float gradient = d_product[i], gated = up[i];
-        float to_gate = gradient * gated * own.slope, to_up = gradient * own.value;
-        if (d_gate) {
-            d_gate[i] = to_gate;
-        }
-        if (d_up) {
-            d_up[i] = to_up;
-        }
-        if (d_gate_rounded) {
-            d_gate_rounded[i] = round_bf16(to_gate);
-        }
-        if (d_up_rounded) {
-            d_up_rounded[i] = round_bf16(to_up);
-        }
-        if (product_or_null) {
-            product_or_null[i] = own.value * gated;
-        }
-    }
+    u64 places = place(d_product) | place(gate) | place(up) | place(d_gate) | place(d_up) | place(product_or_null) |
+                 place(d_gate_rounded) | place(d_up_rounded);
+    GatingBackward body = {d_product,       gate,           up,           d_gate,    d_up,
+                           product_or_null, d_gate_rounded, d_up_rounded, activation};
+    in_fours(FIRST, STRIDE, n, places, body);
 }
 
 extern "C" __global__ void adapter_down(const float *parts, int rows, int rank, int part_count, float scale,

@@ -44,20 +44,47 @@ __device__ Tally together(Tally a, Tally b) {
             (a.weighted + a.sum * shift_a) * scale_a + (b.weighted + b.sum * shift_b) * scale_b};
 }
 
-// Of a block's stretch of logits, for every thread.
+// A thread's own part of a row, from one maximum to the next.
+struct RunningTally {
+    const float *logits;
+    float soft_cap, inverse_temperature;
+    float max, sum, weighted;
+
+    template <int N> __device__ void at(long long i) {
+        Floats<N> raw = load<N>(logits + i);
+#pragma unroll
+        for (int j = 0; j < N; j++) {
+            add(inverse_temperature * capped(raw.at[j], soft_cap));
+        }
+    }
+
+    __device__ void add(float z) {
+        if (z > max) {
+            if (max > MINUS_INFINITY) {
+                float shift = max - z, scale = expf(shift);
+                weighted = (weighted + sum * shift) * scale;
+                sum *= scale;
+            }
+            max = z;
+        }
+        // What cannot be has no share; what is no number makes the sums none.
+        if (z != MINUS_INFINITY) {
+            float below = z - max, e = expf(below);
+            sum += e;
+            weighted += e * below;
+        }
+    }
+};
+
+// Of the block's row of logits, for every thread.
 __device__ Tally tally_of(const float *logits, int tokens, float soft_cap, float inverse_temperature) {
-    float max = MINUS_INFINITY;
-    for (int i = threadIdx.x; i < tokens; i += blockDim.x) {
-        max = fmaxf(max, inverse_temperature * capped(logits[i], soft_cap));
-    }
-    max = block_reduce<Maximum>(max);
-    float sum = 0.0f, weighted = 0.0f;
-    for (int i = threadIdx.x; i < tokens; i += blockDim.x) {
-        float below = inverse_temperature * capped(logits[i], soft_cap) - max, e = expf(below);
-        sum += e;
-        weighted += e * below;
-    }
-    return {max, block_reduce<Sum>((double)sum), block_reduce<Sum>((double)weighted)};
+    const float *row = logits + (long long)blockIdx.x * tokens;
+    RunningTally own = {row, soft_cap, inverse_temperature, MINUS_INFINITY, 0.0f, 0.0f};
+    in_fours(threadIdx.x, blockDim.x, tokens, place(logits, tokens), own);
+    float max = block_reduce<Maximum>(own.max);
+    double shift = own.sum == 0.0f ? 0.0 : (double)own.max - (double)max, scale = exp(shift);
+    double sum = block_reduce<Sum>((double)own.sum * scale);
+    return {max, sum, block_reduce<Sum>(((double)own.weighted + (double)own.sum * shift) * scale)};
 }
 
 extern "C" __global__ void tally(const float *logits, int rows, int first_token, int tokens, float soft_cap,
@@ -65,7 +92,7 @@ extern "C" __global__ void tally(const float *logits, int rows, int first_token,
                                  double *weighted, float *chosen) {
     int row = blockIdx.x;
     const float *own = logits + (long long)row * tokens;
-    Tally total = tally_of(own, tokens, soft_cap, inverse_temperature);
+    Tally total = tally_of(logits, tokens, soft_cap, inverse_temperature);
     if (threadIdx.x == 0) {
         if (first_token > 0) {
             Tally before = {max[row], sum[row], weighted[row]};
@@ -92,18 +119,32 @@ extern "C" __global__ void tally_end(const float *max, const double *sum, const 
     }
 }
 
+// Of the raw logits of a row.
+struct LogitGradient {
+    const float *logits;
+    bf16 *to;
+    long long target;
+    float soft_cap, inverse_temperature, log_sum, scale;
+    template <int N> __device__ void at(long long i) {
+        Floats<N> values = load<N>(logits + i);
+#pragma unroll
+        for (int j = 0; j < N; j++) {
+            float z = capped(values.at[j], soft_cap), ratio = soft_cap > 0.0f ? z / soft_cap : 0.0f;
+            float off = (i + j == target ? 1.0f : 0.0f) - expf(inverse_temperature * z - log_sum);
+            values.at[j] = scale * off * (1.0f - ratio * ratio);
+        }
+        store(to + i, rounded(values));
+    }
+};
+
 extern "C" __global__ void logit_gradient(const float *logits, bf16 *rounded, int rows, int first_token, int tokens,
                                           float soft_cap, float temperature, const unsigned *targets,
                                           const float *log_sums, const float *grad) {
-    int row = blockIdx.x;
-    long long start = (long long)row * tokens, target = (long long)targets[row] - first_token;
-    float inverse = 1.0f / temperature, log_sum = log_sums[row], scale = grad[row] / temperature;
-    float inverse_cap = soft_cap > 0.0f ? 1.0f / soft_cap : 0.0f;
-    for (int i = threadIdx.x; i < tokens; i += blockDim.x) {
-        float z = capped(logits[start + i], soft_cap), ratio = z * inverse_cap;
-        float off = (i == target ? 1.0f : 0.0f) - expf(inverse * z - log_sum);
-        rounded[start + i] = round_bf16(scale * off * (1.0f - ratio * ratio));
-    }
+    long long row = blockIdx.x, target = (long long)targets[row] - first_token;
+    const float *from = logits + row * tokens;
+    bf16 *to = rounded + row * tokens;
+    LogitGradient body = {from, to, target, soft_cap, 1.0f / temperature, log_sums[row], grad[row] / temperature};
+    in_fours(threadIdx.x, blockDim.x, tokens, place(from) | place(to), body);
 }
 
 // The most likely token of a row, the lowest id among equals; for every thread.
@@ -205,7 +246,7 @@ extern "C" __global__ void choose(const float *logits, int rows, int vocabulary,
                                   const double *places, unsigned *tokens, float *logprobs, float *untempered) {
     const float *own = logits + (long long)blockIdx.x * vocabulary;
     double place = places[blockIdx.x];
-    float plain_sum = tally_of(own, vocabulary, soft_cap, 1.0f).log_sum();
+    float plain_sum = tally_of(logits, vocabulary, soft_cap, 1.0f).log_sum();
     Distribution row = {own, vocabulary, soft_cap, 1.0f, plain_sum};
     int token;
     if (place < 0.0) {
@@ -213,7 +254,7 @@ extern "C" __global__ void choose(const float *logits, int rows, int vocabulary,
     } else {
         if (temperature != 1.0f) {
             row.inverse_temperature = 1.0f / temperature;
-            row.log_sum = tally_of(own, vocabulary, soft_cap, row.inverse_temperature).log_sum();
+            row.log_sum = tally_of(logits, vocabulary, soft_cap, row.inverse_temperature).log_sum();
         }
         token = inverse_cumulative(row, place);
     }
