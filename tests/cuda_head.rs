@@ -4,7 +4,7 @@ use candor::ops::head::{Choice, Logits, choose, log_probabilities, log_probabili
 use candor::ops::panels::Panels;
 
 use crate::check;
-use crate::cuda_on_host::{File, Kernels, Launch, TURNS, alike, blocks, numbers, room, run, widened, written};
+use crate::cuda_on_host::{File, Kernels, Launch, TURNS, Turns, alike, blocks, numbers, room, run, widened, written};
 
 /// Logits as they come from the weight, and the hidden states and weight that they are made of: each row of hidden states picks a
 /// column of the weight, so that nothing is rounded on the way.
@@ -154,7 +154,8 @@ fn log_probabilities_entropies_and_gradients() {
 #[test]
 fn choices() {
     let Some(kernels) = Kernels::of(File::Head) else { return };
-    let cases = [(1, 1), (7, 2), (7, 300), (7, 1500), (7, 40_000)];
+    // Stretches of one chunk of 256 tokens, and of more.
+    let cases = [(1, 1), (7, 2), (7, 300), (7, 1500), (7, 40_000), (2, 300_000)];
     for ((rows, vocabulary), logits) in cases.into_iter().flat_map(|shape| LOGITS.map(|logits| (shape, logits))) {
         let raw = raw(rows, vocabulary, 3.0);
         let places = [-1.0, 0.0, 0.999_999_999_999, 0.5, 0.123, 0.777, -1.0];
@@ -178,6 +179,43 @@ fn choices_at_the_ends() {
     }
 }
 
+/// Runs both kernels for rows [rows, vocabulary].
+fn run_choose(
+    kernels: &Kernels,
+    logits_v: &[f32],
+    places: &[f64],
+    logits: Logits,
+    turns: Turns,
+) -> (Vec<u32>, Vec<f32>, Vec<f32>) {
+    let (rows, vocabulary) = (places.len(), logits_v.len() / places.len());
+    let (soft_cap, temperature) = (logits.soft_cap.unwrap_or(0.0), logits.temperature);
+    let mut stretches = room(rows * 3 * 1024);
+    run!(
+        kernels,
+        Launch { grid: [rows, 3, 1], threads: 256, shared_bytes: 0, turns },
+        choose_stretches(logits_v, rows as i32, vocabulary as i32, soft_cap, temperature, &mut stretches[..])
+    );
+    let stretches = written(&stretches);
+    let (mut tokens, mut logprobs, mut untempered) = (vec![u32::MAX; rows], room(rows), room(rows));
+    run!(
+        kernels,
+        blocks(rows, 256, turns),
+        choose(
+            logits_v,
+            stretches,
+            rows as i32,
+            vocabulary as i32,
+            soft_cap,
+            temperature,
+            places,
+            &mut tokens[..],
+            &mut logprobs[..],
+            &mut untempered[..]
+        )
+    );
+    (tokens, written(&logprobs).to_vec(), written(&untempered).to_vec())
+}
+
 /// A row that is no number says so.
 #[test]
 fn a_choice_from_nan_is_no_number() {
@@ -186,22 +224,8 @@ fn a_choice_from_nan_is_no_number() {
         let mut logits = numbers(1, 300);
         logits[150] = bad;
         for place in [-1.0, 0.5] {
-            let (mut token, mut logprob, mut untempered) = ([0u32], [0.0f32], [0.0f32]);
-            run!(
-                kernels,
-                blocks(1, 512, TURNS[0]),
-                choose(
-                    &logits[..],
-                    1i32,
-                    300i32,
-                    0f32,
-                    0.5f32,
-                    &[place][..],
-                    &mut token[..],
-                    &mut logprob[..],
-                    &mut untempered[..]
-                )
-            );
+            let at = Logits { soft_cap: None, temperature: 0.5 };
+            let (token, logprob, untempered) = run_choose(kernels, &logits, &[place], at, TURNS[0]);
             assert!(!logprob[0].is_finite() || !untempered[0].is_finite(), "{bad} at {place}");
             assert!(token[0] < 300, "{bad} at {place}: {}", token[0]);
         }
@@ -214,26 +238,11 @@ fn compare(kernels: &Kernels, raw: &Raw, places: &[f64], logits: Logits) {
     let choices: Vec<Choice> = places.iter().map(choice).collect();
     let want = choose(&raw.hidden, &raw.weight, &choices, logits).unwrap();
     for turns in TURNS {
-        let (rows, name) = (raw.rows, format!("{} tokens, {places:?}, {logits:?}", raw.vocabulary));
-        let (mut tokens, mut logprobs, mut untempered) = (vec![u32::MAX; rows], room(rows), room(rows));
-        run!(
-            kernels,
-            blocks(rows, 512, turns),
-            choose(
-                &raw.logits[..],
-                rows as i32,
-                raw.vocabulary as i32,
-                logits.soft_cap.unwrap_or(0.0),
-                logits.temperature,
-                places,
-                &mut tokens[..],
-                &mut logprobs[..],
-                &mut untempered[..]
-            )
-        );
+        let name = format!("{} tokens, {places:?}, {logits:?}", raw.vocabulary);
+        let (tokens, logprobs, untempered) = run_choose(kernels, &raw.logits, places, logits, turns);
         assert_eq!(tokens, want.iter().map(|chosen| chosen.token).collect::<Vec<u32>>(), "{name}");
-        alike(&name, written(&logprobs), &want.iter().map(|chosen| chosen.logprob).collect::<Vec<f32>>(), 2e-6);
+        alike(&name, &logprobs, &want.iter().map(|chosen| chosen.logprob).collect::<Vec<f32>>(), 2e-6);
         let want: Vec<f32> = want.iter().map(|chosen| chosen.untempered).collect();
-        alike(&name, written(&untempered), &want, 2e-6);
+        alike(&name, &untempered, &want, 2e-6);
     }
 }

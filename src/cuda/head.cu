@@ -13,7 +13,10 @@
 //   logit_gradient(logits, rounded, rows, first_token, tokens, soft_cap, temperature, targets, log_sums, grad) (rows;
 //           256)
 //       The gradient of the raw logits, in bf16 [rows, tokens], given that of the log-probabilities [rows].
-//   choose(logits, rows, vocabulary, soft_cap, temperature, places, tokens, logprobs, untempered) (rows; 512)
+//   choose_stretches(logits, rows, vocabulary, soft_cap, temperature, stretches) (rows, any number, say vocabulary / 2048
+//           + 1; 256)
+//       What `choose` begins with, by many blocks: stretches [rows, 3, 1024].
+//   choose(logits, stretches, rows, vocabulary, soft_cap, temperature, places, tokens, logprobs, untempered) (rows; 256)
 //       All logits of a row at once, up to 2^20 tokens. place < 0: the most likely token, the lowest id among equals;
 //       else the first token at which the cumulative distribution over token ids exceeds the place. The log-probability
 //       is that of the tempered softmax, untempered that at temperature 1. Where a row's sums are not finite, one of
@@ -147,19 +150,62 @@ extern "C" __global__ void logit_gradient(const float *logits, bf16 *rounded, in
     in_fours(threadIdx.x, blockDim.x, tokens, place(from) | place(to), body);
 }
 
-// The most likely token of a row, the lowest id among equals; for every thread.
-__device__ int most_likely(const float *logits, int vocabulary, float soft_cap) {
-    float best = MINUS_INFINITY;
-    for (int i = threadIdx.x; i < vocabulary; i += blockDim.x) {
-        best = fmaxf(best, capped(logits[i], soft_cap));
+// Stretches of tokens that a vocabulary is cut into, so that many blocks work on one row, and groups of them. So many
+// numbers are at most walked over one by one.
+#define STRETCHES 1024
+#define GROUPS 32
+// Tokens that a warp takes at once.
+#define AT_ONCE (8 * LANES)
+
+__device__ __forceinline__ int stretch_length(int vocabulary) {
+    return ((vocabulary + STRETCHES - 1) / STRETCHES + LANES - 1) / LANES * LANES;
+}
+
+// Maximum m of capped logits, sum of exp(z - m), and the same with both divided by the temperature.
+struct Stretch {
+    float max, plain, tempered;
+};
+
+// Of some logits, for every lane of a warp.
+__device__ Stretch stretch_of(const float *logits, int count, float soft_cap, float inverse_temperature) {
+    Stretch total = {MINUS_INFINITY, 0.0f, 0.0f};
+    for (int start = 0; start < count; start += AT_ONCE) {
+        float z[AT_ONCE / LANES], max = total.max, plain = 0.0f, tempered = 0.0f;
+#pragma unroll
+        for (int j = 0; j < AT_ONCE / LANES; j++) {
+            int i = start + j * LANES + LANE;
+            z[j] = i < count ? capped(logits[i], soft_cap) : MINUS_INFINITY;
+            max = fmaxf(max, z[j]);
+        }
+        max = warp_reduce<Maximum>(max);
+#pragma unroll
+        for (int j = 0; j < AT_ONCE / LANES; j++) {
+            bool there = z[j] != MINUS_INFINITY;
+            plain += there ? expf(z[j] - max) : 0.0f;
+            tempered += there ? expf(inverse_temperature * (z[j] - max)) : 0.0f;
+        }
+        float shift = total.plain == 0.0f ? 0.0f : total.max - max;
+        total.plain = total.plain * expf(shift) + warp_reduce<Sum>(plain);
+        total.tempered = total.tempered * expf(inverse_temperature * shift) + warp_reduce<Sum>(tempered);
+        total.max = max;
     }
-    best = block_reduce<Maximum>(best);
-    int token = vocabulary;
-    for (int i = threadIdx.x; i < vocabulary && token == vocabulary; i += blockDim.x) {
-        token = capped(logits[i], soft_cap) == best ? i : token;
+    return total;
+}
+
+extern "C" __global__ void choose_stretches(const float *logits, int rows, int vocabulary, float soft_cap,
+                                            float temperature, float *stretches) {
+    int length = stretch_length(vocabulary), warps = blockDim.x / LANES;
+    const float *row = logits + (long long)blockIdx.x * vocabulary;
+    float *to = stretches + (long long)blockIdx.x * 3 * STRETCHES;
+    for (int i = blockIdx.y * warps + WARP; i < STRETCHES; i += gridDim.y * warps) {
+        int count = min(length, vocabulary - i * length);
+        Stretch own = stretch_of(row + (long long)i * length, count, soft_cap, 1.0f / temperature);
+        if (LANE == 0) {
+            to[i] = own.max;
+            to[STRETCHES + i] = own.plain;
+            to[2 * STRETCHES + i] = own.tempered;
+        }
     }
-    // The lowest id is the largest of the negated ones. Where nothing equals the maximum, the row is NaN.
-    return min(-block_reduce<Maximum>(-token), vocabulary - 1);
 }
 
 // A row's distribution.
@@ -168,22 +214,21 @@ struct Distribution {
     int vocabulary;
     float soft_cap, inverse_temperature, log_sum;
     __device__ float logit(int token) const { return inverse_temperature * capped(logits[token], soft_cap); }
-    __device__ float probability(int token) const { return expf(logit(token) - log_sum); }
 };
 
-// The probability of the stretch of tokens from `start` on, for every lane of a warp.
-__device__ double stretch_probability(const Distribution &row, int start, int length) {
-    int end = min(start + length, row.vocabulary);
-    float sum = 0.0f;
-    for (int i = start + LANE; i < end; i += LANES) {
-        sum += row.probability(i);
+// The most likely token of a row, the lowest id among equals; for every thread. Where nothing equals the maximum, the row
+// is no numbers.
+__device__ int most_likely(const Distribution &row, const float *maxima, float max) {
+    int first = STRETCHES - 1, length = stretch_length(row.vocabulary);
+    for (int i = threadIdx.x; i < STRETCHES; i += blockDim.x) {
+        first = maxima[i] == max ? min(first, i) : first;
     }
-    return warp_reduce<Sum>((double)sum);
+    int start = min(-block_reduce<Maximum>(-first) * length, row.vocabulary - 1), token = row.vocabulary - 1;
+    for (int i = start + threadIdx.x; i < min(start + length, row.vocabulary); i += blockDim.x) {
+        token = row.logit(i) == max ? min(token, i) : token;
+    }
+    return -block_reduce<Maximum>(-token);
 }
-
-// Groups of stretches of tokens that a vocabulary is cut into; so many numbers are at most walked over one by one.
-#define GROUPS 32
-#define MOST 1024
 
 // The first of some probabilities with which a cumulative distribution exceeds a place.
 struct Place {
@@ -205,34 +250,33 @@ struct Place {
 };
 
 // The first token at which the cumulative probability exceeds the place: its group, its stretch there, and itself.
-__device__ int inverse_cumulative(const Distribution &row, double place) {
-    __shared__ double stretches[MOST], groups[GROUPS], tokens[MOST];
+__device__ int inverse_cumulative(const Distribution &row, const float *maxima, const float *sums, double place) {
+    __shared__ double stretches[STRETCHES], groups[GROUPS], tokens[STRETCHES];
     __shared__ int found;
-    int length = ((row.vocabulary + MOST - 1) / MOST + LANES - 1) / LANES * LANES;
-    for (int i = WARP; i < MOST; i += blockDim.x / LANES) {
-        double probability = stretch_probability(row, i * length, length);
-        if (LANE == 0) {
-            stretches[i] = probability;
-        }
+    const int of_group = STRETCHES / GROUPS;
+    int length = stretch_length(row.vocabulary);
+    for (int i = threadIdx.x; i < STRETCHES; i += blockDim.x) {
+        double highest = exp((double)(row.inverse_temperature * maxima[i] - row.log_sum));
+        stretches[i] = sums[i] == 0.0f ? 0.0 : sums[i] * highest;
     }
     __syncthreads();
     if (threadIdx.x < GROUPS) {
         double sum = 0.0;
-        for (int i = 0; i < MOST / GROUPS; i++) {
-            sum += stretches[threadIdx.x * (MOST / GROUPS) + i];
+        for (int i = 0; i < of_group; i++) {
+            sum += stretches[threadIdx.x * of_group + i];
         }
         groups[threadIdx.x] = sum;
     }
     __syncthreads();
     Place at = {0.0, place};
     if (threadIdx.x == 0) {
-        int group = at.find(groups, GROUPS) * (MOST / GROUPS);
-        found = (group + at.find(stretches + group, MOST / GROUPS)) * length;
+        int group = at.find(groups, GROUPS) * of_group;
+        found = (group + at.find(stretches + group, of_group)) * length;
     }
     __syncthreads();
     int start = found, count = min(length, row.vocabulary - start);
     for (int i = threadIdx.x; i < count; i += blockDim.x) {
-        tokens[i] = row.probability(start + i);
+        tokens[i] = expf(row.logit(start + i) - row.log_sum);
     }
     __syncthreads();
     if (threadIdx.x == 0) {
@@ -242,25 +286,39 @@ __device__ int inverse_cumulative(const Distribution &row, double place) {
     return found;
 }
 
-extern "C" __global__ void choose(const float *logits, int rows, int vocabulary, float soft_cap, float temperature,
-                                  const double *places, unsigned *tokens, float *logprobs, float *untempered) {
-    const float *own = logits + (long long)blockIdx.x * vocabulary;
+// The log of the sum of exponentials of a row, from those of its stretches; for every thread.
+__device__ float log_sum_of(const float *maxima, const float *sums, float max, float inverse_temperature) {
+    double sum = 0.0;
+    for (int i = threadIdx.x; i < STRETCHES; i += blockDim.x) {
+        sum += sums[i] == 0.0f ? 0.0 : sums[i] * exp((double)inverse_temperature * ((double)maxima[i] - (double)max));
+    }
+    return (float)((double)inverse_temperature * (double)max + log(block_reduce<Sum>(sum)));
+}
+
+extern "C" __global__ void choose(const float *logits, const float *stretches, int rows, int vocabulary, float soft_cap,
+                                  float temperature, const double *places, unsigned *tokens, float *logprobs,
+                                  float *untempered) {
+    const float *maxima = stretches + (long long)blockIdx.x * 3 * STRETCHES, *plain = maxima + STRETCHES;
+    const float *tempered = plain + STRETCHES;
+    float max = MINUS_INFINITY;
+    for (int i = threadIdx.x; i < STRETCHES; i += blockDim.x) {
+        max = fmaxf(max, maxima[i]);
+    }
+    max = block_reduce<Maximum>(max);
+    float plain_sum = log_sum_of(maxima, plain, max, 1.0f);
+    Distribution row = {logits + (long long)blockIdx.x * vocabulary, vocabulary, soft_cap, 1.0f, plain_sum};
     double place = places[blockIdx.x];
-    float plain_sum = tally_of(logits, vocabulary, soft_cap, 1.0f).log_sum();
-    Distribution row = {own, vocabulary, soft_cap, 1.0f, plain_sum};
     int token;
     if (place < 0.0) {
-        token = most_likely(own, vocabulary, soft_cap);
+        token = most_likely(row, maxima, max);
     } else {
-        if (temperature != 1.0f) {
-            row.inverse_temperature = 1.0f / temperature;
-            row.log_sum = tally_of(logits, vocabulary, soft_cap, row.inverse_temperature).log_sum();
-        }
-        token = inverse_cumulative(row, place);
+        row.inverse_temperature = 1.0f / temperature;
+        row.log_sum = log_sum_of(maxima, tempered, max, row.inverse_temperature);
+        token = inverse_cumulative(row, maxima, tempered, place);
     }
     if (threadIdx.x == 0) {
         tokens[blockIdx.x] = (unsigned)token;
         logprobs[blockIdx.x] = row.logit(token) - row.log_sum;
-        untempered[blockIdx.x] = capped(own[token], soft_cap) - plain_sum;
+        untempered[blockIdx.x] = capped(row.logits[token], soft_cap) - plain_sum;
     }
 }
