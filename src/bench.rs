@@ -132,7 +132,7 @@ impl Bench {
 
     fn products(&self) -> Result<Value> {
         const ROWS: usize = 1024;
-        let Architecture { hidden, intermediate, .. } = self.model.architecture;
+        let Architecture { hidden, intermediate, .. } = *self.model.architecture;
         let mut stream = SplitMix64::new(0);
         let mut random = |len: usize| (0..len).map(|_| stream.next_f64() as f32 - 0.5).collect::<Vec<_>>();
         let weight = Panels::pack(&random(intermediate * hidden), hidden, self.model.kernel);

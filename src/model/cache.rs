@@ -36,9 +36,9 @@ impl KeyValueStore {
         self.rows
     }
 
-    /// The keys and values of a layer.
-    pub fn layer(&mut self, index: usize) -> &mut Keys {
-        &mut self.layers[index]
+    /// The keys and values of every layer.
+    pub(super) fn layers(&mut self) -> &mut [Keys] {
+        &mut self.layers
     }
 
     /// From now on only the first `rows` rows are handed out; all must have been given back. How many sequences run

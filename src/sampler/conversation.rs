@@ -73,7 +73,7 @@ impl Conversation {
         if self.store.as_ref().is_none_or(|store| store.rows() < rows) {
             let rows = rows.next_power_of_two().min(context);
             (self.store, self.stored) = (None, Vec::new());
-            self.store = Some(KeyValueStore::new(&self.model.architecture, rows, self.model.kernel));
+            self.store = Some(self.model.store(rows));
         }
     }
 }

@@ -91,7 +91,7 @@ impl LocalSampler {
                 store.restrict(rows);
                 store
             }
-            None => KeyValueStore::new(&self.model.architecture, rows, self.model.kernel),
+            None => self.model.store(rows),
         }
     }
 }
