@@ -329,8 +329,8 @@ impl RunFolder {
     ///
     /// # Errors
     /// If the disk fails.
-    pub fn record_spans(&mut self, spans: impl Iterator<Item = Span>) -> Result<()> {
-        spans.into_iter().try_for_each(|span| self.spans.write(&span))?;
+    pub fn record_spans(&mut self, mut spans: impl Iterator<Item = Span>) -> Result<()> {
+        spans.try_for_each(|span| self.spans.write(&span))?;
         self.spans.flush()
     }
 

@@ -60,10 +60,8 @@ pub fn altered(
     after: fn(&Settings, &mut Generation),
 ) -> Change {
     Box::new(move |run: &mut Run| {
-        let nobody = Box::new(Altered { own: Box::new(Nobody), before: Box::new(f), after });
-        let mut altered = nobody;
-        std::mem::swap(&mut altered.own, &mut run.sampler);
-        run.sampler = altered;
+        let own = std::mem::replace(&mut run.sampler, Box::new(Nobody));
+        run.sampler = Box::new(Altered { own, before: Box::new(f), after });
     })
 }
 

@@ -10,8 +10,7 @@ use std::sync::Arc;
 use tempfile::tempdir;
 
 use crate::check;
-use crate::remote::all;
-use crate::sampler::{request, settings};
+use crate::sampler::{all, request, settings};
 use crate::sampling_server::Tiny;
 use crate::toy::{config, generations, run};
 

@@ -15,7 +15,7 @@ use candor::policy::Adapter;
 use candor::sampler::completions::Asked as Completion;
 use candor::sampler::local::LocalSampler;
 use candor::sampler::remote::{Limits, RemoteSampler};
-use candor::sampler::{Generation, Interrupted, PolicyFeed, Request, Sampler, Settings};
+use candor::sampler::{Generation, Interrupted, PolicyFeed, Request, Settings};
 use candor_environments::Finish;
 use proptest::prelude::*;
 use serde_json::{Value, json};
@@ -23,7 +23,7 @@ use tempfile::tempdir;
 
 use crate::check;
 use crate::judge_server::{Answer, Asked, Server, refuses, says, variable};
-use crate::sampler::{request, settings};
+use crate::sampler::{all, request, settings};
 use crate::sampling_server::{Tiny, answers, changed, endpoints, gone, honest, server};
 use crate::toy::{self, within};
 
@@ -48,23 +48,6 @@ fn adapter(tiny: &Tiny, version: u64) -> Arc<Adapter> {
     let tensors = adapter.tensors().into_iter().map(moved).collect();
     adapter.replace(tensors);
     Arc::new(adapter.publish(version))
-}
-
-/// Samples, and sorts what was handed over by group and rollout.
-pub fn all(
-    sampler: &mut dyn Sampler,
-    requests: &[Request],
-    policy: &dyn PolicyFeed,
-    settings: &Settings,
-) -> Result<Vec<Generation>> {
-    let mut all = Vec::new();
-    let mut keep = |generation| {
-        all.push(generation);
-        Ok(())
-    };
-    sampler.sample(requests, policy, settings, &mut keep)?;
-    all.sort_by_key(|generation| (generation.group, generation.rollout));
-    Ok(all)
 }
 
 fn requests() -> Vec<Request> {

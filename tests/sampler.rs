@@ -57,20 +57,30 @@ pub fn request(number: usize, length: usize, rollouts: usize) -> Request {
 }
 
 /// Samples, and sorts what was handed over by group and rollout.
+pub fn all(
+    sampler: &mut dyn Sampler,
+    requests: &[Request],
+    policy: &dyn PolicyFeed,
+    settings: &Settings,
+) -> Result<Vec<Generation>> {
+    let mut all = Vec::new();
+    let mut keep = |generation| {
+        all.push(generation);
+        Ok(())
+    };
+    sampler.sample(requests, policy, settings, &mut keep)?;
+    all.sort_by_key(|generation| (generation.group, generation.rollout));
+    Ok(all)
+}
+
+/// The same with one policy, and nothing that goes wrong.
 pub fn sample(
     sampler: &mut LocalSampler,
     requests: &[Request],
     adapter: Option<&Adapter>,
     settings: &Settings,
 ) -> Vec<Generation> {
-    let mut all = Vec::new();
-    let mut keep = |generation| {
-        all.push(generation);
-        Ok(())
-    };
-    sampler.sample(requests, &adapter.cloned().map(Arc::new), settings, &mut keep).unwrap();
-    all.sort_by_key(|generation| (generation.group, generation.rollout));
-    all
+    all(sampler, requests, &adapter.cloned().map(Arc::new), settings).unwrap()
 }
 
 /// Every rollout of every request was handed over exactly once.
@@ -321,13 +331,7 @@ fn a_group_keeps_the_version_that_was_the_newest_when_it_was_admitted() {
         let policy = Changing::new(&adapter, 3, usize::MAX);
         // About four of these groups have room at once, so the others come in as completions end.
         let requests: Vec<Request> = (0..9).map(|group| request(group, 5 + group, 40)).collect();
-        let mut generations = Vec::new();
-        let mut keep = |generation| {
-            generations.push(generation);
-            Ok(())
-        };
-        sampler.sample(&requests, &policy, &settings(90, 1.5), &mut keep).unwrap();
-        generations.sort_by_key(|generation| (generation.group, generation.rollout));
+        let generations = all(&mut sampler, &requests, &policy, &settings(90, 1.5)).unwrap();
         assert_complete(&generations, &requests);
         for (group, request) in requests.iter().enumerate() {
             let of_group: Vec<&Generation> = generations.iter().filter(|one| one.group == group).collect();

@@ -57,6 +57,9 @@ pub(super) struct Work<'a> {
     kernel: Kernel,
 }
 
+/// The projections to queries, keys and values.
+const HEADS: [Projection; 3] = [Projection::QProj, Projection::KProj, Projection::VProj];
+
 /// Gradients of a layer's adapter, by [`Projection`].
 pub type AdapterGradient = [Option<LowRankGradient>; 7];
 
@@ -130,10 +133,9 @@ impl<'a> Work<'a> {
         Left::of_rows(part.len(), hidden, self.kernel, |index, to| norm.forward(row(index), to))
     }
 
-    /// The rows' queries and keys before they are normalized and rotated, and their values.
-    fn heads_before(&self, x: &[f32], rows: &Range<usize>, outputs: [&mut [f32]; 3], threads: Threads) {
-        let left = |part: &Range<usize>| self.normed(&self.layer.attention_norm, x, part);
-        self.project([Projection::QProj, Projection::KProj, Projection::VProj], left, rows, outputs, threads);
+    /// Some rows of a block as they are, of `width` values each.
+    fn dense<'x>(&self, x: &'x [f32], width: usize, part: &Range<usize>) -> Left<'x> {
+        Left::new(&x[part.start * width..part.end * width], width, self.kernel)
     }
 
     fn attend(&self, x: &[f32], keys: &mut Keys) -> Attended {
@@ -148,7 +150,8 @@ impl<'a> Work<'a> {
             || (),
             |(), rows, [q, k, v], threads| {
                 let x = &x[rows.start * hidden..rows.end * hidden];
-                self.heads_before(x, &rows, [&mut *q, &mut *k, v], threads);
+                let left = |part: &Range<usize>| self.normed(&self.layer.attention_norm, x, part);
+                self.project(HEADS, left, &rows, [&mut *q, &mut *k, v], threads);
                 for (heads, norm) in [(q, &self.layer.query_norm), (k, &self.layer.key_norm)] {
                     if let Some(norm) = norm {
                         let before = copy(heads);
@@ -177,7 +180,8 @@ impl<'a> Work<'a> {
                 let x = &x[rows.start * hidden..rows.end * hidden];
                 let attended = &attended[rows.start * width..rows.end * width];
                 let middle = self.middle(x, attended, &rows, threads);
-                let returned = self.feed_forward(&middle.x, &rows, threads);
+                let left = |part: &Range<usize>| self.normed(&self.layer.feed_forward_norm, &middle.x, part);
+                let returned = self.feed_forward(left, &rows, threads);
                 add_normed(&middle.x, &returned, self.layer.feed_forward_output_norm.as_ref(), y);
             },
         );
@@ -188,7 +192,7 @@ impl<'a> Work<'a> {
     fn middle(&self, x: &[f32], attended: &[f32], rows: &Range<usize>, threads: Threads) -> Middle {
         let (mut returned, mut sum) = (Buffer::new(x.len()), Buffer::new(x.len()));
         let width = attended.len() / rows.len();
-        let left = |part: &Range<usize>| Left::new(&attended[part.start * width..part.end * width], width, self.kernel);
+        let left = |part: &Range<usize>| self.dense(attended, width, part);
         self.project([Projection::OProj], left, rows, [&mut *returned], threads);
         add_normed(x, &returned, self.layer.attention_output_norm.as_ref(), &mut sum);
         Middle { returned, x: sum }
@@ -203,12 +207,18 @@ impl<'a> Work<'a> {
         }
     }
 
-    /// What the feed-forward block makes of the residual stream `x`, before its output is normalized.
-    fn feed_forward(&self, x: &[f32], rows: &Range<usize>, threads: Threads) -> Buffer {
+    /// What the feed-forward block makes of its normalized input, some rows of which `left` prepares, before its output is
+    /// normalized.
+    fn feed_forward<'x>(
+        &self,
+        left: impl Fn(&Range<usize>) -> Left<'x>,
+        rows: &Range<usize>,
+        threads: Threads,
+    ) -> Buffer {
         let hidden = self.architecture.hidden;
-        let mut returned = Buffer::new(x.len());
+        let mut returned = Buffer::new(rows.len() * hidden);
         for (part, adapter) in self.call.adapters(rows) {
-            let x = self.normed(&self.layer.feed_forward_norm, x, &part);
+            let x = left(&part);
             let (rows, part) = (of_call(rows, &part), part.start * hidden..part.end * hidden);
             let product = self.gated(adapter, rows.clone()).forward(&x, threads);
             let out = self.linear(Projection::DownProj, adapter, rows);
@@ -350,17 +360,18 @@ impl Work<'_> {
             for heads in [&mut *q, &mut *k] {
                 self.call.rotation(self.index).apply(heads, rows.clone(), Direction::Backward);
             }
+            let (mut normed, mut d_normed) = (Buffer::new(x.len()), Buffer::new(x.len()));
+            self.layer.attention_norm.forward(x, &mut normed);
             if let (Some(query_norm), Some(key_norm)) = (&self.layer.query_norm, &self.layer.key_norm) {
                 let mut before = [q.len(), k.len(), v.len()].map(Buffer::new);
-                self.heads_before(x, &rows, before.each_mut().map(|before| &mut **before), threads);
+                let left = |part: &Range<usize>| self.dense(&normed, hidden, part);
+                self.project(HEADS, left, &rows, before.each_mut().map(|before| &mut **before), threads);
                 for (norm, before, grad) in [(query_norm, &before[0], &mut *q), (key_norm, &before[1], &mut *k)] {
                     let after = copy(grad);
                     grad.fill(0.0);
                     norm.backward(before, &after, grad);
                 }
             }
-            let (mut normed, mut d_normed) = (Buffer::new(x.len()), Buffer::new(x.len()));
-            self.layer.attention_norm.forward(x, &mut normed);
             let x_normed = (&*normed, &Left::new(&normed, hidden, self.kernel));
             let mut back = Back { work: self, transposed, gradient, rows, threads };
             back.through(Projection::QProj, q, x_normed, &mut d_normed, false);
@@ -426,11 +437,11 @@ impl<'a> Back<'a> {
         let (work, rows, threads) = (self.work, self.rows.clone(), self.threads);
         let (hidden, intermediate) = (work.architecture.hidden, work.architecture.intermediate);
         let norm = work.layer.feed_forward_output_norm.as_ref();
-        let returned = norm.map(|_| work.feed_forward(x, &rows, threads));
-        let d_returned = before_norm(returned.as_deref().unwrap_or(&[]), norm, grad);
-        let d_returned = d_returned.as_deref().unwrap_or(grad);
         let mut normed = Buffer::new(x.len());
         work.layer.feed_forward_norm.forward(x, &mut normed);
+        let returned = norm.map(|_| work.feed_forward(|part| work.dense(&normed, hidden, part), &rows, threads));
+        let d_returned = before_norm(returned.as_deref().unwrap_or(&[]), norm, grad);
+        let d_returned = d_returned.as_deref().unwrap_or(grad);
         let (x, grad) = (Left::new(&normed, hidden, work.kernel), Left::new(d_returned, hidden, work.kernel));
         let [gate, up, out] =
             [Projection::GateProj, Projection::UpProj, Projection::DownProj].map(|projection| self.linear(projection));

@@ -14,6 +14,7 @@ use std::arch::x86_64::{
 };
 use std::mem::transmute;
 
+use super::kernel::Kernel;
 use super::left::{TILE, TILE_WIDTH, in_tiles, to_bf16};
 use super::panels::GROUP;
 
@@ -172,7 +173,7 @@ macro_rules! by_rows {
 
 /// Writes a stretch of a row of tiles from a column on, rounded to bf16, if the processor has an instruction that rounds.
 pub(super) fn write_row(tiles: &mut [u16], row: usize, column: usize, values: &[f32]) -> bool {
-    let there = is_x86_feature_detected!("avx512bf16") && super::kernel::has_avx512();
+    let there = Kernel::Avx512Bf16.available();
     if there {
         // SAFETY: the instructions are there.
         unsafe { round_row(tiles, row, column, values) };

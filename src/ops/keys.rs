@@ -84,7 +84,7 @@ impl Keys {
     /// If a store lies outside: a mistake of the caller.
     pub fn write(&mut self, keys: &[f32], values: &[f32], stores: &[Store]) {
         let Self { heads, dim, rows, .. } = *self;
-        let (width, panels) = (heads * dim, padded(dim) / PANEL);
+        let (width, panels, blocks) = (heads * dim, padded(dim) / PANEL, rows / BLOCK);
         match (&mut self.keys, &mut self.values) {
             (Numbers::F32(to_keys), Numbers::F32(to_values)) => {
                 let to_keys = SharedRows::new(to_keys, BLOCK * dim);
@@ -95,8 +95,8 @@ impl Keys {
                     // SAFETY: no two stores write to one block.
                     let (to_keys, to_values) = unsafe {
                         (
-                            to_keys.part(head * (rows / BLOCK) + block, 0..BLOCK * dim),
-                            to_values.part(head * (rows / BLOCK) + block, 0..BLOCK * dim),
+                            to_keys.part(head * blocks + block, 0..BLOCK * dim),
+                            to_values.part(head * blocks + block, 0..BLOCK * dim),
                         )
                     };
                     if lane == 0 {
@@ -114,7 +114,7 @@ impl Keys {
                     let (block, lane, from) = (to / BLOCK, to % BLOCK, row * width + head * dim);
                     let (keys, values) = (&keys[from..from + dim], &values[from..from + dim]);
                     // SAFETY: no two stores write to one block.
-                    let to_keys = unsafe { to_keys.part(head * (rows / BLOCK) + block, 0..BLOCK * padded(dim)) };
+                    let to_keys = unsafe { to_keys.part(head * blocks + block, 0..BLOCK * padded(dim)) };
                     if lane == 0 {
                         to_keys.fill(0);
                     }
@@ -122,7 +122,7 @@ impl Keys {
                         to[2 * lane..].iter_mut().zip(pair).for_each(|(to, key)| *to = to_bf16(*key));
                     }
                     for (panel, values) in values.chunks(PANEL).enumerate() {
-                        let index = (head * panels + panel) * (rows / BLOCK) + block;
+                        let index = (head * panels + panel) * blocks + block;
                         // SAFETY: as above.
                         let to_values = unsafe { to_values.part(index, 0..BLOCK * PANEL) };
                         if lane == 0 {

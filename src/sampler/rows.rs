@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use anyhow::Result;
 
-use super::{Settings, version};
+use super::Settings;
 use crate::model::{Call, KeyValueStore, Model};
 use crate::ops::attention::Span;
 use crate::ops::head::{Choice, Chosen};
@@ -29,10 +29,8 @@ impl Rows {
     pub fn push(&mut self, ids: &[u32], prefix: Range<usize>, own: Range<usize>, adapter: Option<&Arc<Adapter>>) {
         let rows = self.ids.len()..self.ids.len() + ids.len();
         let end = prefix.len() + own.len();
-        let same = |last: &Option<Arc<Adapter>>| {
-            last.is_some() == adapter.is_some() && version(last.as_ref()) == version(adapter)
-        };
-        match self.adapters.last_mut().filter(|(_, last)| same(last)) {
+        let version = |adapter: &Arc<Adapter>| adapter.version;
+        match self.adapters.last_mut().filter(|(_, last)| last.as_ref().map(version) == adapter.map(version)) {
             Some((range, _)) => range.end = rows.end,
             None => self.adapters.push((rows.clone(), adapter.cloned())),
         }
