@@ -13,10 +13,9 @@ use super::layer::{Attended, Back, Work};
 use super::tensors::{Codes, Reading, Weight};
 use crate::config::Quantization;
 use crate::model::parts::Tensors;
-use crate::model::{Architecture, Call, LayerDone, Question, Weights};
+use crate::model::{Architecture, Call, LayerDone, Question, Traced, Weights};
 use crate::ops::head::{Choice, Chosen, Logits};
 use crate::ops::keys::padded;
-use crate::policy::Adapter;
 
 /// Rows whose logits are computed together, and how many tokens of the vocabulary at a time.
 const ROWS: usize = 4096;
@@ -46,13 +45,6 @@ pub struct Kept {
     hidden: Array<u16>,
     selected: Selected,
     log_sums: Array<f32>,
-}
-
-/// Log-probabilities and entropies of the targets, and what was kept.
-pub struct Traced {
-    pub logprobs: Vec<f32>,
-    pub entropies: Vec<f32>,
-    pub kept: Option<Kept>,
 }
 
 /// Gradients of all tensors of an adapter, one after the other.
@@ -101,11 +93,6 @@ impl Decoder {
         Ok(Self { gpu: gpu.clone(), architecture: architecture.clone(), tensors, codes, frequencies })
     }
 
-    /// What computes.
-    pub fn gpu(&self) -> &Arc<Gpu> {
-        &self.gpu
-    }
-
     /// Room for the keys and values of so many rows.
     pub fn keys(&self, rows: usize) -> Result<Keys> {
         let Architecture { key_value_heads, head_dim, ref layers, .. } = *self.architecture;
@@ -113,9 +100,8 @@ impl Decoder {
         Ok(Keys(layers.iter().map(|_| Ok([store()?, store()?])).collect::<Result<_>>()?))
     }
 
-    /// Zeros for each tensor of an adapter.
-    pub fn gradients(&self, adapter: &Adapter) -> Result<Gradients> {
-        let lengths: Vec<usize> = adapter.tensors().iter().map(|(_, tensor)| tensor.elem_count()).collect();
+    /// Zeros for tensors of so many numbers.
+    pub fn gradients(&self, lengths: Vec<usize>) -> Result<Gradients> {
         Ok(Gradients { total: self.gpu.zeros(Purpose::Adapter, lengths.iter().sum())?, lengths })
     }
 
@@ -222,9 +208,7 @@ impl Decoder {
             m: rows,
             n: tokens.len(),
             k: width,
-            add: false,
-            scale: 1.0,
-            floats: false,
+            ..Product::NONE
         };
         self.gpu.multiply(&product)?;
         let Logits { soft_cap, temperature } = logits;
@@ -255,8 +239,9 @@ impl Decoder {
     }
 
     /// The log-probabilities of targets, and what a backward pass needs beside them if there will be one.
-    pub fn trace(&self, call: &Call, question: &Question, key_rows: usize, keep: bool) -> Result<Traced> {
+    pub fn trace(&self, call: &Call, question: &Question, keep: bool) -> Result<Traced<Kept>> {
         let (vocabulary, count) = (self.architecture.vocabulary, question.predicting.len());
+        let key_rows = call.key_rows();
         ensure!(question.targets.len() == count, "head: {} targets for {count} rows", question.targets.len());
         if let Some(target) = question.targets.iter().find(|&&target| target as usize >= vocabulary) {
             anyhow::bail!("head: token {target} is outside the vocabulary of {vocabulary}");
@@ -304,7 +289,6 @@ impl Decoder {
     pub fn backward(
         &self,
         (call, question, kept): (&Call, &Question, Kept),
-        key_rows: usize,
         coefficients: &[f32],
         gradients: &mut Gradients,
         layer_done: LayerDone,
@@ -324,8 +308,7 @@ impl Decoder {
                 n: width,
                 k: block.tokens,
                 add: true,
-                scale: 1.0,
-                floats: false,
+                ..Product::NONE
             })
         })?;
         let grad = self.gpu.zeros(Purpose::Activations, last.len())?;
@@ -340,7 +323,7 @@ impl Decoder {
             width,
         )?;
         drop((d_hidden, last, hidden));
-        let backward = Backward::new(&self.gpu, call)?;
+        let (backward, key_rows) = (Backward::new(&self.gpu, call)?, call.key_rows());
         for (index, (x, attended)) in inputs.into_iter().enumerate().rev() {
             let work = Work::new(self, index, &prepared)?;
             let back = Back { work, backward: &backward, gradient: gradients.total.view(), key_rows };

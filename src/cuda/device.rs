@@ -138,6 +138,14 @@ pub struct Product {
     pub floats: bool,
 }
 
+impl Product {
+    /// A product of no bf16 numbers, which replaces what was there.
+    pub const NONE: Self = {
+        let nothing = Operand { address: 0, transposed: false };
+        Self { a: nothing, b: nothing, c: 0, m: 0, n: 0, k: 0, add: false, scale: 1.0, floats: false }
+    };
+}
+
 /// A dense matrix.
 #[derive(Clone, Copy, Debug)]
 pub struct Operand {

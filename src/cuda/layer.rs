@@ -112,7 +112,7 @@ impl<'a> Work<'a> {
     fn project(&self, projection: Projection, x: View<u16>) -> Result<Array<f32>> {
         let ((wide, narrow), y) = (self.dimensions(projection), self.room(self.dimensions(projection).0)?);
         let (a, b) = (x.plain(), self.weights[projection as usize].view().t());
-        let product = Product { a, b, c: y.view().address(), m: self.call.rows, n: wide, k: narrow, ..PRODUCT };
+        let product = Product { a, b, c: y.view().address(), m: self.call.rows, n: wide, k: narrow, ..Product::NONE };
         self.gpu().multiply(&product)?;
         for (range, factors) in &self.call.adapters {
             let Some((factors, pair)) = self.pair(factors, projection) else { continue };
@@ -120,7 +120,7 @@ impl<'a> Work<'a> {
             let [_, b] = factors.matrices(pair);
             let (c, k) = (y.from(range.start * wide).address(), PARTS * pair.rank);
             let (a, b) = (down.left.view().plain(), b.plain());
-            self.gpu().multiply(&Product { a, b, c, m: range.len(), n: wide, k, add: true, ..PRODUCT })?;
+            self.gpu().multiply(&Product { a, b, c, m: range.len(), n: wide, k, add: true, ..Product::NONE })?;
         }
         if let Some(bias) = &self.layer.projections[projection as usize].1 {
             kernels::add_bias(self.gpu(), y.view(), bias.view(), [self.call.rows, wide])?;
@@ -179,7 +179,7 @@ impl<'a> Work<'a> {
             self.gpu().array(Purpose::Activations, rows * wide)?,
         );
         let (a, b, c) = (x.plain(), matrix.t(), parts.view().address());
-        self.gpu().multiply(&Product { a, b, c, m: rows, n: wide, k: width, ..PRODUCT })?;
+        self.gpu().multiply(&Product { a, b, c, m: rows, n: wide, k: width, ..Product::NONE })?;
         kernels::adapter_down(self.gpu(), parts.view(), [rows, rank, PARTS], scale, values.view(), left.view())?;
         Ok(Down { values, left })
     }
@@ -292,19 +292,6 @@ impl<'a> Work<'a> {
     }
 }
 
-/// A product of bf16 that replaces what was there.
-const PRODUCT: Product = Product {
-    a: super::device::Operand { address: 0, transposed: false },
-    b: super::device::Operand { address: 0, transposed: false },
-    c: 0,
-    m: 0,
-    n: 0,
-    k: 0,
-    add: false,
-    scale: 1.0,
-    floats: false,
-};
-
 /// The backward pass. All rows have the same adapter, or none.
 pub struct Back<'a> {
     pub work: Work<'a>,
@@ -329,48 +316,40 @@ impl Back<'_> {
         self.heads(x, grad, d_heads)
     }
 
-    /// Writes the gradient of a projection's input, given that of its output, or adds it, and adds the adapter's to its own.
-    fn through(
-        &self,
-        projection: Projection,
-        (grad, rounded): (View<f32>, View<u16>),
-        (x, x_rounded): (Option<View<f32>>, View<u16>),
-        dx: View<f32>,
-        add: bool,
-    ) -> Result<()> {
+    /// Writes the gradient of a projection's input, given that of its output, or adds it; and what an adapter makes of the latter
+    /// on the way.
+    fn through(&self, projection: Projection, grad: View<u16>, dx: View<f32>, add: bool) -> Result<Option<Down>> {
         let (work, gpu, rows) = (&self.work, self.work.gpu(), self.work.call.rows);
         let (wide, narrow) = work.dimensions(projection);
-        let (a, b, c) = (rounded.plain(), work.weights[projection as usize].view().plain(), dx.address());
-        gpu.multiply(&Product { a, b, c, m: rows, n: narrow, k: wide, add, ..PRODUCT })?;
-        let Some((factors, pair)) = self.adapter(projection) else { return Ok(()) };
-        let d_down = work.down_backward((factors, pair), projection, rounded)?;
+        let (a, b, c) = (grad.plain(), work.weights[projection as usize].view().plain(), dx.address());
+        gpu.multiply(&Product { a, b, c, m: rows, n: narrow, k: wide, add, ..Product::NONE })?;
+        let Some((factors, pair)) = self.adapter(projection) else { return Ok(None) };
+        let d_down = work.down_backward((factors, pair), projection, grad)?;
         let [up, _] = factors.matrices(pair);
-        let mask = work.call.mask(0, work.index, projection);
         let (a, b, k) = (d_down.left.view().plain(), up.plain(), PARTS * pair.rank);
-        match mask {
-            None => gpu.multiply(&Product { a, b, c, m: rows, n: narrow, k, add: true, ..PRODUCT })?,
+        match work.call.mask(0, work.index, projection) {
+            None => gpu.multiply(&Product { a, b, c, m: rows, n: narrow, k, add: true, ..Product::NONE })?,
             Some((mask, _)) => {
                 let share: Array<f32> = work.room(narrow)?;
-                gpu.multiply(&Product { a, b, c: share.view().address(), m: rows, n: narrow, k, ..PRODUCT })?;
+                gpu.multiply(&Product { a, b, c: share.view().address(), m: rows, n: narrow, k, ..Product::NONE })?;
                 kernels::mask_add(gpu, share.view(), dx, mask, [rows, narrow])?;
             }
         }
-        let Some(x) = x else { return Ok(()) };
-        self.keep(projection, (factors, pair), grad, (x, x_rounded), &d_down)
+        Ok(Some(d_down))
     }
 
-    /// Adds the gradients of a projection's adapter.
+    /// Adds the gradients of a projection's adapter, if it carries one, given the projection's input in both forms.
     fn keep(
         &self,
         projection: Projection,
-        (factors, pair): (&Factors, &Pair),
         grad: View<f32>,
-        (x, x_rounded): (View<f32>, View<u16>),
-        d_down: &Down,
+        (x, rounded): (View<f32>, View<u16>),
+        d_down: Option<&Down>,
     ) -> Result<()> {
         let (work, gpu, rows) = (&self.work, self.work.gpu(), self.work.call.rows);
+        let (Some((factors, pair)), Some(d_down)) = (self.adapter(projection), d_down) else { return Ok(()) };
         let &Pair { rank, narrow, wide, .. } = pair;
-        let down = work.down((factors, pair), projection, x_rounded, &(0..rows))?;
+        let down = work.down((factors, pair), projection, rounded, &(0..rows))?;
         let seen = work.call.mask(0, work.index, projection).map(|(mask, _)| {
             let seen: Array<f32> = work.room(narrow)?;
             kernels::mask_floats(gpu, x, seen.view(), mask, [rows, narrow])?;
@@ -379,7 +358,7 @@ impl Back<'_> {
         let seen = seen.transpose()?;
         let x = seen.as_ref().map_or(x, Array::view);
         let [of_a, of_b] = pair.places().map(|place| self.gradient.from(place).address());
-        let sum = Product { k: rows, add: true, floats: true, ..PRODUCT };
+        let sum = Product { k: rows, add: true, floats: true, ..Product::NONE };
         gpu.multiply(&Product { a: d_down.values.view().t(), b: x.plain(), c: of_a, m: rank, n: narrow, ..sum })?;
         let (a, b, scale) = (grad.t(), down.values.view().plain(), factors.scale);
         gpu.multiply(&Product { a, b, c: of_b, m: wide, n: rank, scale, ..sum })
@@ -410,8 +389,8 @@ impl Back<'_> {
         let d_returned = d_returned.as_ref().map_or(grad, Array::view);
         let rounded = work.rounded(d_returned, work.hidden())?;
         let d_attended = work.room(work.dimensions(Projection::OProj).1)?;
-        let attended = (Some(kept.attended.view()), kept.rounded.view());
-        self.through(Projection::OProj, (d_returned, rounded.view()), attended, d_attended.view(), false)?;
+        let d_down = self.through(Projection::OProj, rounded.view(), d_attended.view(), false)?;
+        self.keep(Projection::OProj, d_returned, (kept.attended.view(), kept.rounded.view()), d_down.as_ref())?;
         Ok(d_attended)
     }
 
@@ -433,26 +412,23 @@ impl Back<'_> {
         let d_returned = d_returned.as_ref().map_or(grad, Array::view);
         let rounded = work.rounded(d_returned, work.hidden())?;
         let d_product: Array<f32> = work.room(architecture.intermediate)?;
-        // The adapter's gradient wants the product in f32, which comes with the gate's gradients; then it is added.
-        let down = (d_returned, rounded.view());
-        self.through(Projection::DownProj, down, (None, product_rounded.view()), d_product.view(), false)?;
+        let d_down = self.through(Projection::DownProj, rounded.view(), d_product.view(), false)?;
         let grads: [Array<u16>; 2] = [work.room(architecture.intermediate)?, work.room(architecture.intermediate)?];
-        let adapted = self.adapter(Projection::DownProj);
-        let product = adapted.map(|_| work.room::<f32>(architecture.intermediate)).transpose()?;
+        let product = d_down.as_ref().map(|_| work.room::<f32>(architecture.intermediate)).transpose()?;
         let to =
             GateGradients { rounded: grads.each_ref().map(Array::view), product: product.as_ref().map(Array::view) };
         let both = [gate.view(), up.view()];
         kernels::gate_backward(work.gpu(), d_product.view(), both, to, architecture.activation, gate.len())?;
-        if let (Some(adapter), Some(product)) = (adapted, &product) {
-            let d_down = work.down_backward(adapter, Projection::DownProj, rounded.view())?;
+        if let Some(product) = &product {
             let x = (product.view(), product_rounded.view());
-            self.keep(Projection::DownProj, adapter, d_returned, x, &d_down)?;
+            self.keep(Projection::DownProj, d_returned, x, d_down.as_ref())?;
         }
         let d_normed = work.room(work.hidden())?;
-        let x = (Some(normed.view()), normed_rounded.view());
-        let [d_gate, d_up] = &grads;
-        self.through(Projection::GateProj, (gate.view(), d_gate.view()), x, d_normed.view(), false)?;
-        self.through(Projection::UpProj, (up.view(), d_up.view()), x, d_normed.view(), true)?;
+        let both = [(Projection::GateProj, &gate, &grads[0]), (Projection::UpProj, &up, &grads[1])];
+        for (index, (projection, grad, rounded)) in both.into_iter().enumerate() {
+            let d_down = self.through(projection, rounded.view(), d_normed.view(), index > 0)?;
+            self.keep(projection, grad.view(), (normed.view(), normed_rounded.view()), d_down.as_ref())?;
+        }
         Ok(d_normed)
     }
 
@@ -508,12 +484,11 @@ impl Back<'_> {
             }
         }
         let d_normed: Array<f32> = work.room(work.hidden())?;
-        let x_normed = (Some(normed.view()), rounded.view());
         let all = [(Projection::QProj, &d_queries), (Projection::KProj, &d_keys), (Projection::VProj, &d_values)];
         for (index, (projection, d_heads)) in all.into_iter().enumerate() {
-            let rounded = work.rounded(d_heads.view(), work.dimensions(projection).0)?;
-            let pair = (d_heads.view(), rounded.view());
-            self.through(projection, pair, x_normed, d_normed.view(), index > 0)?;
+            let grad = work.rounded(d_heads.view(), work.dimensions(projection).0)?;
+            let d_down = self.through(projection, grad.view(), d_normed.view(), index > 0)?;
+            self.keep(projection, d_heads.view(), (normed.view(), rounded.view()), d_down.as_ref())?;
         }
         let norm = work.norm(&work.layer.attention_norm);
         kernels::rms_norm_backward(gpu, x, norm, d_normed.view(), grad, [rows, work.hidden()])

@@ -9,11 +9,10 @@
 //! * [`call`]: the rows of a forward call
 //! * [`layer`], [`decoder`]: forward, backward, log-probabilities and choices
 
-pub mod call;
-pub mod decoder;
+mod call;
+pub(crate) mod decoder;
 pub mod device;
-pub mod factors;
-#[allow(missing_docs, reason = "what a kernel does and takes stands where it is written")]
-pub mod kernels;
-pub mod layer;
-pub mod tensors;
+pub(crate) mod factors;
+pub(crate) mod kernels;
+mod layer;
+pub(crate) mod tensors;

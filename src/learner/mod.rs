@@ -139,7 +139,7 @@ impl Learner {
     /// As [`Learner::step`].
     pub fn gradient(&self, portions: &[Portion], shape: &StepShape, layer_done: LayerDone) -> Result<StepGradient> {
         let tensors = tensors(&self.adapter);
-        let mut gradients = Gradients::zeros(&self.adapter);
+        let mut gradients = self.model.gradients(&self.adapter)?;
         let mut report =
             StepReport { loss: 0.0, losses: BTreeMap::new(), grad_norm: 0.0, tokens: 0, metrics: Metrics::default() };
         let packed = portions.iter().map(|portion| Ok((portion, pack(&portion.trees, shape.micro_tokens)?)));
@@ -164,7 +164,7 @@ impl Learner {
         }
         // The sampler needs other sizes.
         buffer::release();
-        let shaped = gradients.into_values().into_iter().zip(&tensors);
+        let shaped = gradients.into_values()?.into_iter().zip(&tensors);
         let shaped = shaped.map(|(gradient, like)| Ok(Tensor::from_vec(gradient, like.shape(), like.device())?));
         Ok(StepGradient { gradients: shaped.collect::<Result<_>>()?, report })
     }

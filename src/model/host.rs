@@ -9,7 +9,7 @@ use anyhow::Result;
 
 use super::layer::{AdapterGradient, Attended, Frozen, Layer, Work};
 use super::parts::{LayerTensors, Tensors};
-use super::{Architecture, Call, LayerDone, Projection, Question, Trace};
+use super::{Architecture, Call, LayerDone, Projection, Question, Traced};
 use crate::ops::buffer::Buffer;
 use crate::ops::dropout::{Dropout, Mask};
 use crate::ops::head::{self, Choice, Chosen, LogProbabilities, Logits};
@@ -182,11 +182,11 @@ impl Decoder {
     }
 
     /// Log-probabilities, and what a backward pass needs beside them if there will be one.
-    pub fn trace<'a>(&self, call: Call<'a>, question: Question<'a>, keep: bool) -> Result<Trace<'a>> {
-        let context = LayerCall::new(&self.architecture, &call, question.dropout);
+    pub fn trace(&self, call: &Call, question: &Question, keep: bool) -> Result<Traced<Kept>> {
+        let context = LayerCall::new(&self.architecture, call, question.dropout);
         let kept = if keep { kept_layers(&self.architecture, call.ids.len()) } else { 0 };
-        let (mut keys, mut inputs) = (self.keys(&call), Vec::new());
-        let mut x = self.embed(&call);
+        let (mut keys, mut inputs) = (self.keys(call), Vec::new());
+        let mut x = self.embed(call);
         for index in 0..self.layers.len() {
             let (output, attended) = self.layer(index, &x, &context, &mut keys)?;
             if keep {
@@ -198,7 +198,7 @@ impl Decoder {
         let head = head::log_probabilities(&hidden, &self.head, question.targets, question.logits)?;
         let (logprobs, entropies) = (head.logprobs.clone(), head.entropies().collect());
         let kept = keep.then_some(Kept { inputs, last: x, hidden, head });
-        Ok(Trace { logprobs, entropies, call, question, kept })
+        Ok(Traced { logprobs, entropies, kept })
     }
 
     /// From the log-probabilities to the first layer, each computed again from its input.

@@ -28,7 +28,7 @@ use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use candle_core::Device;
 
 pub use architecture::{Architecture, AttentionKind, Projection};
@@ -37,14 +37,16 @@ pub use parts::Footprint;
 pub use weights::Weights;
 
 use crate::config::Quantization;
+use crate::cuda::decoder;
+use crate::cuda::device::Gpu;
 use crate::ops::attention::Span;
-use crate::ops::buffer::Buffer;
 use crate::ops::dropout::Dropout;
 use crate::ops::head::{Choice, Chosen, Logits};
 use crate::ops::kernel::Kernel;
 use crate::ops::keys::{Store, padded};
 use crate::ops::panels::Panels;
 use crate::policy::Adapter;
+use cache::Layers;
 use host::LayerCall;
 use parts::{Reading, Tensors};
 
@@ -56,7 +58,13 @@ pub struct Model {
     pub device: Device,
     /// What multiplies matrices.
     pub kernel: Kernel,
-    decoder: host::Decoder,
+    decoder: Decoder,
+}
+
+/// What computes a model, on the tensors it holds.
+enum Decoder {
+    Host(host::Decoder),
+    Gpu(decoder::Decoder),
 }
 
 /// The rows of one forward call: consecutive rows of one or several sequences.
@@ -96,11 +104,30 @@ pub struct Trace<'a> {
     call: Call<'a>,
     question: Question<'a>,
     /// What a backward pass needs, if there will be one.
-    kept: Option<host::Kept>,
+    kept: Option<Kept>,
+}
+
+enum Kept {
+    Host(host::Kept),
+    Gpu(decoder::Kept),
+}
+
+/// The same, as what computes returns it.
+pub(crate) struct Traced<K> {
+    pub logprobs: Vec<f32>,
+    pub entropies: Vec<f32>,
+    pub kept: Option<K>,
 }
 
 /// Gradients of one adapter's tensors on their way to being summed up, in the order of [`Adapter::tensors`].
-pub struct Gradients(Vec<Vec<f32>>);
+pub struct Gradients(Totals);
+
+enum Totals {
+    Host(Vec<Vec<f32>>),
+    Gpu(decoder::Gradients),
+}
+
+const OTHER_STORE: &str = "the store of keys and values is on another device than the model";
 
 /// Told after each layer's backward pass; an error ends it.
 pub type LayerDone<'a> = &'a mut dyn FnMut() -> Result<()>;
@@ -114,20 +141,20 @@ impl Call<'_> {
         ensure!(covered == Some(rows), "adapters do not cover the {rows} rows of the call in order");
         let Architecture { vocabulary, context, .. } = *architecture;
         if let Some(id) = self.ids.iter().find(|&&id| id as usize >= vocabulary) {
-            anyhow::bail!("token {id} is outside the model's vocabulary of {vocabulary}");
+            bail!("token {id} is outside the model's vocabulary of {vocabulary}");
         }
         if let Some(position) = self.positions.iter().find(|&&position| position >= context) {
-            anyhow::bail!("position {position} is outside the model's context of {context} tokens");
+            bail!("position {position} is outside the model's context of {context} tokens");
         }
         let fits = |span: &Span| span.queries.end <= rows && span.queries.len() <= span.own.len();
         if let Some(span) = self.spans.iter().find(|span| !fits(span)) {
-            anyhow::bail!("{span:?} does not fit the {rows} rows of the call");
+            bail!("{span:?} does not fit the {rows} rows of the call");
         }
         Ok(())
     }
 
     /// How many key rows the calls' rows take, up to the end of the last block.
-    fn key_rows(&self) -> usize {
+    pub(crate) fn key_rows(&self) -> usize {
         self.stores.last().map_or(0, |last| padded(last.to + last.from.len()))
     }
 
@@ -138,14 +165,22 @@ impl Call<'_> {
 }
 
 impl Gradients {
-    /// Zeros for each tensor.
-    pub fn zeros(adapter: &Adapter) -> Self {
-        Self(adapter.tensors().iter().map(|(_, tensor)| vec![0.0; tensor.elem_count()]).collect())
-    }
-
     /// The values of each tensor, row by row.
-    pub fn into_values(self) -> Vec<Vec<f32>> {
-        self.0
+    ///
+    /// # Errors
+    /// If the device fails.
+    pub fn into_values(self) -> Result<Vec<Vec<f32>>> {
+        match self.0 {
+            Totals::Host(values) => Ok(values),
+            Totals::Gpu(gradients) => gradients.into_values(),
+        }
+    }
+}
+
+impl<'a> Trace<'a> {
+    fn new<K>(traced: Traced<K>, call: Call<'a>, question: Question<'a>, kept: impl Fn(K) -> Kept) -> Self {
+        let Traced { logprobs, entropies, kept: own } = traced;
+        Self { logprobs, entropies, call, question, kept: own.map(kept) }
     }
 }
 
@@ -163,7 +198,17 @@ impl Model {
         let architecture = Arc::new(weights.architecture()?);
         let reading = &mut Reading { weights, architecture: &architecture, quantization, kernel };
         let decoder = host::Decoder::new(architecture.clone(), kernel, Tensors::assemble(&architecture, reading)?);
-        Ok(Self { architecture, device: device.clone(), kernel, decoder })
+        Ok(Self { architecture, device: device.clone(), kernel, decoder: Decoder::Host(decoder) })
+    }
+
+    /// The same on a GPU.
+    ///
+    /// # Errors
+    /// As [`Model::load`], or if there is not enough memory.
+    pub fn load_on(gpu: &Arc<Gpu>, weights: &Weights, quantization: Option<Quantization>) -> Result<Self> {
+        let architecture = Arc::new(weights.architecture()?);
+        let decoder = Decoder::Gpu(decoder::Decoder::load(gpu, &architecture, weights, quantization)?);
+        Ok(Self { architecture, device: Device::Cpu, kernel: Kernel::Cuda, decoder })
     }
 
     /// Opens and loads a model, nothing packed: see [`Weights::open`].
@@ -174,9 +219,12 @@ impl Model {
         Self::load(&Weights::open(path)?, None, kernel, &Device::Cpu)
     }
 
-    /// The head's weight [vocabulary, hidden].
-    pub fn head(&self) -> &Panels {
-        self.decoder.head()
+    /// The head's weight [vocabulary, hidden], where this processor computes.
+    pub fn head(&self) -> Option<&Panels> {
+        match &self.decoder {
+            Decoder::Host(decoder) => Some(decoder.head()),
+            Decoder::Gpu(_) => None,
+        }
     }
 
     /// How logits are made at a temperature.
@@ -185,8 +233,26 @@ impl Model {
     }
 
     /// Room for the keys and values of `rows` tokens.
-    pub fn store(&self, rows: usize) -> KeyValueStore {
-        KeyValueStore::new(&self.architecture, rows, self.kernel)
+    ///
+    /// # Errors
+    /// If a GPU has no room for them.
+    pub fn store(&self, rows: usize) -> Result<KeyValueStore> {
+        match &self.decoder {
+            Decoder::Host(_) => Ok(KeyValueStore::new(&self.architecture, rows, self.kernel)),
+            Decoder::Gpu(decoder) => Ok(KeyValueStore::on_gpu(decoder.keys(rows)?, rows)),
+        }
+    }
+
+    /// Zeros for the gradients of an adapter.
+    ///
+    /// # Errors
+    /// If a GPU has no room for them.
+    pub fn gradients(&self, adapter: &Adapter) -> Result<Gradients> {
+        let lengths: Vec<usize> = adapter.tensors().iter().map(|(_, tensor)| tensor.elem_count()).collect();
+        Ok(Gradients(match &self.decoder {
+            Decoder::Host(_) => Totals::Host(lengths.into_iter().map(|len| vec![0.0; len]).collect()),
+            Decoder::Gpu(decoder) => Totals::Gpu(decoder.gradients(lengths)?),
+        }))
     }
 
     /// All layers: the normed last hidden states of selected rows, [selected.len(), hidden].
@@ -194,9 +260,13 @@ impl Model {
     /// # Errors
     /// If the parts of the call disagree about its rows, a token or position is outside what the model knows, or packed weights
     /// cannot be unpacked.
-    pub fn forward(&self, call: &Call, store: &mut KeyValueStore, selected: &[u32]) -> Result<Buffer> {
+    pub fn forward(&self, call: &Call, store: &mut KeyValueStore, selected: &[u32]) -> Result<Vec<f32>> {
         call.check(&self.architecture)?;
-        self.decoder.forward(call, store.layers(), selected)
+        match (&self.decoder, store.layers()) {
+            (Decoder::Host(decoder), Layers::Host(keys)) => Ok(decoder.forward(call, keys, selected)?.to_vec()),
+            (Decoder::Gpu(decoder), Layers::Gpu(keys)) => decoder.forward(call, keys, selected),
+            _ => bail!(OTHER_STORE),
+        }
     }
 
     /// Runs a call and chooses the token that follows each of the `predicting` rows.
@@ -212,7 +282,11 @@ impl Model {
         logits: Logits,
     ) -> Result<Vec<Chosen>> {
         call.check(&self.architecture)?;
-        self.decoder.choose(call, store.layers(), predicting, choices, logits)
+        match (&self.decoder, store.layers()) {
+            (Decoder::Host(decoder), Layers::Host(keys)) => decoder.choose(call, keys, predicting, choices, logits),
+            (Decoder::Gpu(decoder), Layers::Gpu(keys)) => decoder.choose(call, keys, predicting, choices, logits),
+            _ => bail!(OTHER_STORE),
+        }
     }
 
     /// The log-probabilities that a call over whole trees is asked for. What a backward pass needs is kept if there will be one.
@@ -221,7 +295,10 @@ impl Model {
     /// As [`Model::forward`], or if a target is outside the vocabulary.
     pub fn trace<'a>(&self, call: Call<'a>, question: Question<'a>, keep: bool) -> Result<Trace<'a>> {
         call.check(&self.architecture)?;
-        self.decoder.trace(call, question, keep)
+        Ok(match &self.decoder {
+            Decoder::Host(decoder) => Trace::new(decoder.trace(&call, &question, keep)?, call, question, Kept::Host),
+            Decoder::Gpu(decoder) => Trace::new(decoder.trace(&call, &question, keep)?, call, question, Kept::Gpu),
+        })
     }
 
     /// Adds the gradient of Σ coefficient · log-probability over the targets of a trace that was kept, with respect to the
@@ -238,6 +315,14 @@ impl Model {
     ) -> Result<()> {
         let Trace { call, question, kept, .. } = trace;
         let kept = kept.context("nothing was kept of the forward pass for a backward one")?;
-        self.decoder.backward((&call, &question, kept), coefficients, &mut gradients.0, layer_done)
+        match (&self.decoder, kept, &mut gradients.0) {
+            (Decoder::Host(decoder), Kept::Host(kept), Totals::Host(gradients)) => {
+                decoder.backward((&call, &question, kept), coefficients, gradients, layer_done)
+            }
+            (Decoder::Gpu(decoder), Kept::Gpu(kept), Totals::Gpu(gradients)) => {
+                decoder.backward((&call, &question, kept), coefficients, gradients, layer_done)
+            }
+            _ => bail!("a trace and gradients of models on different devices"),
+        }
     }
 }

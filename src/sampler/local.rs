@@ -81,7 +81,7 @@ impl LocalSampler {
     }
 
     /// Makes sure that the store holds what the requests need, within the limit.
-    fn prepare_store(&mut self, requests: &[Request], settings: &Settings) -> KeyValueStore {
+    fn prepare_store(&mut self, requests: &[Request], settings: &Settings) -> Result<KeyValueStore> {
         let (first, distance) = self.part;
         let own = requests.iter().skip(first).step_by(distance);
         let sizes = own.map(|request| group_rows(request.prompt_ids.len(), request.rollouts, settings));
@@ -89,7 +89,7 @@ impl LocalSampler {
         match self.store.take().filter(|store| store.rows() >= rows) {
             Some(mut store) => {
                 store.restrict(rows);
-                store
+                Ok(store)
             }
             None => self.model.store(rows),
         }
@@ -156,7 +156,7 @@ impl Sampler for LocalSampler {
         finished: &mut dyn FnMut(Generation) -> Result<()>,
     ) -> Result<()> {
         check(requests, self.model.architecture.context, settings)?;
-        let mut store = self.prepare_store(requests, settings);
+        let mut store = self.prepare_store(requests, settings)?;
         let mut waiting: VecDeque<usize> = (self.part.0..requests.len()).step_by(self.part.1).collect();
         let mut unfinished: Vec<usize> = requests.iter().map(|request| request.rollouts).collect();
         let mut branches: Vec<Branch> = Vec::new();
