@@ -68,7 +68,7 @@ struct Heads {
 // Lanes that share a key.
 #define KEY_LANES 8
 
-struct RowScratch {
+struct alignas(16) RowScratch {
     float queries[ROW_HEADS][MAX_DIM];
     float scores[ROW_HEADS][ROW_KEYS];
     float weights[ROW_HEADS][ROW_KEYS];
@@ -102,11 +102,14 @@ __device__ void row_scores(RowScratch &shared, const bf16 *keys, long long strid
         }
 #pragma unroll
         for (int head = 0; head < ROW_HEADS; head++) {
-            for (int offset = KEY_LANES / 2; offset > 0; offset /= 2) {
-                dots[head] += __shfl_xor_sync(ALL_LANES, dots[head], offset);
-            }
-            if (lane == head) {
-                shared.scores[head][key] = dots[head];
+            if (head < heads) {
+#pragma unroll
+                for (int offset = KEY_LANES / 2; offset > 0; offset /= 2) {
+                    dots[head] += __shfl_xor_sync(ALL_LANES, dots[head], offset);
+                }
+                if (lane == head) {
+                    shared.scores[head][key] = dots[head];
+                }
             }
         }
     }
@@ -157,8 +160,9 @@ struct RowShare {
     __device__ void add(const RowScratch &shared, const bf16 *values, long long stride, int count, int heads) {
 #pragma unroll
         for (int head = 0; head < ROW_HEADS; head++) {
-            sums[head][0] *= shared.factors[head];
-            sums[head][1] *= shared.factors[head];
+            float factor = head < heads ? shared.factors[head] : 0.0f;
+            sums[head][0] *= factor;
+            sums[head][1] *= factor;
         }
         // Threads that are left over have no share.
 #pragma unroll 4
@@ -211,7 +215,9 @@ extern "C" __global__ void __launch_bounds__(ROW_THREADS) attention_rows(const f
         long long at = keys.row * stride + key_head * dim;
         row_scores(shared, key_store + at, stride, keys.count, heads, dim);
         __syncthreads();
-        row_weights(shared, running, keys, seen, soft_cap);
+        if (WARP < heads) {
+            row_weights(shared, running, keys, seen, soft_cap);
+        }
         __syncthreads();
         share.add(shared, value_store + at, stride, keys.count, heads);
     }

@@ -12,7 +12,7 @@
 //       d_queries [rows, query_heads * dim], written.
 //   attention_backward_keys_{64,128,256}(queries_rounded, key_store, value_store, grad_rounded, log_sums, pulls, tiles, spans,
 //                  reader_start, readers, d_keys, d_values, query_heads, key_heads, dim, soft_cap, window)
-//                                            (key tiles, key_heads; 256; dynamic shared memory 384 * (D + 8) + 10496 bytes)
+//                                            (key tiles, key_heads; 256; dynamic shared memory 512 * (D + 8) + 10752 bytes)
 //       d_keys, d_values [rows of the call, key_heads * dim], written. A tile's `first` counts from the span's own_start. Whole trees
 //       only: own_len == query_len for every span, so that key row own_start + i is the call's row query_start + i.
 //       readers[reader_start[s]..reader_start[s + 1]] are the spans that see the own keys of span s: itself, and those whose prefix
@@ -120,8 +120,11 @@ __device__ void queries_backward(const Saved &saved, const Tile &tile, const Spa
         add_dots<D, STEPS>(scores, own + WARP * 16 * (D + 8), keys_at);
         add_dots<D, STEPS>(d_weights, grads + WARP * 16 * (D + 8), values_at);
         __syncthreads();
-        Keys next = index + 1 < last ? stretch(span, KEYS, index + 1) : keys;
-        copy_rows<D>(values_at, saved.values + next.row * stride + column, stride, KEYS, next.count, dim);
+        bool more = index + 1 < last;
+        Keys next = more ? stretch(span, KEYS, index + 1) : keys;
+        if (more) {
+            copy_rows<D>(values_at, saved.values + next.row * stride + column, stride, KEYS, next.count, dim);
+        }
         rows.gradients(scores, d_weights, keys, shape.soft_cap);
 #pragma unroll
         for (int i = 0; i < STEPS; i += 2) {
@@ -130,11 +133,12 @@ __device__ void queries_backward(const Saved &saved, const Tile &tile, const Spa
             add_product<D, D / 8>(sums, a, keys_at + i * 8 * (D + 8));
         }
         __syncthreads();
-        copy_rows<D>(keys_at, saved.keys + next.row * stride + column, stride, KEYS, next.count, dim);
+        if (more) {
+            copy_rows<D>(keys_at, saved.keys + next.row * stride + column, stride, KEYS, next.count, dim);
+        }
         copies_begun();
         keys = next;
     }
-    wait_for_copies<0>();
 #pragma unroll
     for (int i = 0; i < D / 2; i++) {
         int query = WARP * 16 + LANE / 4 + i % 4 / 2 * 8, channel = i / 4 * 8 + LANE % 4 * 2 + i % 2;
@@ -150,7 +154,8 @@ __device__ void queries_backward(const Saved &saved, const Tile &tile, const Spa
 
 struct KeysScratch {
     bf16 weights[TILE_ROWS * WEIGHTS], d_scores[TILE_ROWS * WEIGHTS];
-    float log_sums[QUERIES], pulls[QUERIES];
+    // Of those that are computed with, and of those that come in.
+    float log_sums[2][QUERIES], pulls[2][QUERIES];
 };
 
 // The keys of a block, as one of the spans that see them has them.
@@ -167,45 +172,100 @@ struct Reader {
     }
 };
 
+// The queries that see the keys of a block: one span after the other, some queries at a time, one head after the other.
+struct Steps {
+    const Span *spans;
+    const int *readers;
+    Tile tile;
+    int count, window, first_head, last_head, index, end;
+    Reader reader;
+    int first, head;
+
+    __device__ Steps(const Span *spans, const int *reader_start, const int *readers, const Tile &tile, int count, const Shape &shape)
+        : spans(spans), readers(readers), tile(tile), count(count), window(shape.window), first_head(blockIdx.y * shape.group()),
+          last_head(first_head + shape.group() - 1), index(reader_start[tile.span]), end(reader_start[tile.span + 1]),
+          reader(spans[tile.span], true, tile.first, count, shape.window), head(first_head) {
+        begin_reader();
+    }
+
+    // The first queries of the next span that has any.
+    __device__ void begin_reader() {
+        for (first = 0; index < end; index++) {
+            reader = Reader(spans[readers[index]], readers[index] == tile.span, tile.first, count, window);
+            first = reader.begin / QUERIES * QUERIES;
+            if (first < reader.end) {
+                return;
+            }
+        }
+    }
+
+    __device__ bool there() const { return index < end; }
+
+    __device__ void advance() {
+        if (head < last_head) {
+            head++;
+            return;
+        }
+        head = first_head;
+        first += QUERIES;
+        if (first >= reader.end) {
+            index++;
+            begin_reader();
+        }
+    }
+};
+
 // Eight warps: 16 keys each, for half of the queries when there are weights to compute, then for half of the channels.
 template <int D> struct KeysBackward {
-    bf16 *keys, *values, *queries, *grads;
+    bf16 *keys, *values, *queries[2], *grads[2];
     KeysScratch *scratch;
     float d_keys[D / 16][4], d_values[D / 16][4];
+
+    __device__ KeysBackward(unsigned char *shared) : d_keys{}, d_values{} {
+        const int quarter = QUERIES * (D + 8);
+        keys = (bf16 *)shared;
+        values = keys + TILE_ROWS * (D + 8);
+        for (int turn = 0; turn < 2; turn++) {
+            queries[turn] = values + TILE_ROWS * (D + 8) + turn * 2 * quarter;
+            grads[turn] = queries[turn] + quarter;
+        }
+        scratch = (KeysScratch *)(grads[1] + quarter);
+    }
 
     __device__ int key_row() const { return WARP % 4 * 16; }
     __device__ int part() const { return WARP / 4; }
 
-    // Brings in some queries of one head.
-    __device__ void load(const Saved &saved, const Shape &shape, const Reader &reader, int first, int head) {
-        int count = min(QUERIES, reader.span.query_len - first);
-        long long row = reader.span.query_start + first, width = shape.query_width(), at = row * width + head * shape.dim;
-        copy_rows<D>(queries, saved.queries + at, width, QUERIES, count, shape.dim);
-        copy_rows<D>(grads, saved.grad + at, width, QUERIES, count, shape.dim);
-        copies_begun();
+    // Begins to bring in some queries of one head.
+    __device__ void load(const Saved &saved, const Shape &shape, const Steps &step, int turn) {
+        int present = min(QUERIES, step.reader.span.query_len - step.first);
+        long long row = step.reader.span.query_start + step.first, width = shape.query_width();
+        long long at = row * width + step.head * shape.dim;
+        copy_rows<D>(queries[turn], saved.queries + at, width, QUERIES, present, shape.dim);
+        copy_rows<D>(grads[turn], saved.grad + at, width, QUERIES, present, shape.dim);
         if (threadIdx.x < QUERIES) {
-            bool there = (int)threadIdx.x < count;
-            long long of_row = (row + threadIdx.x) * shape.query_heads + head;
-            scratch->log_sums[threadIdx.x] = there ? saved.log_sums[of_row] : 0.0f;
-            scratch->pulls[threadIdx.x] = there ? saved.pulls[of_row] : 0.0f;
+            bool there = (int)threadIdx.x < present;
+            long long of_row = (row + threadIdx.x) * shape.query_heads + step.head;
+            scratch->log_sums[turn][threadIdx.x] = there ? saved.log_sums[of_row] : 0.0f;
+            scratch->pulls[turn][threadIdx.x] = there ? saved.pulls[of_row] : 0.0f;
         }
     }
 
     // Weights [keys, queries] and the gradients of their scores.
-    __device__ void weigh(const Shape &shape, const Reader &reader, int first) {
+    __device__ void weigh(const Shape &shape, const Reader &reader, int first, int turn) {
         float scores[2][4] = {}, d_weights[2][4] = {};
         int query_row = part() * 16;
-        add_dots<D, 2>(scores, keys + key_row() * (D + 8), queries + query_row * (D + 8));
-        add_dots<D, 2>(d_weights, values + key_row() * (D + 8), grads + query_row * (D + 8));
+        add_dots<D, 2>(scores, keys + key_row() * (D + 8), queries[turn] + query_row * (D + 8));
+        add_dots<D, 2>(d_weights, values + key_row() * (D + 8), grads[turn] + query_row * (D + 8));
 #pragma unroll
         for (int i = 0; i < 8; i += 2) {
             int key = key_row() + LANE / 4 + i % 4 / 2 * 8, query = query_row + i / 4 * 8 + LANE % 4 * 2;
             Pair pairs[2];
+#pragma unroll
             for (int j = 0; j < 2; j++) {
                 bool sees = key < reader.count && first + query + j < reader.span.query_len &&
                             visible(reader.span, first + query + j, shape.window).sees(reader.position + key);
-                pairs[j] = score_gradient(scores[i / 4][i % 4 + j], d_weights[i / 4][i % 4 + j], scratch->log_sums[query + j],
-                                          scratch->pulls[query + j], shape.soft_cap, sees);
+                pairs[j] = score_gradient(scores[i / 4][i % 4 + j], d_weights[i / 4][i % 4 + j], scratch->log_sums[turn][query + j],
+                                          scratch->pulls[turn][query + j], shape.soft_cap, sees);
             }
             int at = key * WEIGHTS + query;
             *(unsigned *)(scratch->weights + at) = round_pair(pairs[0].weight, pairs[1].weight);
@@ -213,50 +273,48 @@ template <int D> struct KeysBackward {
         }
     }
 
-    __device__ void add() {
+    __device__ void add(int turn) {
 #pragma unroll
         for (int query = 0; query < QUERIES; query += 16) {
             unsigned a[4];
             int rows = query * (D + 8) + part() * (D / 2);
             load_left<WEIGHTS>(a, scratch->weights + key_row() * WEIGHTS + query);
-            add_product<D, D / 16>(d_values, a, grads + rows);
+            add_product<D, D / 16>(d_values, a, grads[turn] + rows);
             load_left<WEIGHTS>(a, scratch->d_scores + key_row() * WEIGHTS + query);
-            add_product<D, D / 16>(d_keys, a, queries + rows);
+            add_product<D, D / 16>(d_keys, a, queries[turn] + rows);
         }
     }
 };
 
+// While some queries are computed with, the next come in.
 template <int D>
 __device__ void keys_backward(const Saved &saved, const Tile &tile, const Span *spans, const int *reader_start, const int *readers,
                               float *d_keys, float *d_values, const Shape &shape) {
     DYNAMIC_SHARED(shared);
-    KeysBackward<D> block = {};
-    block.keys = (bf16 *)shared;
-    block.values = block.keys + TILE_ROWS * (D + 8);
-    block.queries = block.values + TILE_ROWS * (D + 8);
-    block.grads = block.queries + QUERIES * (D + 8);
-    block.scratch = (KeysScratch *)(block.grads + QUERIES * (D + 8));
+    KeysBackward<D> block(shared);
     Span own = spans[tile.span];
-    int count = min(TILE_ROWS, own.own_len - tile.first), dim = shape.dim, key_head = blockIdx.y;
-    long long stride = shape.key_width(), at = (own.own_start + tile.first) * stride + key_head * dim;
+    int count = min(TILE_ROWS, own.own_len - tile.first), dim = shape.dim;
+    long long stride = shape.key_width(), column = (long long)blockIdx.y * dim, at = (own.own_start + tile.first) * stride + column;
+    Steps step(spans, reader_start, readers, tile, count, shape);
     copy_rows<D>(block.keys, saved.keys + at, stride, TILE_ROWS, count, dim);
     copy_rows<D>(block.values, saved.values + at, stride, TILE_ROWS, count, dim);
-    for (int index = reader_start[tile.span]; index < reader_start[tile.span + 1]; index++) {
-        Reader reader(spans[readers[index]], readers[index] == tile.span, tile.first, count, shape.window);
-        for (int first = reader.begin / QUERIES * QUERIES; first < reader.end; first += QUERIES) {
-            for (int head = key_head * shape.group(); head < (key_head + 1) * shape.group(); head++) {
-                // The last ones may still be read.
-                __syncthreads();
-                block.load(saved, shape, reader, first, head);
-                wait_for_copies<0>();
-                __syncthreads();
-                block.weigh(shape, reader, first);
-                __syncthreads();
-                block.add();
-            }
+    block.load(saved, shape, step, 0);
+    copies_begun();
+    for (int turn = 0; step.there(); turn ^= 1) {
+        wait_for_copies<0>();
+        __syncthreads();
+        Reader reader = step.reader;
+        int first = step.first;
+        step.advance();
+        if (step.there()) {
+            block.load(saved, shape, step, turn ^ 1);
         }
+        copies_begun();
+        block.weigh(shape, reader, first, turn);
+        __syncthreads();
+        block.add(turn);
     }
-    long long to = (own.query_start + tile.first) * stride + key_head * dim;
+    long long to = (own.query_start + tile.first) * stride + column;
 #pragma unroll
     for (int i = 0; i < D / 4; i++) {
         int key = block.key_row() + LANE / 4 + i % 4 / 2 * 8, channel = block.part() * (D / 2) + i / 4 * 8 + LANE % 4 * 2 + i % 2;

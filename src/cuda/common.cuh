@@ -6,9 +6,11 @@ typedef unsigned long long u64;
 
 #define LANES 32
 #define ALL_LANES 0xffffffffu
+#define WARP (threadIdx.x / LANES)
+#define LANE (threadIdx.x % LANES)
 #define MINUS_INFINITY __uint_as_float(0xff800000u)
 
-// Calls that are in flight when a loop over n elements of a grid starts at the first of a thread.
+// The first element of a thread where a grid shares n of them, and how far the next ones lie.
 #define FIRST ((long long)blockIdx.x * blockDim.x + threadIdx.x)
 #define STRIDE ((long long)gridDim.x * blockDim.x)
 
@@ -56,8 +58,8 @@ template <typename Operation, typename T> __device__ __forceinline__ T block_red
     value = warp_reduce<Operation>(value);
     // The array may still be read from an earlier call.
     __syncthreads();
-    if (threadIdx.x % LANES == 0) {
-        parts[threadIdx.x / LANES] = value;
+    if (LANE == 0) {
+        parts[WARP] = value;
     }
     __syncthreads();
     T total = parts[0];

@@ -12,7 +12,7 @@
 //   logit_gradient(logits, rounded, rows, first_token, tokens, soft_cap, temperature, targets, log_sums, grad)    (rows; 256)
 //       The gradient of the raw logits, in bf16 [rows, tokens], given that of the log-probabilities [rows].
 //   choose(logits, rows, vocabulary, soft_cap, temperature, places, tokens, logprobs, untempered)                 (rows; 512)
-//       All logits of a row at once. place < 0: the most likely token, the lowest id among equals; else the first token at which the
+//       All logits of a row at once, up to 2^20 tokens. place < 0: the most likely token, the lowest id among equals; else the first token at which the
 //       cumulative distribution over token ids exceeds the place. The log-probability is that of the tempered softmax, untempered
 //       that at temperature 1. Where a row's sums are not finite, one of them is NaN or infinite: the host looks at them. There is
 //       no Gumbel noise: a token's place is a number of the host's counters, so that the device draws what the CPU draws.
@@ -101,9 +101,6 @@ extern "C" __global__ void logit_gradient(const float *logits, bf16 *rounded, in
     }
 }
 
-// Stretches that a vocabulary is cut into to find a place of its distribution.
-#define STRETCHES 1024
-
 // The most likely token of a row, the lowest id among equals; for every thread.
 __device__ int most_likely(const float *logits, int vocabulary, float soft_cap) {
     float best = MINUS_INFINITY;
@@ -132,44 +129,68 @@ struct Distribution {
 __device__ double stretch_probability(const Distribution &row, int start, int length) {
     int end = min(start + length, row.vocabulary);
     float sum = 0.0f;
-    for (int i = start + threadIdx.x % LANES; i < end; i += LANES) {
+    for (int i = start + LANE; i < end; i += LANES) {
         sum += row.probability(i);
     }
     return warp_reduce<Sum>((double)sum);
 }
 
-// The first token at which the cumulative probability exceeds the place. Stretches are summed up side by side, then one thread
-// walks over their sums, and over the tokens of the one that holds the place.
+// Groups of stretches of tokens that a vocabulary is cut into; so many numbers are at most walked over one by one.
+#define GROUPS 32
+#define MOST 1024
+
+// The first of some probabilities with which a cumulative distribution exceeds a place.
+struct Place {
+    double before, place;
+
+    // Where there is none, rounding left the total a little below the place: then it is the last that can be.
+    __device__ int find(const double *probabilities, int count) {
+        int last = 0;
+        for (int i = 0; i < count; i++) {
+            if (before + probabilities[i] > place) {
+                return i;
+            }
+            last = probabilities[i] > 0.0 ? i : last;
+            before += probabilities[i];
+        }
+        place = __longlong_as_double(0x7ff0000000000000ll);
+        return last;
+    }
+};
+
+// The first token at which the cumulative probability exceeds the place: its group, its stretch there, and itself.
 __device__ int inverse_cumulative(const Distribution &row, double place) {
-    __shared__ double totals[STRETCHES];
+    __shared__ double stretches[MOST], groups[GROUPS], tokens[MOST];
     __shared__ int found;
-    int length = (row.vocabulary + STRETCHES - 1) / STRETCHES;
-    length = (length + LANES - 1) / LANES * LANES;
-    int stretches = (row.vocabulary + length - 1) / length;
-    for (int i = threadIdx.x / LANES; i < stretches; i += blockDim.x / LANES) {
-        double total = stretch_probability(row, i * length, length);
-        if (threadIdx.x % LANES == 0) {
-            totals[i] = total;
+    int length = ((row.vocabulary + MOST - 1) / MOST + LANES - 1) / LANES * LANES;
+    for (int i = WARP; i < MOST; i += blockDim.x / LANES) {
+        double probability = stretch_probability(row, i * length, length);
+        if (LANE == 0) {
+            stretches[i] = probability;
         }
     }
     __syncthreads();
+    if (threadIdx.x < GROUPS) {
+        double sum = 0.0;
+        for (int i = 0; i < MOST / GROUPS; i++) {
+            sum += stretches[threadIdx.x * (MOST / GROUPS) + i];
+        }
+        groups[threadIdx.x] = sum;
+    }
+    __syncthreads();
+    Place at = {0.0, place};
     if (threadIdx.x == 0) {
-        double before = 0.0;
-        int last = 0, holds = -1;
-        for (int i = 0; i < stretches && holds < 0; i++) {
-            last = totals[i] > 0.0 ? i : last;
-            holds = before + totals[i] > place ? i : -1;
-            before += holds < 0 ? totals[i] : 0.0;
-        }
-        // Rounding can leave the total a little below the place: then it belongs to the last possible token.
-        int stretch = holds < 0 ? last : holds, possible = stretch * length, token = -1;
-        for (int i = stretch * length; i < min((stretch + 1) * length, row.vocabulary) && token < 0; i++) {
-            double probability = row.probability(i);
-            before += probability;
-            possible = probability > 0.0 ? i : possible;
-            token = holds >= 0 && before > place ? i : -1;
-        }
-        found = token < 0 ? possible : token;
+        int group = at.find(groups, GROUPS) * (MOST / GROUPS);
+        found = (group + at.find(stretches + group, MOST / GROUPS)) * length;
+    }
+    __syncthreads();
+    int start = found, count = min(length, row.vocabulary - start);
+    for (int i = threadIdx.x; i < count; i += blockDim.x) {
+        tokens[i] = row.probability(start + i);
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        found = start + at.find(tokens, count);
     }
     __syncthreads();
     return found;

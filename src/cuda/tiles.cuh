@@ -4,9 +4,6 @@
 // columns 2 c and 2 c + 1 of rows r and r + 8. Matrices lie in shared memory row by row, rows D + 8 values apart, so that eight rows
 // lie in different banks.
 
-#define WARP (threadIdx.x / LANES)
-#define LANE (threadIdx.x % LANES)
-
 // What follows is replaced where there is no GPU: what warps do together, copies that take their time, and the memory that a launch
 // asks for.
 #ifndef CUDA_ON_HOST

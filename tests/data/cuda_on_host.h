@@ -43,6 +43,12 @@ inline float __uint_as_float(unsigned bits) {
     return x;
 }
 
+inline double __longlong_as_double(long long bits) {
+    double x;
+    memcpy(&x, &bits, 8);
+    return x;
+}
+
 namespace host {
 
 const int WARP_LANES = 32;
