@@ -16,6 +16,8 @@ mod config_layers;
 mod config_page;
 mod conversations;
 mod cuda_attention;
+mod cuda_decoder;
+mod cuda_device;
 mod cuda_elementwise;
 mod cuda_head;
 mod cuda_on_host;

@@ -75,7 +75,9 @@ pub struct Launch {
 /// What a kernel is given.
 #[derive(Clone, Copy, Debug)]
 pub enum Argument {
-    /// A pointer, or 64 bits.
+    /// Where an array lies, or null.
+    Pointer(u64),
+    /// 64 bits.
     Long(u64),
     /// 32 bits.
     Int(i32),
@@ -104,14 +106,14 @@ argument! {
 
 impl<T> From<View<T>> for Argument {
     fn from(view: View<T>) -> Self {
-        Self::Long(view.address)
+        Self::Pointer(view.address)
     }
 }
 
 impl<T> From<Option<View<T>>> for Argument {
     /// Nothing is the null pointer.
     fn from(view: Option<View<T>>) -> Self {
-        Self::Long(view.map_or(0, |view| view.address))
+        Self::Pointer(view.map_or(0, |view| view.address))
     }
 }
 

@@ -441,7 +441,7 @@ pub fn attention_backward_keys(
         cap(heads),
         window(heads)
     ];
-    let shape = Launch { grid: [count, heads.key, 1], block: 256, shared: 384 * (d + 8) + 10496 };
+    let shape = Launch { grid: [count, heads.key, 1], block: 256, shared: 512 * (d + 8) + 10752 };
     gpu.launch_with(&format!("attention_backward_keys_{d}"), shape, values)
 }
 
