@@ -199,7 +199,7 @@ impl Work {
             base: resident,
             layer: layer + unpacked,
             adapter: FLOAT * copies * adapter,
-            cache: KeyValueStore::bytes(architecture, self.stored_rows, inputs.model.kernel),
+            cache: KeyValueStore::bytes(architecture, self.stored_rows, inputs.model.place.kernel),
             sampling: FLOAT
                 * (self.forward_rows * forward_width(architecture) + self.rollouts * architecture.vocabulary + blocks),
             learning: FLOAT * (self.learning(architecture) + blocks),

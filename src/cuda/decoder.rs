@@ -15,7 +15,7 @@ use crate::config::Quantization;
 use crate::model::parts::Tensors;
 use crate::model::{Architecture, Call, LayerDone, Question, Traced, Weights};
 use crate::ops::head::{Choice, Chosen, Logits};
-use crate::ops::keys::padded;
+use crate::ops::keys::{BLOCK, padded};
 
 /// Rows whose logits are computed together, and how many tokens of the vocabulary at a time.
 const ROWS: usize = 4096;
@@ -98,6 +98,17 @@ impl Decoder {
         let Architecture { key_value_heads, head_dim, ref layers, .. } = *self.architecture;
         let store = || self.gpu.zeros(Purpose::Keys, padded(rows) * key_value_heads * head_dim);
         Ok(Keys(layers.iter().map(|_| Ok([store()?, store()?])).collect::<Result<_>>()?))
+    }
+
+    pub fn gpu(&self) -> &Arc<Gpu> {
+        &self.gpu
+    }
+
+    /// How many tokens' keys and values fit into a third of what the weights leave: it must not depend on what is free just now.
+    pub fn stored_tokens(&self) -> usize {
+        let total = self.gpu.device().room().map_or(0, |room| room.total);
+        let left = total.saturating_sub(self.gpu.used(Purpose::Base).0);
+        left / 3 / Keys::row_bytes(&self.architecture) / BLOCK * BLOCK
     }
 
     /// Zeros for tensors of so many numbers.

@@ -208,6 +208,8 @@ pub struct Gpu {
     device: Box<dyn Device>,
     /// By [`Purpose`]: bytes now, and at most so far.
     used: [(AtomicUsize, AtomicUsize); 5],
+    /// All together at most so far.
+    most: AtomicUsize,
     /// The plan of the run, for messages.
     plan: Mutex<Option<String>>,
 }
@@ -215,7 +217,7 @@ pub struct Gpu {
 impl Gpu {
     /// Around a device.
     pub fn new(device: Box<dyn Device>) -> Arc<Self> {
-        Arc::new(Self { device, used: Default::default(), plan: Mutex::default() })
+        Arc::new(Self { device, used: Default::default(), most: AtomicUsize::new(0), plan: Mutex::default() })
     }
 
     /// What computes.
@@ -234,6 +236,21 @@ impl Gpu {
         (now.load(Ordering::Relaxed), most.load(Ordering::Relaxed))
     }
 
+    /// What its memory is used for, in bytes: now and at most so far, and what is free or held ready.
+    ///
+    /// # Errors
+    /// If the device fails.
+    pub fn memory(&self) -> Result<serde_json::Value> {
+        let Room { total, free, slack } = self.device.room()?;
+        let mut all = serde_json::json!({ "name": self.device.name(), "total": total, "free": free, "slack": slack });
+        for (purpose, name) in Purpose::ALL {
+            let (now, most) = self.used(purpose);
+            all[name] = serde_json::json!({ "now": now, "most": most });
+        }
+        all["most"] = serde_json::json!(self.most.load(Ordering::Relaxed));
+        Ok(all)
+    }
+
     /// Room for `len` numbers, whose values are left over from earlier uses.
     ///
     /// # Errors
@@ -243,6 +260,8 @@ impl Gpu {
         let Some(address) = self.device.allocate(bytes)? else { return Err(self.out_of_memory(purpose, bytes)?) };
         let (now, most) = &self.used[purpose as usize];
         most.fetch_max(now.fetch_add(bytes, Ordering::Relaxed) + bytes, Ordering::Relaxed);
+        let all = self.used.iter().map(|(now, _)| now.load(Ordering::Relaxed)).sum();
+        self.most.fetch_max(all, Ordering::Relaxed);
         Ok(Array { gpu: self.clone(), purpose, address, len, numbers: PhantomData })
     }
 

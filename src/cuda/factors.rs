@@ -19,8 +19,6 @@ pub const PARTS: usize = 2;
 pub struct Factors {
     /// s: alpha / rank.
     pub scale: f32,
-    /// How many numbers all tensors of the adapter have.
-    pub numbers: usize,
     /// By layer · 7 + projection.
     pairs: Vec<Option<Pair>>,
     /// All matrices.
@@ -88,7 +86,7 @@ impl Factors {
                 kernels::split_parts(gpu, staged.from(at), high, low, len)?;
             }
         }
-        Ok(Self { scale, numbers: values.len(), pairs, parts })
+        Ok(Self { scale, pairs, parts })
     }
 
     /// The pair of one projection, if it carries one.

@@ -6,6 +6,7 @@ use super::device::{Argument, Gpu, Launch, View};
 use crate::ops::attention::Heads;
 use crate::ops::gate::Activation;
 
+#[cfg(feature = "cuda")]
 /// The sources: what all have in common, and the files that are compiled with it.
 pub const SOURCES: ([&str; 2], [(&str, &str); 5]) = (
     [include_str!("common.cuh"), include_str!("tiles.cuh")],

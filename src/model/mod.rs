@@ -227,6 +227,22 @@ impl Model {
         }
     }
 
+    /// The GPU that computes it, if one does.
+    pub fn gpu(&self) -> Option<&Arc<Gpu>> {
+        match &self.decoder {
+            Decoder::Host(_) => None,
+            Decoder::Gpu(decoder) => Some(decoder.gpu()),
+        }
+    }
+
+    /// How many tokens' keys and values a sampler may hold beside the model.
+    pub fn stored_tokens(&self, least: usize) -> usize {
+        match &self.decoder {
+            Decoder::Host(_) => least,
+            Decoder::Gpu(decoder) => decoder.stored_tokens().max(least),
+        }
+    }
+
     /// How logits are made at a temperature.
     pub fn logits(&self, temperature: f64) -> Logits {
         Logits { soft_cap: self.architecture.logit_cap.map(|cap| cap as f32), temperature: temperature as f32 }

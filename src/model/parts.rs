@@ -6,6 +6,7 @@ use anyhow::{Context, Result};
 
 use super::{Architecture, Model, Projection, Weights};
 use crate::config::Quantization;
+use crate::cuda::tensors;
 use crate::ops::kernel::Kernel;
 use crate::ops::panels::Panels;
 use crate::ops::quantized::Weight;
@@ -173,7 +174,11 @@ impl Parts for Headers<'_> {
         let stored = self.weights.stored(name, shape, self.architecture)?;
         let bytes = Panels::bytes(shape[0], shape[1], self.kernel);
         self.footprint.layer += bytes;
-        match stored.form(self.quantization) {
+        let form = match self.kernel {
+            Kernel::Cuda => tensors::form(&stored, self.quantization),
+            _ => stored.form(self.quantization),
+        };
+        match form {
             None => self.footprint.resident += bytes,
             Some(form) => {
                 self.footprint.unpacked += bytes;
