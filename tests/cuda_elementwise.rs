@@ -123,6 +123,66 @@ fn norms() {
     });
 }
 
+/// The residual sum between two blocks and its norm: what the kernels for each of the steps make together.
+#[test]
+fn residual_sums_and_norms_together() {
+    check(|kernels, turns| {
+        for (rows, width) in SHAPES {
+            let (x, returned, norm) = (numbers(1, rows * width), numbers(2, rows * width), norm(width));
+            let (output, epsilon) = (RmsNorm { gain: numbers(8, width), epsilon: norm.epsilon }, norm.epsilon as f32);
+            for normalized in [false, true] {
+                let (mut want, mut normed) = (returned.clone(), vec![0.0; x.len()]);
+                let gain = if normalized {
+                    output.forward(&returned, &mut want);
+                    output.gain.as_ptr().cast_mut()
+                } else {
+                    std::ptr::null_mut()
+                };
+                want.iter_mut().zip(&x).for_each(|(want, x)| *want += x);
+                norm.forward(&want, &mut normed);
+                let (mut sum, mut bits) = ([x.clone(), room(0)].concat(), vec![0u16; x.len()]);
+                let in_place = sum.as_mut_ptr();
+                let (gain2, launch) = (norm.gain.as_ptr().cast_mut(), blocks(rows, 256, turns));
+                run!(
+                    kernels,
+                    launch,
+                    residual_norm(
+                        in_place,
+                        &returned[..],
+                        gain,
+                        gain2,
+                        epsilon,
+                        in_place,
+                        &mut bits[..],
+                        rows as i32,
+                        width as i32
+                    )
+                );
+                let name = format!("residual {rows} {width} {normalized}");
+                alike(&name, written(&sum), &want, 2e-6);
+                alike(&format!("{name}, normed"), &widened(&bits), &normed, 4e-3);
+                let (mut only, null, bits) = (room(x.len()), std::ptr::null_mut::<f32>(), std::ptr::null_mut::<u16>());
+                run!(
+                    kernels,
+                    launch,
+                    residual_norm(
+                        &x[..],
+                        &returned[..],
+                        gain,
+                        null,
+                        epsilon,
+                        &mut only[..],
+                        bits,
+                        rows as i32,
+                        width as i32
+                    )
+                );
+                assert_eq!(written(&only), written(&sum));
+            }
+        }
+    });
+}
+
 /// A prompt's last row predicts for every branch. Catches a row whose gradients overwrite each other.
 #[test]
 fn the_norm_of_selected_rows_backward() {

@@ -7,7 +7,7 @@
 // in order, so a query's result is the same bits whatever else is computed. One block computes one query head of up to 64 queries
 // of a span; products are those of tensor cores (bf16 in, sums in f32), and what goes into them is rounded: scaled queries, weights.
 //
-// dim is a multiple of 8, at most 256; head groups (query_heads / key_heads) are any size. Kernels with a number in their name are
+// dim is a multiple of 8 (for attention_rows: even), at most 256; head groups (query_heads / key_heads) are any size. Kernels with a number in their name are
 // for dim <= that: take the smallest that fits (64, 128, 256: D). They take dynamic shared memory, which the host must allow first
 // (CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES).
 //
@@ -17,6 +17,10 @@
 //
 //   store_keys(keys, values, to_row, key_store, value_store, rows, width)                           (rows; 256)
 //       Rounds rows of a call [rows, width] into rows to_row[i] of the stores; width = key_heads * dim.
+//   store_heads(queries, keys, values, query_gain_or_null, key_gain_or_null, epsilon, cosines, sines, to_row, key_store, value_store,
+//                  rows, query_heads, key_heads, dim)                                               (rows; 256)
+//       The same after what comes before: normalizes each head of queries and keys if there is a gain [dim], and rotates it. Queries
+//       are replaced, keys only stored.
 //   attention_rows(queries, key_store, value_store, row_span, spans, out_or_null, out_rounded_or_null, log_sums_or_null, rows,
 //                  query_heads, key_heads, dim, scale, soft_cap, window)             (rows, key_heads, ceil(group / 8); 256)
 //       For decoding: one query row at a time, walking its keys as fast as memory gives them. row_span[i] is the span of row i; -1
@@ -32,6 +36,50 @@ extern "C" __global__ void store_keys(const float *keys, const float *values, co
     for (int i = threadIdx.x; i < width; i += blockDim.x) {
         key_store[to + i] = round_bf16(keys[from + i]);
         value_store[to + i] = round_bf16(values[from + i]);
+    }
+}
+
+// Normalizes a head if there is a gain, and rotates it: a warp calls write(channel, value).
+template <typename Write>
+__device__ void turn_head(const float *x, const float *gain_or_null, float epsilon, const float *cosine, const float *sine, int dim,
+                          Write write) {
+    float inverse = 1.0f;
+    if (gain_or_null) {
+        float squares = 0.0f;
+        for (int i = LANE; i < dim; i += LANES) {
+            squares += x[i] * x[i];
+        }
+        inverse = (float)(1.0 / sqrt(warp_reduce<Sum>((double)squares) / dim + (double)epsilon));
+    }
+    for (int i = LANE, half = dim / 2; i < half; i += LANES) {
+        float a = x[i] * inverse * (gain_or_null ? gain_or_null[i] : 1.0f);
+        float b = x[i + half] * inverse * (gain_or_null ? gain_or_null[i + half] : 1.0f);
+        write(i, a * cosine[i] - b * sine[i]);
+        write(i + half, b * cosine[i] + a * sine[i]);
+    }
+}
+
+// One head to a warp: those of queries, keys and values one after the other.
+extern "C" __global__ void store_heads(float *queries, const float *keys, const float *values, const float *query_gain_or_null,
+                                       const float *key_gain_or_null, float epsilon, const float *cosines, const float *sines,
+                                       const int *to_row, bf16 *key_store, bf16 *value_store, int rows, int query_heads,
+                                       int key_heads, int dim) {
+    long long row = blockIdx.x, to = (long long)to_row[row] * key_heads * dim;
+    const float *cosine = cosines + row * (dim / 2), *sine = sines + row * (dim / 2);
+    for (int head = WARP; head < query_heads + 2 * key_heads; head += blockDim.x / LANES) {
+        int key_head = head < query_heads ? 0 : (head - query_heads) % key_heads;
+        const float *key = keys + (row * key_heads + key_head) * dim, *value = values + (row * key_heads + key_head) * dim;
+        bf16 *to_key = key_store + to + key_head * dim, *to_value = value_store + to + key_head * dim;
+        if (head < query_heads) {
+            float *query = queries + (row * query_heads + head) * dim;
+            turn_head(query, query_gain_or_null, epsilon, cosine, sine, dim, [&](int i, float y) { query[i] = y; });
+        } else if (head < query_heads + key_heads) {
+            turn_head(key, key_gain_or_null, epsilon, cosine, sine, dim, [&](int i, float y) { to_key[i] = round_bf16(y); });
+        } else {
+            for (int i = LANE; i < dim; i += LANES) {
+                to_value[i] = round_bf16(value[i]);
+            }
+        }
     }
 }
 
@@ -83,13 +131,25 @@ struct alignas(16) Eight {
     __device__ float at(int i) const { return widen((bf16)(pairs[i / 2] >> i % 2 * 16)); }
 };
 
+// Those of a head from a channel on. Where heads are no multiples of 8, they lie anywhere, and the last ones are zeros.
+__device__ Eight load_eight(const bf16 *head, int channel, int dim) {
+    if (dim % 8 == 0) {
+        return *(const Eight *)(head + channel);
+    }
+    Eight values = {};
+    for (int i = 0; i < 4 && channel + 2 * i < dim; i++) {
+        values.pairs[i] = *(const unsigned *)(head + channel + 2 * i);
+    }
+    return values;
+}
+
 // The scores of some keys, for all heads of the block: eight lanes share a key, so that a warp reads whole rows of four.
 __device__ void row_scores(RowScratch &shared, const bf16 *keys, long long stride, int count, int heads, int dim) {
     int lane = threadIdx.x % KEY_LANES;
     for (int key = threadIdx.x / KEY_LANES; key < ROW_KEYS; key += ROW_THREADS / KEY_LANES) {
         float dots[ROW_HEADS] = {};
         for (int channel = lane * 8; channel < dim && key < count; channel += KEY_LANES * 8) {
-            Eight values = *(const Eight *)(keys + key * stride + channel);
+            Eight values = load_eight(keys + key * stride, channel, dim);
 #pragma unroll
             for (int head = 0; head < ROW_HEADS; head++) {
                 if (head < heads) {
@@ -190,10 +250,10 @@ struct RowShare {
     }
 };
 
-extern "C" __global__ void __launch_bounds__(ROW_THREADS) attention_rows(const float *queries, const bf16 *key_store, const bf16 *value_store, const int *row_span,
-                                          const Span *spans, float *out_or_null, bf16 *out_rounded_or_null, float *log_sums_or_null,
-                                          int rows, int query_heads, int key_heads, int dim, float scale, float soft_cap,
-                                          int window) {
+extern "C" __global__ void __launch_bounds__(ROW_THREADS)
+    attention_rows(const float *queries, const bf16 *key_store, const bf16 *value_store, const int *row_span, const Span *spans,
+                   float *out_or_null, bf16 *out_rounded_or_null, float *log_sums_or_null, int rows, int query_heads, int key_heads,
+                   int dim, float scale, float soft_cap, int window) {
     __shared__ RowScratch shared;
     int row = blockIdx.x, key_head = blockIdx.y, group = query_heads / key_heads;
     if (row_span[row] < 0) {
@@ -203,8 +263,10 @@ extern "C" __global__ void __launch_bounds__(ROW_THREADS) attention_rows(const f
     Visible seen = visible(span, row - span.query_start, window);
     int first_head = key_head * group + blockIdx.z * ROW_HEADS, heads = min(group - (int)blockIdx.z * ROW_HEADS, ROW_HEADS);
     long long query_at = ((long long)row * query_heads + first_head) * dim, stride = (long long)key_heads * dim;
-    for (int i = threadIdx.x; i < ROW_HEADS * dim; i += ROW_THREADS) {
-        shared.queries[i / dim][i % dim] = i < heads * dim ? widen(round_bf16(scale * queries[query_at + i])) : 0.0f;
+    for (int i = threadIdx.x; i < heads * MAX_DIM; i += ROW_THREADS) {
+        int head = i / MAX_DIM, channel = i % MAX_DIM;
+        bool there = channel < dim;
+        shared.queries[head][channel] = there ? widen(round_bf16(scale * queries[query_at + head * dim + channel])) : 0.0f;
     }
     __syncthreads();
     Running running = {MINUS_INFINITY, 0.0f};
@@ -308,6 +370,7 @@ template <int D>
 __device__ void attend_tile(const float *queries, const bf16 *key_store, const bf16 *value_store, const Tile &tile, const Span &span,
                             const Outputs &outputs, const Heads &heads) {
     DYNAMIC_SHARED(shared);
+    require_shared(256 * (D + 8));
     bf16 *own = (bf16 *)shared, *keys_at = own + TILE_ROWS * (D + 8), *values_at = keys_at + FORWARD_KEYS * (D + 8);
     int head = blockIdx.y, count = min(TILE_ROWS, span.query_len - tile.first), width = heads.query * heads.dim;
     long long stride = (long long)heads.key * heads.dim, column = head / heads.group() * heads.dim;
@@ -366,7 +429,7 @@ __device__ void attend_tile(const float *queries, const bf16 *key_store, const b
 }
 
 #define ATTENTION_FORWARD(D)                                                                                                       \
-    extern "C" __global__ void __launch_bounds__(128) attention_forward_##D(                                                                           \
+    extern "C" __global__ void __launch_bounds__(128) attention_forward_##D(                                                       \
         const float *queries, const bf16 *key_store, const bf16 *value_store, const Tile *tiles, const Span *spans,                \
         float *out_or_null, bf16 *out_rounded_or_null, float *log_sums_or_null, int query_heads, int key_heads, int dim,           \
         float scale, float soft_cap, int window) {                                                                                 \

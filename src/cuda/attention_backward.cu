@@ -97,6 +97,7 @@ template <int D>
 __device__ void queries_backward(const Saved &saved, const Tile &tile, const Span &span, float *d_queries, const Shape &shape,
                                  float scale) {
     DYNAMIC_SHARED(shared);
+    require_shared(384 * (D + 8));
     bf16 *own = (bf16 *)shared, *grads = own + TILE_ROWS * (D + 8), *keys_at = grads + TILE_ROWS * (D + 8);
     bf16 *values_at = keys_at + KEYS * (D + 8);
     int head = blockIdx.y, count = min(TILE_ROWS, span.query_len - tile.first), dim = shape.dim;
@@ -161,11 +162,11 @@ struct KeysScratch {
 // The keys of a block, as one of the spans that see them has them.
 struct Reader {
     Span span;
-    // The logical position of the first key, how many there are, and which queries see one of them.
-    int position, count, begin, end;
+    // The logical position of the first key, and which queries see one of them.
+    int position, begin, end;
 
     __device__ Reader(const Span &span, bool own, int first, int count, int window)
-        : span(span), position((own ? span.prefix_len : 0) + first), count(count) {
+        : span(span), position((own ? span.prefix_len : 0) + first) {
         int before = span.prefix_len + span.own_len - span.query_len;
         begin = max(position - before, 0);
         end = window > 0 ? min(position + count - 1 + window - before, span.query_len) : span.query_len;
@@ -262,7 +263,8 @@ template <int D> struct KeysBackward {
             Pair pairs[2];
 #pragma unroll
             for (int j = 0; j < 2; j++) {
-                bool sees = key < reader.count && first + query + j < reader.span.query_len &&
+                // Rows behind the last key become anything, and are not written.
+                bool sees = first + query + j < reader.span.query_len &&
                             visible(reader.span, first + query + j, shape.window).sees(reader.position + key);
                 pairs[j] = score_gradient(scores[i / 4][i % 4 + j], d_weights[i / 4][i % 4 + j], scratch->log_sums[turn][query + j],
                                           scratch->pulls[turn][query + j], shape.soft_cap, sees);
@@ -291,6 +293,7 @@ template <int D>
 __device__ void keys_backward(const Saved &saved, const Tile &tile, const Span *spans, const int *reader_start, const int *readers,
                               float *d_keys, float *d_values, const Shape &shape) {
     DYNAMIC_SHARED(shared);
+    require_shared(512 * (D + 8) + sizeof(KeysScratch));
     KeysBackward<D> block(shared);
     Span own = spans[tile.span];
     int count = min(TILE_ROWS, own.own_len - tile.first), dim = shape.dim;
@@ -335,7 +338,7 @@ __device__ void keys_backward(const Saved &saved, const Tile &tile, const Span *
         Shape shape = {query_heads, key_heads, dim, soft_cap, window};                                                             \
         queries_backward<D>(saved, tile, spans[tile.span], d_queries, shape, scale);                                               \
     }                                                                                                                              \
-    extern "C" __global__ void __launch_bounds__(256) attention_backward_keys_##D(                                                 \
+    extern "C" __global__ void __launch_bounds__(256, D <= 128 ? 2 : 1) attention_backward_keys_##D(                               \
         const bf16 *queries_rounded, const bf16 *key_store, const bf16 *value_store, const bf16 *grad_rounded,                     \
         const float *log_sums, const float *pulls, const Tile *tiles, const Span *spans, const int *reader_start,                  \
         const int *readers, float *d_keys, float *d_values, int query_heads, int key_heads, int dim, float soft_cap, int window) { \

@@ -12,6 +12,9 @@
 //   add_bias(y, bias, rows, width)                                           (rows; 256)
 //   select_rows(x, index, out, rows, width)                                  (rows; 256)   out[i] = x[index[i]]
 //   rms_norm(x, gain, epsilon, out_or_null, rounded_or_null, rows, width)    (rows; 256)   out may be x
+//   residual_norm(x, returned, output_gain_or_null, gain_or_null, epsilon, sum, rounded_or_null, rows, width)   (rows; 256)
+//       What comes between two blocks: sum = x + returned, which is normalized first if there is an output gain; and its norm,
+//       rounded, if there is a gain. sum may be x or returned.
 //   rms_norm_backward(x, gain, epsilon, grad, dx, rows, width)               (rows; 256)   adds to dx, which may not be grad
 //   rms_norm_backward_at(x, gain, epsilon, grad, dx, at, order, segment_start, segments, width)   (segments; 256)
 //       Row i of grad belongs to row at[i] of x and dx. Several may belong to one: `order` lists the rows of grad sorted by
@@ -107,6 +110,24 @@ extern "C" __global__ void rms_norm(const float *x, const float *gain, float eps
         }
         if (rounded_or_null) {
             rounded_or_null[start + i] = round_bf16(y);
+        }
+    }
+}
+
+extern "C" __global__ void residual_norm(const float *x, const float *returned, const float *output_gain_or_null,
+                                         const float *gain_or_null, float epsilon, float *sum, bf16 *rounded_or_null, int rows,
+                                         int width) {
+    long long start = (long long)blockIdx.x * width;
+    float inverse = output_gain_or_null ? inverse_rms(returned + start, epsilon, width) : 1.0f;
+    for (int i = threadIdx.x; i < width; i += blockDim.x) {
+        float y = output_gain_or_null ? returned[start + i] * inverse * output_gain_or_null[i] : returned[start + i];
+        sum[start + i] = y + x[start + i];
+    }
+    if (gain_or_null) {
+        // Each thread reads what it wrote itself.
+        inverse = inverse_rms(sum + start, epsilon, width);
+        for (int i = threadIdx.x; i < width; i += blockDim.x) {
+            rounded_or_null[start + i] = round_bf16(sum[start + i] * inverse * gain_or_null[i]);
         }
     }
 }

@@ -5,9 +5,18 @@
 // lie in different banks.
 
 // What follows is replaced where there is no GPU: what warps do together, copies that take their time, and the memory that a launch
-// asks for.
+// comes with.
 #ifndef CUDA_ON_HOST
 #define DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
+
+// Ends the launch with an error if the host gave less dynamic shared memory.
+__device__ __forceinline__ void require_shared(unsigned bytes) {
+    unsigned given;
+    asm("mov.u32 %0, %%dynamic_smem_size;" : "=r"(given));
+    if (given < bytes) {
+        asm volatile("trap;");
+    }
+}
 
 __device__ __forceinline__ unsigned shared_address(const void *pointer) {
     unsigned address;

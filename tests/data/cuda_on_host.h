@@ -1,14 +1,16 @@
 // CUDA's words for a C++ compiler, so that the kernels of src/cuda run where there is no GPU.
 //
-// Blocks run one after the other. The threads of a block are coroutines of one thread: each runs until it waits for others. They take
-// turns from the first to the last or the other way round, so that a kernel that forgets to wait computes something else in one of both
-// orders. Copies to shared memory happen when they are waited for, not before.
+// Blocks run one after the other. The threads of a block are coroutines of one thread: each runs until it waits for others, and a warp
+// until it waits for other warps. They take turns from the first to the last or the other way round, so that a kernel that forgets to
+// wait computes something else in one of both orders. Copies to shared memory happen when they are waited for, not before.
 
 #define CUDA_ON_HOST
 
 #include <algorithm>
 #include <csetjmp>
 #include <cstddef>
+#include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <math.h>
 #include <ucontext.h>
@@ -18,7 +20,7 @@
 #define __device__
 #define __forceinline__ inline
 #define __shared__ static thread_local
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 #define DYNAMIC_SHARED(name) unsigned char *name = dynamic_shared.data() + 16 - (size_t)dynamic_shared.data() % 16
 
 using std::max;
@@ -30,6 +32,13 @@ struct Dimensions {
 
 static thread_local Dimensions threadIdx, blockIdx, blockDim, gridDim;
 static thread_local std::vector<unsigned char> dynamic_shared;
+
+inline void require_shared(size_t bytes) {
+    if (dynamic_shared.size() < bytes + 16) {
+        fprintf(stderr, "a kernel needs %zu bytes of dynamic shared memory, not %zu\n", bytes, dynamic_shared.size() - 16);
+        abort();
+    }
+}
 
 inline unsigned __float_as_uint(float x) {
     unsigned bits;
@@ -153,6 +162,22 @@ void resume(unsigned index) {
     }
 }
 
+// Lets every lane of a warp run until it waits or ends; how many could.
+size_t run_lanes(size_t first, bool backward, size_t &ended) {
+    size_t moved = 0;
+    for (size_t i = 0; i < WARP_LANES; i++) {
+        size_t index = first + (backward ? WARP_LANES - 1 - i : i);
+        const Thread &thread = threads[index];
+        bool waits = thread.barrier && (int)(thread.barrier->times - thread.until) < 0;
+        if (!thread.ended && !waits) {
+            resume(index);
+            moved++;
+            ended += thread.ended;
+        }
+    }
+    return moved;
+}
+
 // Runs one block; false if its threads wait for ever.
 bool run_block(size_t shared_bytes, bool backward) {
     // What nobody has written is no number.
@@ -165,17 +190,13 @@ bool run_block(size_t shared_bytes, bool backward) {
         thread.exchanges = thread.groups = 0;
         thread.copies.clear();
     }
-    size_t count = threads.size(), ended = 0;
-    while (ended < count) {
+    for (size_t ended = 0; ended < threads.size();) {
         bool moved = false;
-        for (size_t i = 0; i < count; i++) {
-            size_t index = backward ? count - 1 - i : i;
-            Thread &thread = threads[index];
-            bool waits = thread.barrier && (int)(thread.barrier->times - thread.until) < 0;
-            if (!thread.ended && !waits) {
-                resume(index);
+        for (size_t i = 0; i < warps.size(); i++) {
+            size_t first = (backward ? warps.size() - 1 - i : i) * WARP_LANES;
+            // A warp runs until it waits for others.
+            while (run_lanes(first, backward, ended) > 0) {
                 moved = true;
-                ended += threads[index].ended;
             }
         }
         if (!moved) {
@@ -198,23 +219,24 @@ template <typename T> T __shfl_xor_sync(unsigned, T value, int mask) {
 
 typedef unsigned short host_bf16;
 
-inline float host_widen(unsigned bits) {
-    return __uint_as_float(bits << 16);
+// Adds the product of two pairs.
+inline void host_add(float &sum, unsigned left, unsigned right) {
+    sum += __uint_as_float(left << 16) * __uint_as_float(right << 16);
+    sum += __uint_as_float(left & 0xffff0000u) * __uint_as_float(right & 0xffff0000u);
 }
 
-// As the manual of PTX has the fragments of mma.m16n8k16.
+// As the manual of PTX has the fragments of mma.m16n8k16: pairs along k, four to each lane that has a row of a or a column of b.
 inline void multiply(float sum[4], const unsigned a[4], const unsigned b[2]) {
     struct Fragments {
         unsigned a[4], b[2];
     } own = {{a[0], a[1], a[2], a[3]}, {b[0], b[1]}};
     const unsigned char(*words)[32] = host::tell(own);
-    int lane = threadIdx.x % host::WARP_LANES;
-    for (int i = 0; i < 4; i++) {
-        int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
-        for (int k = 0; k < 16; k++) {
-            unsigned left = host::told<Fragments>(words, row % 8 * 4 + k % 8 / 2).a[k / 8 * 2 + row / 8];
-            unsigned right = host::told<Fragments>(words, column * 4 + k % 8 / 2).b[k / 8];
-            sum[i] += host_widen(left >> k % 2 * 16 & 0xffff) * host_widen(right >> k % 2 * 16 & 0xffff);
+    int lane = threadIdx.x % host::WARP_LANES, row = lane / 4 * 4, column = lane % 4 * 8;
+    for (int pair = 0; pair < 8; pair++) {
+        Fragments left = host::told<Fragments>(words, row + pair % 4);
+        for (int i = 0; i < 4; i++) {
+            unsigned right = host::told<Fragments>(words, column + i % 2 * 4 + pair % 4).b[pair / 4];
+            host_add(sum[i], left.a[pair / 4 * 2 + i / 2], right);
         }
     }
 }
