@@ -18,6 +18,7 @@ mod conversations;
 mod cuda_attention;
 mod cuda_decoder;
 mod cuda_device;
+mod cuda_driver;
 mod cuda_elementwise;
 mod cuda_head;
 mod cuda_on_host;

@@ -116,8 +116,13 @@ impl Decoder {
         Ok(Gradients { total: self.gpu.zeros(Purpose::Adapter, lengths.iter().sum())?, lengths })
     }
 
+    /// ε of every norm.
+    pub(super) fn epsilon(&self) -> f32 {
+        self.architecture.norm_epsilon as f32
+    }
+
     pub(super) fn norm(&self, gain: &Array<f32>) -> Norm {
-        (gain.view(), self.architecture.norm_epsilon as f32)
+        (gain.view(), self.epsilon())
     }
 
     fn embed(&self, call: &Prepared) -> Result<Array<f32>> {

@@ -78,8 +78,18 @@ pub fn split_parts(gpu: &Gpu, x: View<f32>, high: View<u16>, low: View<u16>, n: 
     gpu.launch("split_parts", spread(n), 256, arguments![x, high, low, n as u64])
 }
 
-pub fn add(gpu: &Gpu, x: View<f32>, y: View<f32>, out: View<f32>, n: usize) -> Result<()> {
-    gpu.launch("add", spread(n), 256, arguments![x, y, out, n as u64])
+/// The gains of two norms that follow each other, if they are there, and ε.
+pub type Norms = ([Option<View<f32>>; 2], f32);
+
+pub fn residual_norm(
+    gpu: &Gpu,
+    [x, returned]: [View<f32>; 2],
+    ([output_gain, gain], epsilon): Norms,
+    (sum, rounded): (View<f32>, Option<View<u16>>),
+    [rows, width]: [usize; 2],
+) -> Result<()> {
+    let values = arguments![x, returned, output_gain, gain, epsilon, sum, rounded, int(rows), int(width)];
+    gpu.launch("residual_norm", rows_of(rows), 256, values)
 }
 
 pub fn add_bias(gpu: &Gpu, y: View<f32>, bias: View<f32>, [rows, width]: [usize; 2]) -> Result<()> {
@@ -240,19 +250,21 @@ pub fn mask_add(gpu: &Gpu, x: View<f32>, y: View<f32>, mask: Mask, shape: [usize
 /// Keys and values of a layer: [key rows, key heads · dim] each.
 pub type Stores = [View<u16>; 2];
 
-pub fn store_keys(
+pub fn store_heads(
     gpu: &Gpu,
-    [keys, values]: [View<f32>; 2],
-    to_row: View<i32>,
-    stores: Stores,
-    [rows, width]: [usize; 2],
+    [queries, keys, values]: [View<f32>; 3],
+    ([query_gain, key_gain], epsilon): Norms,
+    [cosines, sines]: [View<f32>; 2],
+    (to_row, stores): (View<i32>, Stores),
+    rows: usize,
+    heads: &Heads,
 ) -> Result<()> {
-    gpu.launch(
-        "store_keys",
-        rows_of(rows),
-        256,
-        arguments![keys, values, to_row, stores[0], stores[1], int(rows), int(width)],
-    )
+    let shape = [int(rows), int(heads.query), int(heads.key), int(heads.dim)];
+    let values = arguments![
+        queries, keys, values, query_gain, key_gain, epsilon, cosines, sines, to_row, stores[0], stores[1], shape[0],
+        shape[1], shape[2], shape[3],
+    ];
+    gpu.launch("store_heads", rows_of(rows), 256, values)
 }
 
 /// Where attention's results go, by rows of the call.
@@ -280,8 +292,7 @@ pub fn attention_rows(
     gpu: &Gpu,
     queries: View<f32>,
     stores: Stores,
-    row_span: View<i32>,
-    spans: View<i32>,
+    [row_span, spans]: [View<i32>; 2],
     to: Attended,
     rows: usize,
     heads: &Heads,

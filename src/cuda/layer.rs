@@ -49,8 +49,9 @@ struct Down {
 struct Middle {
     /// What attention's output projection returned.
     returned: Array<f32>,
-    /// The residual stream after it.
+    /// The residual stream after it, and what the feed-forward block is given of that.
     x: Array<f32>,
+    normed: Array<u16>,
 }
 
 impl<'a> Work<'a> {
@@ -184,40 +185,24 @@ impl<'a> Work<'a> {
         Ok(Down { values, left })
     }
 
-    /// Queries, keys and values before they are rotated; queries and keys also before they were normalized, where they are.
-    fn heads_of(&self, normed: &Array<u16>) -> Result<([Array<f32>; 3], [Option<Array<f32>>; 2])> {
-        let of = |projection| self.project(projection, normed.view());
-        let (mut queries, mut keys, values) = (of(Projection::QProj)?, of(Projection::KProj)?, of(Projection::VProj)?);
-        let mut before = [None, None];
-        let Heads { query, key, dim, .. } = self.heads();
-        let both = [(&mut queries, &self.layer.query_norm, query), (&mut keys, &self.layer.key_norm, key)];
-        for ((heads, gain, count), before) in both.into_iter().zip(&mut before) {
-            if let Some(gain) = gain {
-                let (after, shape) = (self.room(count * dim)?, [self.call.rows * count, dim]);
-                kernels::rms_norm(self.gpu(), heads.view(), self.norm(gain), Some(after.view()), None, shape)?;
-                *before = Some(std::mem::replace(heads, after));
-            }
-        }
-        Ok(([queries, keys, values], before))
-    }
-
     /// Computes queries, keys and values, and writes the latter to the stores; queries.
     fn begin_attention(&self, x: View<f32>, stores: Stores) -> Result<Array<f32>> {
-        let Heads { query, key, dim, .. } = self.heads();
-        let ([queries, keys, values], _) = self.heads_of(&self.normed(&self.layer.attention_norm, x)?)?;
-        for (heads, count) in [(&queries, query), (&keys, key)] {
-            let (tables, shape) = (self.call.rotation(self.index), [self.call.rows, count, dim]);
-            kernels::rope(self.gpu(), heads.view(), tables, shape, 1.0)?;
-        }
-        let both = [keys.view(), values.view()];
-        kernels::store_keys(self.gpu(), both, self.call.to_row, stores, [self.call.rows, key * dim])?;
+        let normed = self.normed(&self.layer.attention_norm, x)?;
+        let [queries, keys, values] = [Projection::QProj, Projection::KProj, Projection::VProj]
+            .map(|projection| self.project(projection, normed.view()));
+        let (queries, keys, values) = (queries?, keys?, values?);
+        let gains = [&self.layer.query_norm, &self.layer.key_norm].map(|gain| gain.as_ref().map(Array::view));
+        let norms = (gains, self.decoder.epsilon());
+        let heads = [queries.view(), keys.view(), values.view()];
+        let (tables, to) = (self.call.rotation(self.index), (self.call.to_row, stores));
+        kernels::store_heads(self.gpu(), heads, norms, tables, to, self.call.rows, &self.heads())?;
         Ok(queries)
     }
 
     fn run_attention(&self, queries: View<f32>, stores: Stores, to: kernels::Attended) -> Result<()> {
         let (gpu, call, heads) = (self.gpu(), self.call, self.heads());
         if let Some(row_span) = call.row_span {
-            kernels::attention_rows(gpu, queries, stores, row_span, call.spans, to, call.rows, &heads)?;
+            kernels::attention_rows(gpu, queries, stores, [row_span, call.spans], to, call.rows, &heads)?;
         }
         kernels::attention_forward(gpu, queries, stores, call.tiles, call.spans, to, &heads)
     }
@@ -246,42 +231,46 @@ impl<'a> Work<'a> {
         let rounded: Array<u16> = self.room(query * dim)?;
         let to = kernels::Attended { out: None, rounded: Some(rounded.view()), log_sums: None };
         self.run_attention(queries.view(), stores, to)?;
-        self.feed_forward(&self.middle(x, rounded.view())?.x)
+        self.feed_forward(&self.middle(x, rounded.view())?)
     }
 
     /// The same for a backward pass, with what attention did.
     pub fn forward_kept(&self, x: View<f32>, key_rows: usize) -> Result<(Array<f32>, Attended)> {
         let kept = self.attend(x, key_rows)?;
-        Ok((self.feed_forward(&self.middle(x, kept.rounded.view())?.x)?, kept))
+        Ok((self.feed_forward(&self.middle(x, kept.rounded.view())?)?, kept))
     }
 
     /// From what attention returned to the feed-forward block.
     fn middle(&self, x: View<f32>, attended: View<u16>) -> Result<Middle> {
         let returned = self.project(Projection::OProj, attended)?;
-        let sum = self.add_normed(x, &returned, self.layer.attention_output_norm.as_ref())?;
-        Ok(Middle { returned, x: sum })
+        let (norm, normed) = (&self.layer.attention_output_norm, self.room(self.hidden())?);
+        let next = Some((self.layer.feed_forward_norm.view(), normed.view()));
+        let sum = self.add_normed(x, &returned, norm.as_ref(), next)?;
+        Ok(Middle { returned, x: sum, normed })
     }
 
-    /// `x + returned`, normalized first where the family does so.
-    fn add_normed(&self, x: View<f32>, returned: &Array<f32>, norm: Option<&Array<f32>>) -> Result<Array<f32>> {
+    /// `x + returned`, normalized first where the family does so, and the next block's norm of that, rounded.
+    fn add_normed(
+        &self,
+        x: View<f32>,
+        returned: &Array<f32>,
+        norm: Option<&Array<f32>>,
+        next: Option<(View<f32>, View<u16>)>,
+    ) -> Result<Array<f32>> {
         let (sum, shape) = (self.room(self.hidden())?, [self.call.rows, self.hidden()]);
-        let mut part = returned.view();
-        if let Some(gain) = norm {
-            kernels::rms_norm(self.gpu(), part, self.norm(gain), Some(sum.view()), None, shape)?;
-            part = sum.view();
-        }
-        kernels::add(self.gpu(), x, part, sum.view(), sum.len())?;
+        let gains = [norm.map(Array::view), next.map(|(gain, _)| gain)];
+        let to = (sum.view(), next.map(|(_, normed)| normed));
+        kernels::residual_norm(self.gpu(), [x, returned.view()], (gains, self.decoder.epsilon()), to, shape)?;
         Ok(sum)
     }
 
-    /// The layer's output from the residual stream before the feed-forward block.
-    fn feed_forward(&self, x: &Array<f32>) -> Result<Array<f32>> {
-        let normed = self.normed(&self.layer.feed_forward_norm, x.view())?;
+    /// The layer's output from what comes before the feed-forward block.
+    fn feed_forward(&self, Middle { x, normed, .. }: &Middle) -> Result<Array<f32>> {
         let gated =
             [Projection::GateProj, Projection::UpProj].map(|projection| self.project(projection, normed.view()));
         let [gate, up] = gated;
         let returned = self.project(Projection::DownProj, self.product(&gate?, &up?)?.view())?;
-        self.add_normed(x.view(), &returned, self.layer.feed_forward_output_norm.as_ref())
+        self.add_normed(x.view(), &returned, self.layer.feed_forward_output_norm.as_ref(), None)
     }
 
     fn product(&self, gate: &Array<f32>, up: &Array<f32>) -> Result<Array<u16>> {
@@ -381,7 +370,7 @@ impl Back<'_> {
     /// From the layer's output to what attention returned. `grad` becomes the gradient of the residual stream before it.
     fn middle(&self, x: View<f32>, kept: &Attended, grad: View<f32>) -> Result<Array<f32>> {
         let (work, shape) = (&self.work, [self.work.call.rows, self.work.hidden()]);
-        let Middle { returned, x } = work.middle(x, kept.rounded.view())?;
+        let Middle { returned, x, .. } = work.middle(x, kept.rounded.view())?;
         let d_normed = self.feed_forward(&x, grad)?;
         let norm = work.norm(&work.layer.feed_forward_norm);
         kernels::rms_norm_backward(work.gpu(), x.view(), norm, d_normed.view(), grad, shape)?;
@@ -473,15 +462,17 @@ impl Back<'_> {
             kernels::rope(gpu, heads.view(), work.call.rotation(work.index), [rows, count, dim], -1.0)?;
         }
         let (normed, rounded) = work.normed_twice(&work.layer.attention_norm, x)?;
-        if let (Some(query_norm), Some(key_norm)) = (&work.layer.query_norm, &work.layer.key_norm) {
-            let (_, before) = work.heads_of(&rounded)?;
-            let both = [(&mut d_queries, query_norm, query), (&mut d_keys, key_norm, key)];
-            for ((after, gain, count), before) in both.into_iter().zip(before) {
-                let Some(before) = before else { continue };
-                let (d_before, shape) = (gpu.zeros(Purpose::Activations, after.len())?, [rows * count, dim]);
-                kernels::rms_norm_backward(gpu, before.view(), work.norm(gain), after.view(), d_before.view(), shape)?;
-                *after = d_before;
-            }
+        let both = [
+            (&mut d_queries, &work.layer.query_norm, query, Projection::QProj),
+            (&mut d_keys, &work.layer.key_norm, key, Projection::KProj),
+        ];
+        for (after, gain, count, projection) in both {
+            let Some(gain) = gain else { continue };
+            let (before, d_before) =
+                (work.project(projection, rounded.view())?, gpu.zeros(Purpose::Activations, after.len())?);
+            let (norm, shape) = (work.norm(gain), [rows * count, dim]);
+            kernels::rms_norm_backward(gpu, before.view(), norm, after.view(), d_before.view(), shape)?;
+            *after = d_before;
         }
         let d_normed: Array<f32> = work.room(work.hidden())?;
         let all = [(Projection::QProj, &d_queries), (Projection::KProj, &d_keys), (Projection::VProj, &d_values)];

@@ -109,7 +109,7 @@ pub struct Trace<'a> {
 
 enum Kept {
     Host(host::Kept),
-    Gpu(decoder::Kept),
+    Gpu(Box<decoder::Kept>),
 }
 
 /// The same, as what computes returns it.
@@ -313,7 +313,9 @@ impl Model {
         call.check(&self.architecture)?;
         Ok(match &self.decoder {
             Decoder::Host(decoder) => Trace::new(decoder.trace(&call, &question, keep)?, call, question, Kept::Host),
-            Decoder::Gpu(decoder) => Trace::new(decoder.trace(&call, &question, keep)?, call, question, Kept::Gpu),
+            Decoder::Gpu(decoder) => {
+                Trace::new(decoder.trace(&call, &question, keep)?, call, question, |kept| Kept::Gpu(kept.into()))
+            }
         })
     }
 
@@ -336,7 +338,7 @@ impl Model {
                 decoder.backward((&call, &question, kept), coefficients, gradients, layer_done)
             }
             (Decoder::Gpu(decoder), Kept::Gpu(kept), Totals::Gpu(gradients)) => {
-                decoder.backward((&call, &question, kept), coefficients, gradients, layer_done)
+                decoder.backward((&call, &question, *kept), coefficients, gradients, layer_done)
             }
             _ => bail!("a trace and gradients of models on different devices"),
         }
