@@ -251,7 +251,11 @@ impl Bench {
         let adapter: usize = self.adapter.tensors().iter().map(|(_, tensor)| tensor.elem_count()).sum();
         let sampling = self.sampling(shape.new);
         let groups = (0..shape.prompts).map(|_| group_rows(shape.prompt, shape.group, &sampling));
-        let keys = KeyValueStore::bytes(&self.model.architecture, stored_rows(groups), self.model.kernel);
+        let keys = KeyValueStore::bytes(
+            &self.model.architecture,
+            stored_rows(groups, self.model.stored_tokens(), 1),
+            self.model.kernel,
+        );
         let (base, head, adapter) = (
             self.footprint.resident,
             head::bytes(shape.prompts * shape.group * shape.new, self.model.architecture.hidden),

@@ -9,6 +9,7 @@ use tracing::debug;
 
 use crate::config::{Dtype, Quantization};
 use crate::cuda::Place;
+use crate::cuda::decoder::stored_tokens;
 use crate::event::{Event, Observer};
 use crate::model::{Architecture, Footprint, Model, Weights};
 use crate::ops::kernel::Kernel;
@@ -68,6 +69,11 @@ impl ModelFiles {
         let place = place.into();
         let footprint = Model::footprint(&self.weights, &self.architecture, self.quantization, place.kernel)?;
         Ok(Self { place, footprint, ..self })
+    }
+
+    /// As [`Model::stored_tokens`], before it is loaded.
+    pub fn stored_tokens(&self) -> Option<usize> {
+        self.place.gpu.as_ref().map(|gpu| stored_tokens(gpu, &self.architecture, self.footprint.resident))
     }
 
     /// The same model, its projections to be packed.

@@ -18,10 +18,10 @@ use crate::ops::head::{Choice, Chosen, Logits};
 use crate::ops::keys::{BLOCK, padded};
 
 /// Rows whose logits are computed together, and how many tokens of the vocabulary at a time.
-const ROWS: usize = 4096;
-const CHUNK: usize = 8192;
+pub(super) const ROWS: usize = 4096;
+pub(super) const CHUNK: usize = 8192;
 /// Logits that exist at once where tokens are chosen.
-const CHOOSING: usize = 1 << 28;
+pub(super) const CHOOSING: usize = 1 << 28;
 
 /// The frozen tensors on a device.
 pub struct Decoder {
@@ -70,6 +70,13 @@ impl Gradients {
     }
 }
 
+/// How many tokens' keys and values fit into a third of what weights of so many bytes leave: it must not depend on what is free just
+/// now.
+pub fn stored_tokens(gpu: &Gpu, architecture: &Architecture, base: usize) -> usize {
+    let total = gpu.device().room().map_or(0, |room| room.total);
+    total.saturating_sub(base) / 3 / Keys::row_bytes(architecture) / BLOCK * BLOCK
+}
+
 impl Keys {
     /// What a row takes, in bytes.
     pub fn row_bytes(architecture: &Architecture) -> usize {
@@ -104,11 +111,9 @@ impl Decoder {
         &self.gpu
     }
 
-    /// How many tokens' keys and values fit into a third of what the weights leave: it must not depend on what is free just now.
+    /// As [`stored_tokens`].
     pub fn stored_tokens(&self) -> usize {
-        let total = self.gpu.device().room().map_or(0, |room| room.total);
-        let left = total.saturating_sub(self.gpu.used(Purpose::Base).0);
-        left / 3 / Keys::row_bytes(&self.architecture) / BLOCK * BLOCK
+        stored_tokens(&self.gpu, &self.architecture, self.gpu.used(Purpose::Base).0)
     }
 
     /// Zeros for tensors of so many numbers.

@@ -193,7 +193,7 @@ impl Purpose {
     ];
 
     /// What to lower where there is no room for it.
-    fn remedy(self) -> &'static str {
+    pub(super) fn remedy(self) -> &'static str {
         match self {
             Self::Base => "choose a smaller model, or set model.quantization = \"nf4\"",
             Self::Adapter => "lower lora.rank",
@@ -234,6 +234,15 @@ impl Gpu {
     pub fn used(&self, purpose: Purpose) -> (usize, usize) {
         let (now, most) = &self.used[purpose as usize];
         (now.load(Ordering::Relaxed), most.load(Ordering::Relaxed))
+    }
+
+    /// The most that each purpose took so far, and what is held ready, in bytes.
+    ///
+    /// # Errors
+    /// If the device fails.
+    pub fn shares(&self) -> Result<Vec<(&'static str, usize)>> {
+        let shares = Purpose::ALL.into_iter().map(|(purpose, name)| (name, self.used(purpose).1));
+        Ok(shares.chain([("slack", self.device.room()?.slack)]).collect())
     }
 
     /// What its memory is used for, in bytes: now and at most so far, and what is free or held ready.

@@ -17,6 +17,7 @@ pub mod driver;
 pub(crate) mod factors;
 pub(crate) mod kernels;
 mod layer;
+pub mod plan;
 pub(crate) mod tensors;
 
 use std::collections::BTreeMap;

@@ -79,6 +79,8 @@ pub struct StepReport {
     pub tokens: usize,
     /// Means and maxima over completion tokens.
     pub metrics: Metrics,
+    /// What a GPU's memory was used for at most so far, and what it holds ready, in bytes.
+    pub gpu: Vec<(&'static str, usize)>,
 }
 
 /// Told after each layer's backward pass how many are done, of how many; an error ends the step.
@@ -140,8 +142,14 @@ impl Learner {
     pub fn gradient(&self, portions: &[Portion], shape: &StepShape, layer_done: LayerDone) -> Result<StepGradient> {
         let tensors = tensors(&self.adapter);
         let mut gradients = self.model.gradients(&self.adapter)?;
-        let mut report =
-            StepReport { loss: 0.0, losses: BTreeMap::new(), grad_norm: 0.0, tokens: 0, metrics: Metrics::default() };
+        let mut report = StepReport {
+            loss: 0.0,
+            losses: BTreeMap::new(),
+            grad_norm: 0.0,
+            tokens: 0,
+            metrics: Metrics::default(),
+            gpu: Vec::new(),
+        };
         let packed = portions.iter().map(|portion| Ok((portion, pack(&portion.trees, shape.micro_tokens)?)));
         let packed = packed.collect::<Result<Vec<_>>>()?;
         let layers = self.model.architecture.layers.len();
@@ -162,6 +170,7 @@ impl Learner {
             }
             earlier += portion.trees.len();
         }
+        report.gpu = self.model.gpu().map(|gpu| gpu.shares()).transpose()?.unwrap_or_default();
         // The sampler needs other sizes.
         buffer::release();
         let shaped = gradients.into_values()?.into_iter().zip(&tensors);

@@ -235,11 +235,11 @@ impl Model {
         }
     }
 
-    /// How many tokens' keys and values a sampler may hold beside the model.
-    pub fn stored_tokens(&self, least: usize) -> usize {
+    /// How many tokens' keys and values all samplers may hold beside the model, where a GPU's memory decides on that.
+    pub fn stored_tokens(&self) -> Option<usize> {
         match &self.decoder {
-            Decoder::Host(_) => least,
-            Decoder::Gpu(decoder) => decoder.stored_tokens().max(least),
+            Decoder::Host(_) => None,
+            Decoder::Gpu(decoder) => Some(decoder.stored_tokens()),
         }
     }
 

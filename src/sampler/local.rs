@@ -85,7 +85,7 @@ impl LocalSampler {
         let (first, distance) = self.part;
         let own = requests.iter().skip(first).step_by(distance);
         let sizes = own.map(|request| group_rows(request.prompt_ids.len(), request.rollouts, settings));
-        let rows = stored_rows(sizes);
+        let rows = stored_rows(sizes, self.model.stored_tokens(), distance);
         match self.store.take().filter(|store| store.rows() >= rows) {
             Some(mut store) => {
                 store.restrict(rows);
@@ -101,9 +101,10 @@ pub fn group_rows(prompt_tokens: usize, rollouts: usize, settings: &Settings) ->
     padded(prompt_tokens) + rollouts * padded(settings.max_tokens)
 }
 
-/// Rows of the store for groups of these sizes: all at once, within the limit.
-pub fn stored_rows(groups: impl Iterator<Item = usize> + Clone) -> usize {
-    groups.clone().sum::<usize>().min(STORED_TOKENS).max(groups.max().unwrap_or(0))
+/// Rows of the store for groups of these sizes: all at once, within the limit, which a GPU has for all its samplers.
+pub fn stored_rows(groups: impl Iterator<Item = usize> + Clone, room: Option<usize>, samplers: usize) -> usize {
+    let limit = room.map_or(STORED_TOKENS, |room| room / samplers);
+    groups.clone().sum::<usize>().min(limit).max(groups.max().unwrap_or(0))
 }
 
 /// How many completions of one prompt the store holds together; one more than it holds is always possible.
