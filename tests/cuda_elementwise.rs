@@ -41,6 +41,9 @@ fn rounding_is_to_the_nearest_even() {
         let mut out = vec![0u16; x.len()];
         run!(kernels, spread(turns), round_rows(&x[..], &mut out[..], x.len() as i64));
         assert_eq!(out, rounded(&x));
+        // Behind an address from which several cannot be read at once.
+        run!(kernels, spread(turns), round_rows(&x[1..], &mut out[1..], x.len() as i64 - 1));
+        assert_eq!(out, rounded(&x));
         let mut nan = [0u16];
         run!(kernels, spread(turns), round_rows(&[f32::NAN][..], &mut nan[..], 1i64));
         assert!(widened(&nan)[0].is_nan());
@@ -307,6 +310,45 @@ fn what_comes_out_of_an_adapters_first_matrix() {
             );
             assert_eq!(written(&values), want);
             let repeated: Vec<f32> = want.chunks(rank).flat_map(|row| row.repeat(part_count)).collect();
+            assert_eq!(left, rounded(&repeated));
+        }
+    });
+}
+
+/// The same in one launch: rows of eight numbers at a time, and of any width. A value that is off by the order of its sum may be
+/// rounded to the other side.
+#[test]
+fn what_comes_out_of_an_adapters_first_matrix_for_few_rows() {
+    check(|kernels, turns| {
+        for (rows, rank, part_count, width) in [(1, 1, 1, 5), (3, 16, 2, 520), (2, 9, 2, 77)] {
+            let (x, matrix) = (rounded(&numbers(1, rows * width)), rounded(&numbers(2, part_count * rank * width)));
+            let dot = |x: &[f32], y: &[f32]| x.iter().zip(y).map(|(x, y)| f64::from(*x) * f64::from(*y)).sum::<f64>();
+            let (wide_x, wide_matrix) = (widened(&x), widened(&matrix));
+            let one = |x: &[f32], i: usize| -> f32 {
+                let parts = wide_matrix.chunks(width).skip(i).step_by(rank);
+                (1.25 * parts.map(|row| dot(x, row)).sum::<f64>()) as f32
+            };
+            let want: Vec<f32> =
+                wide_x.chunks(width).flat_map(|x| (0..rank).map(move |i| (x, i))).map(|(x, i)| one(x, i)).collect();
+            let (mut values, mut left) = (room(rows * rank), vec![0u16; rows * rank * part_count]);
+            let [rows_i, rank_i, count, wide] = [rows, rank, part_count, width].map(|number| number as i32);
+            run!(
+                kernels,
+                blocks(rows, 256, turns),
+                adapter_down_rows(
+                    &x[..],
+                    &matrix[..],
+                    rows_i,
+                    rank_i,
+                    count,
+                    wide,
+                    1.25f32,
+                    &mut values[..],
+                    &mut left[..]
+                )
+            );
+            alike(&format!("down {rows} {rank} {width}"), written(&values), &want, 2e-6);
+            let repeated: Vec<f32> = written(&values).chunks(rank).flat_map(|row| row.repeat(part_count)).collect();
             assert_eq!(left, rounded(&repeated));
         }
     });

@@ -223,8 +223,7 @@ plain!(i32 i64 u64 f32 f64);
 macro_rules! run {
     ($kernels:expr, $launch:expr, $name:ident($($argument:expr),* $(,)?)) => {{
         // SAFETY: the arguments are those that the kernel's file lists, which the types of slices and numbers say in part.
-        let kernel: unsafe extern "C" fn($(run!(@inferred $argument)),*) =
-            unsafe { $kernels.function(stringify!($name)) };
+        let kernel = unsafe { $kernels.function::<unsafe extern "C" fn($(run!(@inferred $argument)),*)>(stringify!($name)) };
         // SAFETY: as above.
         $kernels.launch($launch, || unsafe { kernel($($crate::cuda_on_host::Argument::raw($argument)),*) });
     }};

@@ -1,37 +1,39 @@
-// Attention over a tree of keys, forward; the twin of ops/attention.rs. Grouped queries, soft-cap (0 = none) and sliding window
-// (0 = none). The gradients are those of attention_backward.cu.
+// Attention over a tree of keys, forward; the twin of ops/attention.rs. Grouped queries, soft-cap (0 = none) and
+// sliding window (0 = none). The gradients are those of attention_backward.cu.
 //
-// Keys and values lie in stores [key rows, key_heads * dim] of bf16. A span is consecutive query rows of one sequence and the key
-// rows of its context, prefix before own, as ops::attention::Span has them: query i sees the first context - query_len + i + 1
-// logical positions, or the last `window` of these. Prefix and own rows are walked in stretches of so many keys from their first on,
-// in order, so a query's result is the same bits whatever else is computed. One block computes one query head of up to 64 queries
-// of a span; products are those of tensor cores (bf16 in, sums in f32), and what goes into them is rounded: scaled queries, weights.
+// Keys and values lie in stores [key rows, key_heads * dim] of bf16. A span is consecutive query rows of one sequence
+// and the key rows of its context, prefix before own, as ops::attention::Span has them: query i sees the first context
+// - query_len + i + 1 logical positions, or the last `window` of these. Prefix and own rows are walked in stretches of
+// so many keys from their first on, in order, so a query's result is the same bits whatever else is computed. One block
+// computes one query head of up to 64 queries of a span; products are those of tensor cores (bf16 in, sums in f32), and
+// what goes into them is rounded: scaled queries, weights.
 //
-// dim is a multiple of 8 (for attention_rows: even), at most 256; head groups (query_heads / key_heads) are any size. Kernels with a number in their name are
-// for dim <= that: take the smallest that fits (64, 128, 256: D). They take dynamic shared memory, which the host must allow first
-// (CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES).
+// dim is a multiple of 8 (for attention_rows: even), at most 256; head groups (query_heads / key_heads) are any size.
+// Kernels with a number in their name are for dim <= that: take the smallest that fits (64, 128, 256: D). They take
+// dynamic shared memory, which the host must allow first (CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES).
 //
 // struct Span { int query_start, query_len, prefix_start, prefix_len, own_start, own_len; }
-// struct Tile { int span, first; }   `first` counts from the span's query_start, a multiple of 64. Longest contexts first keep all
-//                                    multiprocessors busy to the end.
+// struct Tile { int span, first; } `first` counts from the span's query_start, a multiple of 64. Longest contexts first
+//                                    keep all multiprocessors busy to the end.
 //
-//   store_keys(keys, values, to_row, key_store, value_store, rows, width)                           (rows; 256)
+//   store_keys(keys, values, to_row, key_store, value_store, rows, width) (rows; 256)
 //       Rounds rows of a call [rows, width] into rows to_row[i] of the stores; width = key_heads * dim.
-//   store_heads(queries, keys, values, query_gain_or_null, key_gain_or_null, epsilon, cosines, sines, to_row, key_store, value_store,
-//                  rows, query_heads, key_heads, dim)                                               (rows; 256)
-//       The same after what comes before: normalizes each head of queries and keys if there is a gain [dim], and rotates it. Queries
-//       are replaced, keys only stored.
-//   attention_rows(queries, key_store, value_store, row_span, spans, out_or_null, out_rounded_or_null, log_sums_or_null, rows,
-//                  query_heads, key_heads, dim, scale, soft_cap, window)             (rows, key_heads, ceil(group / 8); 256)
-//       For decoding: one query row at a time, walking its keys as fast as memory gives them. row_span[i] is the span of row i; -1
-//       leaves the row alone. It needs no tiles, so it computes any call; on long spans it is slow.
+//   store_heads(queries, keys, values, query_gain_or_null, key_gain_or_null, epsilon, cosines, sines, to_row,
+//           key_store, value_store, rows, query_heads, key_heads, dim) (rows; 256)
+//       The same after what comes before: normalizes each head of queries and keys if there is a gain [dim], and
+//       rotates it. Queries are replaced, keys only stored.
+//   attention_rows(queries, key_store, value_store, row_span, spans, out_or_null, out_rounded_or_null,
+//           log_sums_or_null, rows, query_heads, key_heads, dim, scale, soft_cap, window) (rows, key_heads, ceil(group
+//           / 8); 256)
+//       For decoding: one query row at a time, walking its keys as fast as memory gives them. row_span[i] is the span
+//       of row i; -1 leaves the row alone. It needs no tiles, so it computes any call; on long spans it is slow.
 //   attention_forward_{64,128,256}(queries, key_store, value_store, tiles, spans, out_or_null, out_rounded_or_null,
-//                  log_sums_or_null, query_heads, key_heads, dim, scale, soft_cap, window)
-//                                                             (tiles, query_heads; 128; dynamic shared memory 256 * (D + 8) bytes)
+//           log_sums_or_null, query_heads, key_heads, dim, scale, soft_cap, window) (tiles, query_heads; 128; dynamic
+//           shared memory 256 * (D + 8) bytes)
 //       queries and out [rows, query_heads * dim] in f32, out also rounded; log_sums [rows, query_heads].
 
-extern "C" __global__ void store_keys(const float *keys, const float *values, const int *to_row, bf16 *key_store, bf16 *value_store,
-                                      int rows, int width) {
+extern "C" __global__ void store_keys(const float *keys, const float *values, const int *to_row, bf16 *key_store,
+                                      bf16 *value_store, int rows, int width) {
     long long from = (long long)blockIdx.x * width, to = (long long)to_row[blockIdx.x] * width;
     for (int i = threadIdx.x; i < width; i += blockDim.x) {
         key_store[to + i] = round_bf16(keys[from + i]);
@@ -40,9 +42,8 @@ extern "C" __global__ void store_keys(const float *keys, const float *values, co
 }
 
 // Normalizes a head if there is a gain, and rotates it: a warp calls write(channel, value).
-template <typename Write>
-__device__ void turn_head(const float *x, const float *gain_or_null, float epsilon, const float *cosine, const float *sine, int dim,
-                          Write write) {
+template <typename Write> __device__ void turn_head(const float *x, const float *gain_or_null, float epsilon,
+                                                    const float *cosine, const float *sine, int dim, Write write) {
     float inverse = 1.0f;
     if (gain_or_null) {
         float squares = 0.0f;
@@ -60,21 +61,23 @@ __device__ void turn_head(const float *x, const float *gain_or_null, float epsil
 }
 
 // One head to a warp: those of queries, keys and values one after the other.
-extern "C" __global__ void store_heads(float *queries, const float *keys, const float *values, const float *query_gain_or_null,
-                                       const float *key_gain_or_null, float epsilon, const float *cosines, const float *sines,
-                                       const int *to_row, bf16 *key_store, bf16 *value_store, int rows, int query_heads,
-                                       int key_heads, int dim) {
+extern "C" __global__ void store_heads(float *queries, const float *keys, const float *values,
+                                       const float *query_gain_or_null, const float *key_gain_or_null, float epsilon,
+                                       const float *cosines, const float *sines, const int *to_row, bf16 *key_store,
+                                       bf16 *value_store, int rows, int query_heads, int key_heads, int dim) {
     long long row = blockIdx.x, to = (long long)to_row[row] * key_heads * dim;
     const float *cosine = cosines + row * (dim / 2), *sine = sines + row * (dim / 2);
     for (int head = WARP; head < query_heads + 2 * key_heads; head += blockDim.x / LANES) {
         int key_head = head < query_heads ? 0 : (head - query_heads) % key_heads;
-        const float *key = keys + (row * key_heads + key_head) * dim, *value = values + (row * key_heads + key_head) * dim;
+        const float *key = keys + (row * key_heads + key_head) * dim,
+                    *value = values + (row * key_heads + key_head) * dim;
         bf16 *to_key = key_store + to + key_head * dim, *to_value = value_store + to + key_head * dim;
         if (head < query_heads) {
             float *query = queries + (row * query_heads + head) * dim;
             turn_head(query, query_gain_or_null, epsilon, cosine, sine, dim, [&](int i, float y) { query[i] = y; });
         } else if (head < query_heads + key_heads) {
-            turn_head(key, key_gain_or_null, epsilon, cosine, sine, dim, [&](int i, float y) { to_key[i] = round_bf16(y); });
+            turn_head(key, key_gain_or_null, epsilon, cosine, sine, dim,
+                      [&](int i, float y) { to_key[i] = round_bf16(y); });
         } else {
             for (int i = LANE; i < dim; i += LANES) {
                 to_value[i] = round_bf16(value[i]);
@@ -125,12 +128,6 @@ struct alignas(16) RowScratch {
     float combined[ROW_HEADS][2 * ROW_THREADS];
 };
 
-// Eight numbers that lie together.
-struct alignas(16) Eight {
-    unsigned pairs[4];
-    __device__ float at(int i) const { return widen((bf16)(pairs[i / 2] >> i % 2 * 16)); }
-};
-
 // Those of a head from a channel on. Where heads are no multiples of 8, they lie anywhere, and the last ones are zeros.
 __device__ Eight load_eight(const bf16 *head, int channel, int dim) {
     if (dim % 8 == 0) {
@@ -143,7 +140,8 @@ __device__ Eight load_eight(const bf16 *head, int channel, int dim) {
     return values;
 }
 
-// The scores of some keys, for all heads of the block: eight lanes share a key, so that a warp reads whole rows of four.
+// The scores of some keys, for all heads of the block: eight lanes share a key, so that a warp reads whole rows of
+// four.
 __device__ void row_scores(RowScratch &shared, const bf16 *keys, long long stride, int count, int heads, int dim) {
     int lane = threadIdx.x % KEY_LANES;
     for (int key = threadIdx.x / KEY_LANES; key < ROW_KEYS; key += ROW_THREADS / KEY_LANES) {
@@ -181,7 +179,8 @@ struct Running {
 };
 
 // The warp's own head: weights relative to the new maximum, and what earlier sums are multiplied with.
-__device__ void row_weights(RowScratch &shared, Running &running, const Keys &keys, const Visible &seen, float soft_cap) {
+__device__ void row_weights(RowScratch &shared, Running &running, const Keys &keys, const Visible &seen,
+                            float soft_cap) {
     int head = WARP;
     float scores[2], most = running.max;
 #pragma unroll
@@ -211,7 +210,8 @@ struct RowShare {
     int pair, split, splits;
     float sums[ROW_HEADS][2];
 
-    __device__ RowShare(int dim) : pair(threadIdx.x % (dim / 2)), split(threadIdx.x / (dim / 2)), splits(ROW_THREADS / (dim / 2)) {
+    __device__ RowShare(int dim)
+        : pair(threadIdx.x % (dim / 2)), split(threadIdx.x / (dim / 2)), splits(ROW_THREADS / (dim / 2)) {
         for (int head = 0; head < ROW_HEADS; head++) {
             sums[head][0] = sums[head][1] = 0.0f;
         }
@@ -251,9 +251,9 @@ struct RowShare {
 };
 
 extern "C" __global__ void __launch_bounds__(ROW_THREADS)
-    attention_rows(const float *queries, const bf16 *key_store, const bf16 *value_store, const int *row_span, const Span *spans,
-                   float *out_or_null, bf16 *out_rounded_or_null, float *log_sums_or_null, int rows, int query_heads, int key_heads,
-                   int dim, float scale, float soft_cap, int window) {
+    attention_rows(const float *queries, const bf16 *key_store, const bf16 *value_store, const int *row_span,
+                   const Span *spans, float *out_or_null, bf16 *out_rounded_or_null, float *log_sums_or_null, int rows,
+                   int query_heads, int key_heads, int dim, float scale, float soft_cap, int window) {
     __shared__ RowScratch shared;
     int row = blockIdx.x, key_head = blockIdx.y, group = query_heads / key_heads;
     if (row_span[row] < 0) {
@@ -261,12 +261,14 @@ extern "C" __global__ void __launch_bounds__(ROW_THREADS)
     }
     Span span = spans[row_span[row]];
     Visible seen = visible(span, row - span.query_start, window);
-    int first_head = key_head * group + blockIdx.z * ROW_HEADS, heads = min(group - (int)blockIdx.z * ROW_HEADS, ROW_HEADS);
+    int first_head = key_head * group + blockIdx.z * ROW_HEADS,
+        heads = min(group - (int)blockIdx.z * ROW_HEADS, ROW_HEADS);
     long long query_at = ((long long)row * query_heads + first_head) * dim, stride = (long long)key_heads * dim;
     for (int i = threadIdx.x; i < heads * MAX_DIM; i += ROW_THREADS) {
         int head = i / MAX_DIM, channel = i % MAX_DIM;
         bool there = channel < dim;
-        shared.queries[head][channel] = there ? widen(round_bf16(scale * queries[query_at + head * dim + channel])) : 0.0f;
+        shared.queries[head][channel] =
+            there ? widen(round_bf16(scale * queries[query_at + head * dim + channel])) : 0.0f;
     }
     __syncthreads();
     Running running = {MINUS_INFINITY, 0.0f};
@@ -307,7 +309,8 @@ extern "C" __global__ void __launch_bounds__(ROW_THREADS)
 #define FORWARD_STEPS (FORWARD_KEYS / 8)
 
 // Rounds one head of the tile's queries, scaled, into rows of D values; what is not there becomes zero.
-template <int D> __device__ void load_queries(bf16 *to, const float *from, long long stride, int count, int dim, float scale) {
+template <int D>
+__device__ void load_queries(bf16 *to, const float *from, long long stride, int count, int dim, float scale) {
     for (int i = threadIdx.x; i < TILE_ROWS * (D / 2); i += blockDim.x) {
         int row = i / (D / 2), channel = i % (D / 2) * 2;
         bool there = row < count && channel < dim;
@@ -366,9 +369,9 @@ template <int D> struct Attending {
 };
 
 // While the keys are multiplied with, the values come in, and the other way round.
-template <int D>
-__device__ void attend_tile(const float *queries, const bf16 *key_store, const bf16 *value_store, const Tile &tile, const Span &span,
-                            const Outputs &outputs, const Heads &heads) {
+template <int D> __device__ void attend_tile(const float *queries, const bf16 *key_store, const bf16 *value_store,
+                                             const Tile &tile, const Span &span, const Outputs &outputs,
+                                             const Heads &heads) {
     DYNAMIC_SHARED(shared);
     require_shared(256 * (D + 8));
     bf16 *own = (bf16 *)shared, *keys_at = own + TILE_ROWS * (D + 8), *values_at = keys_at + FORWARD_KEYS * (D + 8);
@@ -428,15 +431,15 @@ __device__ void attend_tile(const float *queries, const bf16 *key_store, const b
     }
 }
 
-#define ATTENTION_FORWARD(D)                                                                                                       \
-    extern "C" __global__ void __launch_bounds__(128) attention_forward_##D(                                                       \
-        const float *queries, const bf16 *key_store, const bf16 *value_store, const Tile *tiles, const Span *spans,                \
-        float *out_or_null, bf16 *out_rounded_or_null, float *log_sums_or_null, int query_heads, int key_heads, int dim,           \
-        float scale, float soft_cap, int window) {                                                                                 \
-        Tile tile = tiles[blockIdx.x];                                                                                             \
-        Outputs outputs = {out_or_null, out_rounded_or_null, log_sums_or_null};                                                    \
-        Heads heads = {query_heads, key_heads, dim, scale, soft_cap, window};                                                      \
-        attend_tile<D>(queries, key_store, value_store, tile, spans[tile.span], outputs, heads);                                   \
+#define ATTENTION_FORWARD(D)                                                                                        \
+    extern "C" __global__ void __launch_bounds__(128) attention_forward_##D(                                        \
+        const float *queries, const bf16 *key_store, const bf16 *value_store, const Tile *tiles, const Span *spans, \
+        float *out_or_null, bf16 *out_rounded_or_null, float *log_sums_or_null, int query_heads, int key_heads,     \
+        int dim, float scale, float soft_cap, int window) {                                                         \
+        Tile tile = tiles[blockIdx.x];                                                                              \
+        Outputs outputs = {out_or_null, out_rounded_or_null, log_sums_or_null};                                     \
+        Heads heads = {query_heads, key_heads, dim, scale, soft_cap, window};                                       \
+        attend_tile<D>(queries, key_store, value_store, tile, spans[tile.span], outputs, heads);                    \
     }
 
 ATTENTION_FORWARD(64)

@@ -1,26 +1,27 @@
-// The gradients of attention over a tree of keys; the twin of ops/attention.rs::backward. Shapes, spans and shared memory are those of
-// attention.cu. With P the weights, D = rowsum(dO · O) and dS = P · (dO Vᵀ − D): dQ = dS K, dK = dSᵀ Q, dV = Pᵀ dO (Dao et al. 2022,
-// algorithm 4). Weights are computed again from the log-sums. Nothing is added from several blocks, so that the sums' order is fixed.
+// The gradients of attention over a tree of keys; the twin of ops/attention.rs::backward. Shapes, spans and shared
+// memory are those of attention.cu. With P the weights, D = rowsum(dO · O) and dS = P · (dO Vᵀ − D): dQ = dS K, dK =
+// dSᵀ Q, dV = Pᵀ dO (Dao et al. 2022, algorithm 4). Weights are computed again from the log-sums. Nothing is added from
+// several blocks, so that the sums' order is fixed.
 //
 //   attention_backward_begin(queries, scale, out, grad, queries_rounded, grad_rounded, pulls, rows, query_heads, dim)
-//                                                                                                   (rows, query_heads; 32)
-//       What both others need: scale * queries and grad, rounded [rows, query_heads * dim], and pulls [rows, query_heads] =
-//       rowsum(grad · out).
-//   attention_backward_queries_{64,128,256}(queries_rounded, key_store, value_store, grad_rounded, log_sums, pulls, tiles, spans,
-//                  d_queries, query_heads, key_heads, dim, scale, soft_cap, window)
-//                                                             (tiles, query_heads; 128; dynamic shared memory 384 * (D + 8) bytes)
+//           (rows, query_heads; 32)
+//       What both others need: scale * queries and grad, rounded [rows, query_heads * dim], and pulls [rows,
+//       query_heads] = rowsum(grad · out).
+//   attention_backward_queries_{64,128,256}(queries_rounded, key_store, value_store, grad_rounded, log_sums, pulls,
+//           tiles, spans, d_queries, query_heads, key_heads, dim, scale, soft_cap, window) (tiles, query_heads; 128;
+//           dynamic shared memory 384 * (D + 8) bytes)
 //       d_queries [rows, query_heads * dim], written.
-//   attention_backward_keys_{64,128,256}(queries_rounded, key_store, value_store, grad_rounded, log_sums, pulls, tiles, spans,
-//                  reader_start, readers, d_keys, d_values, query_heads, key_heads, dim, soft_cap, window)
-//                                            (key tiles, key_heads; 256; dynamic shared memory 512 * (D + 8) + 10752 bytes)
-//       d_keys, d_values [rows of the call, key_heads * dim], written. A tile's `first` counts from the span's own_start. Whole trees
-//       only: own_len == query_len for every span, so that key row own_start + i is the call's row query_start + i.
-//       readers[reader_start[s]..reader_start[s + 1]] are the spans that see the own keys of span s: itself, and those whose prefix
-//       they are. They are summed up in this order.
+//   attention_backward_keys_{64,128,256}(queries_rounded, key_store, value_store, grad_rounded, log_sums, pulls, tiles,
+//           spans, reader_start, readers, d_keys, d_values, query_heads, key_heads, dim, soft_cap, window) (key tiles,
+//           key_heads; 256; dynamic shared memory 512 * (D + 8) + 10752 bytes)
+//       d_keys, d_values [rows of the call, key_heads * dim], written. A tile's `first` counts from the span's
+//       own_start. Whole trees only: own_len == query_len for every span, so that key row own_start + i is the call's
+//       row query_start + i. readers[reader_start[s]..reader_start[s + 1]] are the spans that see the own keys of span
+//       s: itself, and those whose prefix they are. They are summed up in this order.
 
-extern "C" __global__ void attention_backward_begin(const float *queries, float scale, const float *out, const float *grad,
-                                                    bf16 *queries_rounded, bf16 *grad_rounded, float *pulls, int rows, int query_heads,
-                                                    int dim) {
+extern "C" __global__ void attention_backward_begin(const float *queries, float scale, const float *out,
+                                                    const float *grad, bf16 *queries_rounded, bf16 *grad_rounded,
+                                                    float *pulls, int rows, int query_heads, int dim) {
     long long at = (long long)blockIdx.x * query_heads + blockIdx.y;
     float sum = 0.0f;
     for (int i = threadIdx.x; i < dim; i += blockDim.x) {
@@ -55,7 +56,8 @@ struct Pair {
     float weight, d_score;
 };
 
-__device__ __forceinline__ Pair score_gradient(float score, float d_weight, float log_sum, float pull, float soft_cap, bool sees) {
+__device__ __forceinline__ Pair score_gradient(float score, float d_weight, float log_sum, float pull, float soft_cap,
+                                               bool sees) {
     Capped capped = cap_score(score, soft_cap);
     float weight = sees ? exponential(capped.score - log_sum) : 0.0f;
     return {weight, sees ? weight * (d_weight - pull) * capped.slope : 0.0f};
@@ -81,7 +83,8 @@ struct QueryRows {
     }
 
     // Replaces scores by their gradients, given those of their weights.
-    __device__ void gradients(float scores[STEPS][4], const float d_weights[STEPS][4], const Keys &keys, float soft_cap) const {
+    __device__ void gradients(float scores[STEPS][4], const float d_weights[STEPS][4], const Keys &keys,
+                              float soft_cap) const {
 #pragma unroll
         for (int i = 0; i < STEPS * 4; i++) {
             int half = i % 4 / 2, key = i / 4 * 8 + LANE % 4 * 2 + i % 2;
@@ -93,9 +96,8 @@ struct QueryRows {
 };
 
 // Four warps, 16 queries each. While one matrix is multiplied with, the next values come in.
-template <int D>
-__device__ void queries_backward(const Saved &saved, const Tile &tile, const Span &span, float *d_queries, const Shape &shape,
-                                 float scale) {
+template <int D> __device__ void queries_backward(const Saved &saved, const Tile &tile, const Span &span,
+                                                  float *d_queries, const Shape &shape, float scale) {
     DYNAMIC_SHARED(shared);
     require_shared(384 * (D + 8));
     bf16 *own = (bf16 *)shared, *grads = own + TILE_ROWS * (D + 8), *keys_at = grads + TILE_ROWS * (D + 8);
@@ -182,9 +184,11 @@ struct Steps {
     Reader reader;
     int first, head;
 
-    __device__ Steps(const Span *spans, const int *reader_start, const int *readers, const Tile &tile, int count, const Shape &shape)
-        : spans(spans), readers(readers), tile(tile), count(count), window(shape.window), first_head(blockIdx.y * shape.group()),
-          last_head(first_head + shape.group() - 1), index(reader_start[tile.span]), end(reader_start[tile.span + 1]),
+    __device__ Steps(const Span *spans, const int *reader_start, const int *readers, const Tile &tile, int count,
+                     const Shape &shape)
+        : spans(spans), readers(readers), tile(tile), count(count), window(shape.window),
+          first_head(blockIdx.y * shape.group()), last_head(first_head + shape.group() - 1),
+          index(reader_start[tile.span]), end(reader_start[tile.span + 1]),
           reader(spans[tile.span], true, tile.first, count, shape.window), head(first_head) {
         begin_reader();
     }
@@ -266,8 +270,9 @@ template <int D> struct KeysBackward {
                 // Rows behind the last key become anything, and are not written.
                 bool sees = first + query + j < reader.span.query_len &&
                             visible(reader.span, first + query + j, shape.window).sees(reader.position + key);
-                pairs[j] = score_gradient(scores[i / 4][i % 4 + j], d_weights[i / 4][i % 4 + j], scratch->log_sums[turn][query + j],
-                                          scratch->pulls[turn][query + j], shape.soft_cap, sees);
+                pairs[j] = score_gradient(scores[i / 4][i % 4 + j], d_weights[i / 4][i % 4 + j],
+                                          scratch->log_sums[turn][query + j], scratch->pulls[turn][query + j],
+                                          shape.soft_cap, sees);
             }
             int at = key * WEIGHTS + query;
             *(unsigned *)(scratch->weights + at) = round_pair(pairs[0].weight, pairs[1].weight);
@@ -289,15 +294,16 @@ template <int D> struct KeysBackward {
 };
 
 // While some queries are computed with, the next come in.
-template <int D>
-__device__ void keys_backward(const Saved &saved, const Tile &tile, const Span *spans, const int *reader_start, const int *readers,
-                              float *d_keys, float *d_values, const Shape &shape) {
+template <int D> __device__ void keys_backward(const Saved &saved, const Tile &tile, const Span *spans,
+                                               const int *reader_start, const int *readers, float *d_keys,
+                                               float *d_values, const Shape &shape) {
     DYNAMIC_SHARED(shared);
     require_shared(512 * (D + 8) + sizeof(KeysScratch));
     KeysBackward<D> block(shared);
     Span own = spans[tile.span];
     int count = min(TILE_ROWS, own.own_len - tile.first), dim = shape.dim;
-    long long stride = shape.key_width(), column = (long long)blockIdx.y * dim, at = (own.own_start + tile.first) * stride + column;
+    long long stride = shape.key_width(), column = (long long)blockIdx.y * dim,
+              at = (own.own_start + tile.first) * stride + column;
     Steps step(spans, reader_start, readers, tile, count, shape);
     copy_rows<D>(block.keys, saved.keys + at, stride, TILE_ROWS, count, dim);
     copy_rows<D>(block.values, saved.values + at, stride, TILE_ROWS, count, dim);
@@ -320,7 +326,8 @@ __device__ void keys_backward(const Saved &saved, const Tile &tile, const Span *
     long long to = (own.query_start + tile.first) * stride + column;
 #pragma unroll
     for (int i = 0; i < D / 4; i++) {
-        int key = block.key_row() + LANE / 4 + i % 4 / 2 * 8, channel = block.part() * (D / 2) + i / 4 * 8 + LANE % 4 * 2 + i % 2;
+        int key = block.key_row() + LANE / 4 + i % 4 / 2 * 8,
+            channel = block.part() * (D / 2) + i / 4 * 8 + LANE % 4 * 2 + i % 2;
         if (key < count && channel < dim) {
             d_keys[to + key * stride + channel] = block.d_keys[i / 4][i % 4];
             d_values[to + key * stride + channel] = block.d_values[i / 4][i % 4];
@@ -328,23 +335,24 @@ __device__ void keys_backward(const Saved &saved, const Tile &tile, const Span *
     }
 }
 
-#define ATTENTION_BACKWARD(D)                                                                                                      \
-    extern "C" __global__ void __launch_bounds__(128) attention_backward_queries_##D(                                              \
-        const bf16 *queries_rounded, const bf16 *key_store, const bf16 *value_store, const bf16 *grad_rounded,                     \
-        const float *log_sums, const float *pulls, const Tile *tiles, const Span *spans, float *d_queries, int query_heads,        \
-        int key_heads, int dim, float scale, float soft_cap, int window) {                                                         \
-        Tile tile = tiles[blockIdx.x];                                                                                             \
-        Saved saved = {queries_rounded, key_store, value_store, grad_rounded, log_sums, pulls};                                    \
-        Shape shape = {query_heads, key_heads, dim, soft_cap, window};                                                             \
-        queries_backward<D>(saved, tile, spans[tile.span], d_queries, shape, scale);                                               \
-    }                                                                                                                              \
-    extern "C" __global__ void __launch_bounds__(256, D <= 128 ? 2 : 1) attention_backward_keys_##D(                               \
-        const bf16 *queries_rounded, const bf16 *key_store, const bf16 *value_store, const bf16 *grad_rounded,                     \
-        const float *log_sums, const float *pulls, const Tile *tiles, const Span *spans, const int *reader_start,                  \
-        const int *readers, float *d_keys, float *d_values, int query_heads, int key_heads, int dim, float soft_cap, int window) { \
-        Saved saved = {queries_rounded, key_store, value_store, grad_rounded, log_sums, pulls};                                    \
-        Shape shape = {query_heads, key_heads, dim, soft_cap, window};                                                             \
-        keys_backward<D>(saved, tiles[blockIdx.x], spans, reader_start, readers, d_keys, d_values, shape);                         \
+#define ATTENTION_BACKWARD(D)                                                                                        \
+    extern "C" __global__ void __launch_bounds__(128) attention_backward_queries_##D(                                \
+        const bf16 *queries_rounded, const bf16 *key_store, const bf16 *value_store, const bf16 *grad_rounded,       \
+        const float *log_sums, const float *pulls, const Tile *tiles, const Span *spans, float *d_queries,           \
+        int query_heads, int key_heads, int dim, float scale, float soft_cap, int window) {                          \
+        Tile tile = tiles[blockIdx.x];                                                                               \
+        Saved saved = {queries_rounded, key_store, value_store, grad_rounded, log_sums, pulls};                      \
+        Shape shape = {query_heads, key_heads, dim, soft_cap, window};                                               \
+        queries_backward<D>(saved, tile, spans[tile.span], d_queries, shape, scale);                                 \
+    }                                                                                                                \
+    extern "C" __global__ void __launch_bounds__(256, D <= 128 ? 2 : 1) attention_backward_keys_##D(                 \
+        const bf16 *queries_rounded, const bf16 *key_store, const bf16 *value_store, const bf16 *grad_rounded,       \
+        const float *log_sums, const float *pulls, const Tile *tiles, const Span *spans, const int *reader_start,    \
+        const int *readers, float *d_keys, float *d_values, int query_heads, int key_heads, int dim, float soft_cap, \
+        int window) {                                                                                                \
+        Saved saved = {queries_rounded, key_store, value_store, grad_rounded, log_sums, pulls};                      \
+        Shape shape = {query_heads, key_heads, dim, soft_cap, window};                                               \
+        keys_backward<D>(saved, tiles[blockIdx.x], spans, reader_start, readers, d_keys, d_values, shape);           \
     }
 
 ATTENTION_BACKWARD(64)

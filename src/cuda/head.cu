@@ -1,21 +1,24 @@
 // From logits to log-probabilities, their gradient and the choice of a token; the twin of ops/head.rs.
 //
-// Logits are what the head's weight makes of hidden states, before soft-cap and temperature: raw. With cap c (0 = none) and
-// temperature t, z = c * tanh(raw / c) / t.
+// Logits are what the head's weight makes of hidden states, before soft-cap and temperature: raw. With cap c (0 = none)
+// and temperature t, z = c * tanh(raw / c) / t.
 //
-//   tally(logits, rows, first_token, tokens, soft_cap, inverse_temperature, targets, max, sum, weighted, chosen)   (rows; 256)
-//       One chunk of the vocabulary, logits [rows, tokens]; chunks come in order, and the one with first_token 0 begins anew. Per
-//       row: max m of z, sum of exp(z - m), sum of exp(z - m) * (z - m), and z of the target once it was seen. sum and weighted
-//       are double.
-//   tally_end(max, sum, weighted, chosen, logprobs, entropies, log_sums, rows)                                    (ceil(rows / 256); 256)
+//   tally(logits, rows, first_token, tokens, soft_cap, inverse_temperature, targets, max, sum, weighted, chosen) (rows;
+//           256)
+//       One chunk of the vocabulary, logits [rows, tokens]; chunks come in order, and the one with first_token 0 begins
+//       anew. Per row: max m of z, sum of exp(z - m), sum of exp(z - m) * (z - m), and z of the target once it was
+//       seen. sum and weighted are double.
+//   tally_end(max, sum, weighted, chosen, logprobs, entropies, log_sums, rows) (ceil(rows / 256); 256)
 //       logprobs = log p(target), entropies in nats, log_sums = log of the sum of exp(z): [rows] each.
-//   logit_gradient(logits, rounded, rows, first_token, tokens, soft_cap, temperature, targets, log_sums, grad)    (rows; 256)
+//   logit_gradient(logits, rounded, rows, first_token, tokens, soft_cap, temperature, targets, log_sums, grad) (rows;
+//           256)
 //       The gradient of the raw logits, in bf16 [rows, tokens], given that of the log-probabilities [rows].
-//   choose(logits, rows, vocabulary, soft_cap, temperature, places, tokens, logprobs, untempered)                 (rows; 512)
-//       All logits of a row at once, up to 2^20 tokens. place < 0: the most likely token, the lowest id among equals; else the first token at which the
-//       cumulative distribution over token ids exceeds the place. The log-probability is that of the tempered softmax, untempered
-//       that at temperature 1. Where a row's sums are not finite, one of them is NaN or infinite: the host looks at them. There is
-//       no Gumbel noise: a token's place is a number of the host's counters, so that the device draws what the CPU draws.
+//   choose(logits, rows, vocabulary, soft_cap, temperature, places, tokens, logprobs, untempered) (rows; 512)
+//       All logits of a row at once, up to 2^20 tokens. place < 0: the most likely token, the lowest id among equals;
+//       else the first token at which the cumulative distribution over token ids exceeds the place. The log-probability
+//       is that of the tempered softmax, untempered that at temperature 1. Where a row's sums are not finite, one of
+//       them is NaN or infinite: the host looks at them. There is no Gumbel noise: a token's place is a number of the
+//       host's counters, so that the device draws what the CPU draws.
 
 // Caps a raw logit.
 __device__ __forceinline__ float capped(float raw, float soft_cap) {
@@ -41,27 +44,55 @@ __device__ Tally together(Tally a, Tally b) {
             (a.weighted + a.sum * shift_a) * scale_a + (b.weighted + b.sum * shift_b) * scale_b};
 }
 
-// Of a block's stretch of logits, for every thread.
+// A thread's own part of a row, from one maximum to the next.
+struct RunningTally {
+    const float *logits;
+    float soft_cap, inverse_temperature;
+    float max, sum, weighted;
+
+    template <int N> __device__ void at(long long i) {
+        Floats<N> raw = load<N>(logits + i);
+#pragma unroll
+        for (int j = 0; j < N; j++) {
+            add(inverse_temperature * capped(raw.at[j], soft_cap));
+        }
+    }
+
+    __device__ void add(float z) {
+        if (z > max) {
+            if (max > MINUS_INFINITY) {
+                float shift = max - z, scale = expf(shift);
+                weighted = (weighted + sum * shift) * scale;
+                sum *= scale;
+            }
+            max = z;
+        }
+        // What cannot be has no share; what is no number makes the sums none.
+        if (z != MINUS_INFINITY) {
+            float below = z - max, e = expf(below);
+            sum += e;
+            weighted += e * below;
+        }
+    }
+};
+
+// Of the block's row of logits, for every thread.
 __device__ Tally tally_of(const float *logits, int tokens, float soft_cap, float inverse_temperature) {
-    float max = MINUS_INFINITY;
-    for (int i = threadIdx.x; i < tokens; i += blockDim.x) {
-        max = fmaxf(max, inverse_temperature * capped(logits[i], soft_cap));
-    }
-    max = block_reduce<Maximum>(max);
-    float sum = 0.0f, weighted = 0.0f;
-    for (int i = threadIdx.x; i < tokens; i += blockDim.x) {
-        float below = inverse_temperature * capped(logits[i], soft_cap) - max, e = expf(below);
-        sum += e;
-        weighted += e * below;
-    }
-    return {max, block_reduce<Sum>((double)sum), block_reduce<Sum>((double)weighted)};
+    const float *row = logits + (long long)blockIdx.x * tokens;
+    RunningTally own = {row, soft_cap, inverse_temperature, MINUS_INFINITY, 0.0f, 0.0f};
+    in_fours(threadIdx.x, blockDim.x, tokens, place(logits, tokens), own);
+    float max = block_reduce<Maximum>(own.max);
+    double shift = own.sum == 0.0f ? 0.0 : (double)own.max - (double)max, scale = exp(shift);
+    double sum = block_reduce<Sum>((double)own.sum * scale);
+    return {max, sum, block_reduce<Sum>(((double)own.weighted + (double)own.sum * shift) * scale)};
 }
 
-extern "C" __global__ void tally(const float *logits, int rows, int first_token, int tokens, float soft_cap, float inverse_temperature,
-                                 const unsigned *targets, float *max, double *sum, double *weighted, float *chosen) {
+extern "C" __global__ void tally(const float *logits, int rows, int first_token, int tokens, float soft_cap,
+                                 float inverse_temperature, const unsigned *targets, float *max, double *sum,
+                                 double *weighted, float *chosen) {
     int row = blockIdx.x;
     const float *own = logits + (long long)row * tokens;
-    Tally total = tally_of(own, tokens, soft_cap, inverse_temperature);
+    Tally total = tally_of(logits, tokens, soft_cap, inverse_temperature);
     if (threadIdx.x == 0) {
         if (first_token > 0) {
             Tally before = {max[row], sum[row], weighted[row]};
@@ -77,8 +108,8 @@ extern "C" __global__ void tally(const float *logits, int rows, int first_token,
     }
 }
 
-extern "C" __global__ void tally_end(const float *max, const double *sum, const double *weighted, const float *chosen, float *logprobs,
-                                     float *entropies, float *log_sums, int rows) {
+extern "C" __global__ void tally_end(const float *max, const double *sum, const double *weighted, const float *chosen,
+                                     float *logprobs, float *entropies, float *log_sums, int rows) {
     int row = blockIdx.x * blockDim.x + threadIdx.x;
     if (row < rows) {
         Tally total = {max[row], sum[row], weighted[row]};
@@ -88,17 +119,32 @@ extern "C" __global__ void tally_end(const float *max, const double *sum, const 
     }
 }
 
-extern "C" __global__ void logit_gradient(const float *logits, bf16 *rounded, int rows, int first_token, int tokens, float soft_cap,
-                                          float temperature, const unsigned *targets, const float *log_sums, const float *grad) {
-    int row = blockIdx.x;
-    long long start = (long long)row * tokens, target = (long long)targets[row] - first_token;
-    float inverse = 1.0f / temperature, log_sum = log_sums[row], scale = grad[row] / temperature;
-    float inverse_cap = soft_cap > 0.0f ? 1.0f / soft_cap : 0.0f;
-    for (int i = threadIdx.x; i < tokens; i += blockDim.x) {
-        float z = capped(logits[start + i], soft_cap), ratio = z * inverse_cap;
-        float off = (i == target ? 1.0f : 0.0f) - expf(inverse * z - log_sum);
-        rounded[start + i] = round_bf16(scale * off * (1.0f - ratio * ratio));
+// Of the raw logits of a row.
+struct LogitGradient {
+    const float *logits;
+    bf16 *to;
+    long long target;
+    float soft_cap, inverse_temperature, log_sum, scale;
+    template <int N> __device__ void at(long long i) {
+        Floats<N> values = load<N>(logits + i);
+#pragma unroll
+        for (int j = 0; j < N; j++) {
+            float z = capped(values.at[j], soft_cap), ratio = soft_cap > 0.0f ? z / soft_cap : 0.0f;
+            float off = (i + j == target ? 1.0f : 0.0f) - expf(inverse_temperature * z - log_sum);
+            values.at[j] = scale * off * (1.0f - ratio * ratio);
+        }
+        store(to + i, rounded(values));
     }
+};
+
+extern "C" __global__ void logit_gradient(const float *logits, bf16 *rounded, int rows, int first_token, int tokens,
+                                          float soft_cap, float temperature, const unsigned *targets,
+                                          const float *log_sums, const float *grad) {
+    long long row = blockIdx.x, target = (long long)targets[row] - first_token;
+    const float *from = logits + row * tokens;
+    bf16 *to = rounded + row * tokens;
+    LogitGradient body = {from, to, target, soft_cap, 1.0f / temperature, log_sums[row], grad[row] / temperature};
+    in_fours(threadIdx.x, blockDim.x, tokens, place(from) | place(to), body);
 }
 
 // The most likely token of a row, the lowest id among equals; for every thread.
@@ -200,7 +246,7 @@ extern "C" __global__ void choose(const float *logits, int rows, int vocabulary,
                                   const double *places, unsigned *tokens, float *logprobs, float *untempered) {
     const float *own = logits + (long long)blockIdx.x * vocabulary;
     double place = places[blockIdx.x];
-    float plain_sum = tally_of(own, vocabulary, soft_cap, 1.0f).log_sum();
+    float plain_sum = tally_of(logits, vocabulary, soft_cap, 1.0f).log_sum();
     Distribution row = {own, vocabulary, soft_cap, 1.0f, plain_sum};
     int token;
     if (place < 0.0) {
@@ -208,7 +254,7 @@ extern "C" __global__ void choose(const float *logits, int rows, int vocabulary,
     } else {
         if (temperature != 1.0f) {
             row.inverse_temperature = 1.0f / temperature;
-            row.log_sum = tally_of(own, vocabulary, soft_cap, row.inverse_temperature).log_sum();
+            row.log_sum = tally_of(logits, vocabulary, soft_cap, row.inverse_temperature).log_sum();
         }
         token = inverse_cumulative(row, place);
     }

@@ -1,17 +1,20 @@
-// Frozen weights that stay packed, unpacked to bf16 for the products of one layer at a time; the twin of ops/quantized.rs and
-// ops/nf4.rs. Values are computed in f32 and rounded once.
+// Frozen weights that stay packed, unpacked to bf16 for the products of one layer at a time; the twin of
+// ops/quantized.rs and ops/nf4.rs. Values are computed in f32 and rounded once.
 //
-//   unpack_nf4(codes, scales, nested, offset, code_values, scale_values, out, n)                  (spread over n; 256)
-//       The parts of an Nf4, and what its 16 codes and the 256 codes of its scales stand for (ops/nf4.rs: VALUES, SCALES).
-//   unpack_q4_0, unpack_q4_1, unpack_q5_0, unpack_q5_1, unpack_q8_0, unpack_q2_k, unpack_q3_k, unpack_q4_k, unpack_q5_k,
-//   unpack_q6_k(blocks, out, n)                                                                   (spread over n; 256)
+//   unpack_nf4(codes, scales, nested, offset, code_values, scale_values, out, n) (spread over n; 256)
+//       The parts of an Nf4, and what its 16 codes and the 256 codes of its scales stand for (ops/nf4.rs: VALUES,
+//       SCALES).
+//   unpack_q4_0, unpack_q4_1, unpack_q5_0, unpack_q5_1, unpack_q8_0, unpack_q2_k, unpack_q3_k, unpack_q4_k,
+//           unpack_q5_k,
+//   unpack_q6_k(blocks, out, n) (spread over n; 256)
 //       GGUF's blocks as they lie in a file (ggml's ggml-quants.c); n is a whole number of blocks.
 
 #define NF4_BLOCK 64
 #define NF4_NESTED 256
 
-extern "C" __global__ void unpack_nf4(const unsigned char *codes, const unsigned char *scales, const float *nested, float offset,
-                                      const float *code_values, const float *scale_values, bf16 *out, long long n) {
+extern "C" __global__ void unpack_nf4(const unsigned char *codes, const unsigned char *scales, const float *nested,
+                                      float offset, const float *code_values, const float *scale_values, bf16 *out,
+                                      long long n) {
     for (long long i = FIRST; i < n; i += STRIDE) {
         long long block = i / NF4_BLOCK;
         float scale = scale_values[scales[block]] * nested[block / NF4_NESTED] + offset;
@@ -46,7 +49,9 @@ __device__ int fifth(const unsigned char *bits, int i) {
 
 struct Q4_0 {
     enum { VALUES = 32, BYTES = 18 };
-    __device__ static float value(const unsigned char *block, int i) { return half_at(block) * (nibble(block + 2, i) - 8); }
+    __device__ static float value(const unsigned char *block, int i) {
+        return half_at(block) * (nibble(block + 2, i) - 8);
+    }
 };
 
 struct Q4_1 {
@@ -72,7 +77,9 @@ struct Q5_1 {
 
 struct Q8_0 {
     enum { VALUES = 32, BYTES = 34 };
-    __device__ static float value(const unsigned char *block, int i) { return half_at(block) * (signed char)block[2 + i]; }
+    __device__ static float value(const unsigned char *block, int i) {
+        return half_at(block) * (signed char)block[2 + i];
+    }
 };
 
 // Blocks of 256 values in 16 groups of 16 or 8 of 32; two bits of four stretches of 32 values share a byte.
@@ -117,7 +124,8 @@ __device__ int nibble_of_64(const unsigned char *codes, int i) {
 struct Q4_K {
     enum { VALUES = 256, BYTES = 144 };
     __device__ static float value(const unsigned char *block, int i) {
-        float scale = half_at(block) * scale_of_8(block + 4, i / 32), minimum = half_at(block + 2) * minimum_of_8(block + 4, i / 32);
+        float scale = half_at(block) * scale_of_8(block + 4, i / 32),
+              minimum = half_at(block + 2) * minimum_of_8(block + 4, i / 32);
         return scale * nibble_of_64(block + 16, i) - minimum;
     }
 };
@@ -125,7 +133,8 @@ struct Q4_K {
 struct Q5_K {
     enum { VALUES = 256, BYTES = 176 };
     __device__ static float value(const unsigned char *block, int i) {
-        float scale = half_at(block) * scale_of_8(block + 4, i / 32), minimum = half_at(block + 2) * minimum_of_8(block + 4, i / 32);
+        float scale = half_at(block) * scale_of_8(block + 4, i / 32),
+              minimum = half_at(block + 2) * minimum_of_8(block + 4, i / 32);
         int high = (block[16 + i % 32] >> i / 32 & 1) << 4;
         return scale * (nibble_of_64(block + 48, i) | high) - minimum;
     }
@@ -147,9 +156,9 @@ template <typename Format> __device__ void unpack(const unsigned char *blocks, b
     }
 }
 
-#define UNPACK(name, Format)                                                                            \
-    extern "C" __global__ void name(const unsigned char *blocks, bf16 *out, long long n) {              \
-        unpack<Format>(blocks, out, n);                                                                 \
+#define UNPACK(name, Format)                                                               \
+    extern "C" __global__ void name(const unsigned char *blocks, bf16 *out, long long n) { \
+        unpack<Format>(blocks, out, n);                                                    \
     }
 
 UNPACK(unpack_q4_0, Q4_0)

@@ -1,11 +1,12 @@
-// Products of small matrices on tensor cores, and how their operands come into shared memory. The host puts this behind common.cuh.
+// Products of small matrices on tensor cores, and how their operands come into shared memory. The host puts this behind
+// common.cuh.
 //
-// A warp multiplies [16, 16] with [16, 8] (PTX: mma.m16n8k16, compute capability 8.0 and later). Of the sum, lane 4 r + c holds
-// columns 2 c and 2 c + 1 of rows r and r + 8. Matrices lie in shared memory row by row, rows D + 8 values apart, so that eight rows
-// lie in different banks.
+// A warp multiplies [16, 16] with [16, 8] (PTX: mma.m16n8k16, compute capability 8.0 and later). Of the sum, lane 4 r +
+// c holds columns 2 c and 2 c + 1 of rows r and r + 8. Matrices lie in shared memory row by row, rows D + 8 values
+// apart, so that eight rows lie in different banks.
 
-// What follows is replaced where there is no GPU: what warps do together, copies that take their time, and the memory that a launch
-// comes with.
+// What follows is replaced where there is no GPU: what warps do together, copies that take their time, and the memory
+// that a launch comes with.
 #ifndef CUDA_ON_HOST
 #define DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
 
@@ -26,13 +27,14 @@ __device__ __forceinline__ unsigned shared_address(const void *pointer) {
 
 // sum += a * b.
 __device__ __forceinline__ void multiply(float sum[4], const unsigned a[4], const unsigned b[2]) {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+                 "{%0, %1, %2, %3};"
                  : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// Four [8, 8] matrices; lane i gives the address of row i % 8 of matrix i / 8, and receives of each columns 2 (i % 4) and the next of
-// row i / 4.
+// Four [8, 8] matrices; lane i gives the address of row i % 8 of matrix i / 8, and receives of each columns 2 (i % 4)
+// and the next of row i / 4.
 __device__ __forceinline__ void load_matrices(unsigned to[4], const bf16 *row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
@@ -50,7 +52,9 @@ __device__ __forceinline__ void load_transposed(unsigned to[4], const bf16 *row)
 
 // Begins to copy 16 bytes to shared memory, or zeros.
 __device__ __forceinline__ void copy_16(void *to, const void *from, bool there) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(there ? 16 : 0) : "memory");
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
+                 "r"(there ? 16 : 0)
+                 : "memory");
 }
 
 // What was begun since the last call belongs together.
@@ -96,7 +100,8 @@ template <int D, int n> __device__ __forceinline__ void add_dots(float sums[n][4
 }
 
 // sums [16, 8 n] += a [16, 16] y for y [16, 8 n], a part of rows of D values.
-template <int D, int n> __device__ __forceinline__ void add_product(float sums[n][4], const unsigned a[4], const bf16 *y) {
+template <int D, int n>
+__device__ __forceinline__ void add_product(float sums[n][4], const unsigned a[4], const bf16 *y) {
 #pragma unroll
     for (int i = 0; i < n; i += 2) {
         unsigned b[4];
@@ -114,8 +119,8 @@ __device__ __forceinline__ void as_left(unsigned a[4], const float first[4], con
     a[3] = round_pair(second[2], second[3]);
 }
 
-// Begins to copy one head of `rows` rows, `stride` values apart, into rows of D values. Rows from `count` on, and channels from `dim` on,
-// become zeros. The copies of several calls belong together until copies_begun.
+// Begins to copy one head of `rows` rows, `stride` values apart, into rows of D values. Rows from `count` on, and
+// channels from `dim` on, become zeros. The copies of several calls belong together until copies_begun.
 template <int D>
 __device__ __forceinline__ void copy_rows(bf16 *to, const bf16 *from, long long stride, int rows, int count, int dim) {
     for (int i = threadIdx.x; i < rows * (D / 8); i += blockDim.x) {

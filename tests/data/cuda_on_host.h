@@ -1,8 +1,9 @@
 // CUDA's words for a C++ compiler, so that the kernels of src/cuda run where there is no GPU.
 //
-// Blocks run one after the other. The threads of a block are coroutines of one thread: each runs until it waits for others, and a warp
-// until it waits for other warps. They take turns from the first to the last or the other way round, so that a kernel that forgets to
-// wait computes something else in one of both orders. Copies to shared memory happen when they are waited for, not before.
+// Blocks run one after the other. The threads of a block are coroutines of one thread: each runs until it waits for
+// others, and a warp until it waits for other warps. They take turns from the first to the last or the other way round,
+// so that a kernel that forgets to wait computes something else in one of both orders. Copies to shared memory happen
+// when they are waited for in one, at once in the other.
 
 #define CUDA_ON_HOST
 
@@ -35,7 +36,8 @@ static thread_local std::vector<unsigned char> dynamic_shared;
 
 inline void require_shared(size_t bytes) {
     if (dynamic_shared.size() < bytes + 16) {
-        fprintf(stderr, "a kernel needs %zu bytes of dynamic shared memory, not %zu\n", bytes, dynamic_shared.size() - 16);
+        fprintf(stderr, "a kernel needs %zu bytes of dynamic shared memory, not %zu\n", bytes,
+                dynamic_shared.size() - 16);
         abort();
     }
 }
@@ -77,6 +79,7 @@ struct Copy {
     void *to;
     const void *from;
     unsigned group;
+    void make() const { from ? memcpy(to, from, 16) : memset(to, 0, 16); }
 };
 
 struct Thread {
@@ -94,6 +97,7 @@ static thread_local std::vector<Thread> threads;
 static thread_local std::vector<Barrier> warps;
 static thread_local std::vector<Exchange> exchanges;
 static thread_local Barrier block;
+static thread_local bool copies_late;
 static thread_local jmp_buf scheduler;
 static thread_local ucontext_t scheduler_context;
 static thread_local void (*body)(void *);
@@ -213,7 +217,7 @@ inline void __syncthreads() {
 }
 
 template <typename T> T __shfl_xor_sync(unsigned, T value, int mask) {
-    const unsigned char(*words)[32] = host::tell(value);
+    const unsigned char (*words)[32] = host::tell(value);
     return host::told<T>(words, threadIdx.x % host::WARP_LANES ^ mask);
 }
 
@@ -225,12 +229,13 @@ inline void host_add(float &sum, unsigned left, unsigned right) {
     sum += __uint_as_float(left & 0xffff0000u) * __uint_as_float(right & 0xffff0000u);
 }
 
-// As the manual of PTX has the fragments of mma.m16n8k16: pairs along k, four to each lane that has a row of a or a column of b.
+// As the manual of PTX has the fragments of mma.m16n8k16: pairs along k, four to each lane that has a row of a or a
+// column of b.
 inline void multiply(float sum[4], const unsigned a[4], const unsigned b[2]) {
     struct Fragments {
         unsigned a[4], b[2];
     } own = {{a[0], a[1], a[2], a[3]}, {b[0], b[1]}};
-    const unsigned char(*words)[32] = host::tell(own);
+    const unsigned char (*words)[32] = host::tell(own);
     int lane = threadIdx.x % host::WARP_LANES, row = lane / 4 * 4, column = lane % 4 * 8;
     for (int pair = 0; pair < 8; pair++) {
         Fragments left = host::told<Fragments>(words, row + pair % 4);
@@ -242,7 +247,7 @@ inline void multiply(float sum[4], const unsigned a[4], const unsigned b[2]) {
 }
 
 inline void load_matrices(unsigned to[4], const host_bf16 *row) {
-    const unsigned char(*words)[32] = host::tell(row);
+    const unsigned char (*words)[32] = host::tell(row);
     int lane = threadIdx.x % host::WARP_LANES;
     for (int matrix = 0; matrix < 4; matrix++) {
         const host_bf16 *from = host::told<const host_bf16 *>(words, matrix * 8 + lane / 4) + lane % 4 * 2;
@@ -251,7 +256,7 @@ inline void load_matrices(unsigned to[4], const host_bf16 *row) {
 }
 
 inline void load_transposed(unsigned to[4], const host_bf16 *row) {
-    const unsigned char(*words)[32] = host::tell(row);
+    const unsigned char (*words)[32] = host::tell(row);
     int lane = threadIdx.x % host::WARP_LANES;
     for (int matrix = 0; matrix < 4; matrix++) {
         unsigned pair[2];
@@ -264,7 +269,8 @@ inline void load_transposed(unsigned to[4], const host_bf16 *row) {
 
 inline void copy_16(void *to, const void *from, bool there) {
     host::Thread &own = host::current();
-    own.copies.push_back({to, there ? from : nullptr, own.groups});
+    host::Copy copy = {to, there ? from : nullptr, own.groups};
+    host::copies_late ? own.copies.push_back(copy) : copy.make();
 }
 
 inline void copies_begun() {
@@ -277,21 +283,22 @@ template <int under_way> void wait_for_copies() {
         if (copy.group + under_way >= own.groups) {
             return false;
         }
-        copy.from ? memcpy(copy.to, copy.from, 16) : memset(copy.to, 0, 16);
+        copy.make();
         return true;
     };
     own.copies.erase(std::remove_if(own.copies.begin(), own.copies.end(), done), own.copies.end());
 }
 
 // Calls `body(closure)` for every thread of a grid: 0 if all came to their end.
-extern "C" int launch(const unsigned grid[3], unsigned block_threads, size_t shared_bytes, int backward, void (*body)(void *),
-                      void *closure) {
+extern "C" int launch(const unsigned grid[3], unsigned block_threads, size_t shared_bytes, int backward,
+                      void (*body)(void *), void *closure) {
     host::threads.resize(block_threads);
     for (host::Thread &thread : host::threads) {
         thread.stack.resize(host::STACK);
     }
     host::warps.resize(block_threads / host::WARP_LANES);
     host::exchanges.resize(block_threads / host::WARP_LANES);
+    host::copies_late = !backward;
     host::body = body;
     host::closure = closure;
     gridDim = {grid[0], grid[1], grid[2]};
