@@ -16,7 +16,7 @@ use candor::sampler::Generation;
 use candor::sampler::local::LocalSampler;
 use candor::tokenizer::Tokenizer;
 
-use crate::cuda_device::{TOTAL, gpu};
+use crate::cuda_device::{gpu, on_host as device_on_host};
 use crate::learner::{forest, golden_adapters, gradient, on_policy, settings, shape};
 use crate::model::{adapter, tiny_models};
 use crate::sampler::{request, sample, settings as sampling};
@@ -27,7 +27,7 @@ use crate::{check, toy};
 const AS_FAR: f64 = 2.5;
 
 fn on_gpu(folder: &Path, quantization: Option<Quantization>) -> Option<Arc<Model>> {
-    Some(Arc::new(Model::load_on(&gpu(TOTAL)?, &Weights::open(folder).unwrap(), quantization).unwrap()))
+    Some(Arc::new(Model::load_on(&gpu()?, &Weights::open(folder).unwrap(), quantization).unwrap()))
 }
 
 /// The same on this processor.
@@ -53,7 +53,6 @@ fn assert_near(name: &str, [device, f32, bf16]: [Option<Vec<f64>>; 3]) {
     let norm = distance(&f32, &vec![0.0; f32.len()]);
     let far = bf16.map_or(norm / 6.0 / AS_FAR, |bf16| distance(&bf16, &f32));
     let got = distance(&device, &f32);
-    println!("{name}: {got:.2e}, where {far:.2e} is usual and {norm:.2e} all");
     assert!(
         got <= AS_FAR * far + 1e-3 * norm,
         "{name}: {got:.2e} from f32, where {far:.2e} is usual and {norm:.2e} all"
@@ -165,11 +164,11 @@ fn a_step_is_seen_by_the_next_forward_pass() {
 fn out_of_memory_says_what_to_lower() {
     let folder = toy::model();
     let weights = Weights::open(&folder).unwrap();
-    let Some(small) = gpu(1 << 16) else { return };
+    let Some(small) = device_on_host(1 << 16) else { return };
     let refused = format!("{:#}", Model::load_on(&small, &weights, None).err().unwrap());
     assert!(refused.contains("out of memory") && refused.contains("choose a smaller model"), "{refused}");
     assert_eq!(small.device().room().unwrap().free, 1 << 16, "what was loaded is given back");
-    let gpu = gpu(1 << 21).unwrap();
+    let gpu = device_on_host(1 << 21).unwrap();
     gpu.set_plan("base 1, keys 2".into());
     let model = Model::load_on(&gpu, &weights, None).unwrap();
     let refused = format!("{:#}", model.store(100_000).err().unwrap());

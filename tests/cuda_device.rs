@@ -2,17 +2,15 @@
 //! Everything around the kernels is what runs on a GPU.
 
 use std::collections::BTreeMap;
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 
 use anyhow::{Context, Result, ensure};
+use candor::config::{Device as Where, Dtype};
+use candor::cuda::Place;
 use candor::cuda::device::{Argument, Device, Gpu, Launch, Operand, Product, Room};
-use std::sync::Arc;
 
 use crate::check;
 use crate::cuda_on_host::{self, File, Kernels, TURNS};
-
-/// Memory of this size is enough for tiny models.
-pub const TOTAL: usize = 1 << 28;
 
 /// Kernels whose elements any number of blocks may share; names that others begin with end in `_`.
 const SHARED: [&str; 7] = ["round_rows", "split_parts", "add", "gate", "gate_backward", "rope_tables", "unpack_"];
@@ -24,8 +22,16 @@ pub struct OnHost {
     total: usize,
 }
 
+/// The first GPU where `CANDOR_TEST_GPU` is set, else this processor in place of one.
+pub fn gpu() -> Option<Arc<Gpu>> {
+    if std::env::var_os("CANDOR_TEST_GPU").is_none() {
+        return on_host(1 << 28);
+    }
+    Place::choose(Where::Cuda(0), Dtype::Auto, None).unwrap().gpu
+}
+
 /// A GPU of so much memory, or `None` after saying loudly that there is no compiler for it.
-pub fn gpu(total: usize) -> Option<Arc<Gpu>> {
+pub fn on_host(total: usize) -> Option<Arc<Gpu>> {
     if !cfg!(all(target_arch = "x86_64", unix)) {
         check::skipped("the decoder on a device: only x86-64's calls are known here");
         return None;

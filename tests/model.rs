@@ -163,7 +163,7 @@ fn a_call_whose_parts_do_not_fit_is_refused() {
         adapters: &[(0..3, None)],
     };
     let forward = |call: Call| model.forward(&call, &mut model.store(3)?, &[]);
-    let refused = |call: Call| format!("{:#}", forward(call).err().expect("the call is refused"));
+    let refused = |call: Call| format!("{:#}", forward(call).expect_err("the call is refused"));
     assert!(forward(good).is_ok());
     assert!(refused(Call { positions: &[0, 1], ..good }).contains("2 positions for 3 rows"));
     assert!(refused(Call { ids: &[5, 320, 7], ..good }).contains("token 320 is outside the model's vocabulary of 320"));

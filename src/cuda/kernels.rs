@@ -216,6 +216,19 @@ pub fn adapter_down(
     )
 }
 
+pub fn adapter_down_rows(
+    gpu: &Gpu,
+    x: View<u16>,
+    matrix: View<u16>,
+    [rows, rank, count, width]: [usize; 4],
+    scale: f32,
+    (values, left): (View<f32>, View<u16>),
+) -> Result<()> {
+    let shape = [int(rows), int(rank), int(count), int(width)];
+    let arguments = arguments![x, matrix, shape[0], shape[1], shape[2], shape[3], scale, values, left];
+    gpu.launch("adapter_down_rows", rows_of(rows), 256, arguments)
+}
+
 /// What is dropped of the inputs of a projection, for rows from one on.
 #[derive(Clone, Copy)]
 pub struct Mask {

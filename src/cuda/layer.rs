@@ -17,6 +17,9 @@ use crate::model::Projection;
 use crate::model::parts::LayerTensors;
 use crate::ops::attention::Heads;
 
+/// Rows of which an adapter's first matrix is multiplied in one launch, as in decoding.
+const FEW_ROWS: usize = 64;
+
 /// A layer at work on the rows of a call.
 pub struct Work<'a> {
     decoder: &'a Decoder,
@@ -174,11 +177,14 @@ impl<'a> Work<'a> {
         scale: f32,
     ) -> Result<Down> {
         let wide = PARTS * rank;
+        let values = self.gpu().array(Purpose::Activations, rows * rank)?;
+        let left = self.gpu().array(Purpose::Activations, rows * wide)?;
+        if rows <= FEW_ROWS {
+            let (shape, to) = ([rows, rank, PARTS, width], (values.view(), left.view()));
+            kernels::adapter_down_rows(self.gpu(), x, matrix, shape, scale, to)?;
+            return Ok(Down { values, left });
+        }
         let parts: Array<f32> = self.gpu().array(Purpose::Activations, rows * wide)?;
-        let (values, left) = (
-            self.gpu().array(Purpose::Activations, rows * rank)?,
-            self.gpu().array(Purpose::Activations, rows * wide)?,
-        );
         let (a, b, c) = (x.plain(), matrix.t(), parts.view().address());
         self.gpu().multiply(&Product { a, b, c, m: rows, n: wide, k: width, ..Product::NONE })?;
         kernels::adapter_down(self.gpu(), parts.view(), [rows, rank, PARTS], scale, values.view(), left.view())?;

@@ -55,7 +55,7 @@ impl Place {
         let fits = kernel.is_none() && matches!(dtype, Dtype::Auto | Dtype::Bf16);
         let index = match device {
             Device::Cpu => None,
-            Device::Auto => (fits && count().unwrap_or(0) > 0).then_some(0),
+            Device::Auto => (fits && driver::count().unwrap_or(0) > 0).then_some(0),
             Device::Cuda(index) => {
                 ensure!(
                     kernel.is_none(),
@@ -88,16 +88,6 @@ impl Place {
     }
 }
 
-/// How many GPUs this build and this machine offer.
-fn count() -> Result<usize> {
-    #[cfg(feature = "cuda")]
-    return driver::count();
-    #[cfg(not(feature = "cuda"))]
-    anyhow::bail!(
-        "this program was built without GPUs (cargo build --release --features cuda builds one with them); use device = \"cpu\""
-    )
-}
-
 /// The GPU of this index. There is one of each in a process: whoever asks shares its stream and its memory.
 fn open(index: usize) -> Result<Arc<Gpu>> {
     static OPEN: Mutex<BTreeMap<usize, Arc<Gpu>>> = Mutex::new(BTreeMap::new());
@@ -105,13 +95,32 @@ fn open(index: usize) -> Result<Arc<Gpu>> {
     if let Some(gpu) = all.get(&index) {
         return Ok(gpu.clone());
     }
-    let found = count().with_context(|| format!("cuda:{index}"))?;
+    let found = driver::count().with_context(|| format!("cuda:{index}"))?;
     ensure!(
         index < found,
         "cuda:{index}: this machine offers {found} GPUs{}; use device = \"cpu\"",
         if found == 0 { ", or no driver (libcuda.so.1) for them" } else { "" }
     );
-    #[cfg(feature = "cuda")]
-    all.insert(index, Gpu::new(driver::open(index)?));
-    all.get(&index).cloned().context("it was opened")
+    let gpu = Gpu::new(driver::open(index)?);
+    all.insert(index, gpu.clone());
+    Ok(gpu)
+}
+
+/// A build without GPUs.
+#[cfg(not(feature = "cuda"))]
+mod driver {
+    use anyhow::{Result, bail};
+
+    /// As that of a build with them.
+    pub fn count() -> Result<usize> {
+        bail!(
+            "this program was built without GPUs (cargo build --release --features cuda builds one with them); use device = \
+             \"cpu\""
+        )
+    }
+
+    /// As that of a build with them.
+    pub fn open(_: usize) -> Result<Box<dyn super::device::Device>> {
+        count().and_then(|_| bail!("there is none"))
+    }
 }
