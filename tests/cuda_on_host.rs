@@ -89,6 +89,13 @@ impl Kernels {
         unsafe { std::mem::transmute_copy(&function) }
     }
 
+    /// Whether there is a kernel of this name.
+    pub fn has(&self, name: &str) -> bool {
+        let c_name = CString::new(name).unwrap();
+        // SAFETY: the handle is never closed.
+        !unsafe { libc::dlsym(self.0, c_name.as_ptr()) }.is_null()
+    }
+
     /// Calls `thread` once for every thread of a grid.
     pub fn launch<F: FnMut()>(&self, launch: Launch, mut thread: F) {
         unsafe extern "C" fn body<F: FnMut()>(thread: *mut c_void) {

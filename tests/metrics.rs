@@ -123,7 +123,8 @@ fn said(groups: &[(&str, Vec<Option<f64>>)]) -> Value {
     let groups: Vec<Group> = groups.iter().map(group).collect();
     let rows = Row::all(RowSplit::Train, 0, &groups);
     let metrics = Metrics::default();
-    let report = StepReport { loss: 0.0, losses: Default::default(), grad_norm: 1.0, tokens: 9, metrics };
+    let report =
+        StepReport { loss: 0.0, losses: Default::default(), grad_norm: 1.0, tokens: 9, metrics, gpu: Vec::new() };
     let shape = StepShape { micro_tokens: 9, max_tokens: 12, temperature: 1.0, learning_rate: 0.5, dropout: None };
     let second = Duration::from_secs(1);
     let idle = [0.5, 0.5];

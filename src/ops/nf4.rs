@@ -154,6 +154,11 @@ impl Nf4 {
     }
 }
 
+/// What the sixteen codes of values stand for, and the 256 codes of scales.
+pub fn tables() -> (&'static [f32], &'static [f32]) {
+    (&VALUES, &SCALES)
+}
+
 fn largest(values: &[f32]) -> f32 {
     values.iter().fold(0.0, |largest: f32, value| largest.max(value.abs()))
 }
