@@ -8,7 +8,7 @@ use anyhow::{Context, Result, ensure};
 
 use super::call::{Backward, Prepared, Selected};
 use super::device::{Array, Gpu, Product, Purpose, Room, View};
-use super::kernels::{self, Block, Norm, Tallies};
+use super::kernels::{self, Block, Norm, STRETCHES, Tallies};
 use super::layer::{Attended, Back, Work};
 use super::tensors::{Codes, Reading, Weight};
 use crate::config::Quantization;
@@ -198,7 +198,8 @@ impl Decoder {
                 logprobs: chosen.from(count + first).cast(),
                 untempered: chosen.from(2 * count + first).cast(),
             };
-            kernels::choose(&self.gpu, block.1, places.from(first), to)?;
+            let stretches: Array<f32> = self.gpu.array(Purpose::Head, rows * STRETCHES)?;
+            kernels::choose(&self.gpu, block.1, stretches.view(), places.from(first), to)?;
         }
         let chosen = chosen.download()?;
         let number = |index: usize| f32::from_bits(chosen[index]);

@@ -549,10 +549,17 @@ pub struct Chosen {
     pub untempered: View<f32>,
 }
 
-pub fn choose(gpu: &Gpu, block: Block, places: View<f64>, to: Chosen) -> Result<()> {
+/// Numbers per row that choices are made from, beside its logits.
+pub const STRETCHES: usize = 3 * 1024;
+
+/// Chooses from all logits of some rows; `stretches` is room for [`STRETCHES`] of each.
+pub fn choose(gpu: &Gpu, block: Block, stretches: View<f32>, places: View<f64>, to: Chosen) -> Result<()> {
     let Block { logits, rows, tokens: vocabulary, soft_cap, temperature, .. } = block;
     let Chosen { tokens, logprobs, untempered } = to;
+    let (count, width) = (int(rows), int(vocabulary));
+    let grid = [rows, vocabulary / 2048 + 1, 1];
+    gpu.launch("choose_stretches", grid, 256, arguments![logits, count, width, soft_cap, temperature, stretches])?;
     let values =
-        arguments![logits, int(rows), int(vocabulary), soft_cap, temperature, places, tokens, logprobs, untempered];
-    gpu.launch("choose", rows_of(rows), 512, values)
+        arguments![logits, stretches, count, width, soft_cap, temperature, places, tokens, logprobs, untempered];
+    gpu.launch("choose", rows_of(rows), 256, values)
 }

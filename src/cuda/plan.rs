@@ -6,6 +6,7 @@ use std::sync::Arc;
 use super::decoder::{CHOOSING, CHUNK, Keys, ROWS};
 use super::device::{Gpu, Purpose};
 use super::factors::PARTS;
+use super::kernels::STRETCHES;
 use crate::model::Architecture;
 use crate::ops::keys::padded;
 
@@ -57,7 +58,8 @@ impl Memory {
             true => work.sampling(architecture) + work.learning(architecture),
             false => work.sampling(architecture).max(work.learning(architecture)),
         };
-        let logits = work.rollouts.min((CHOOSING / architecture.vocabulary).max(1)) * architecture.vocabulary * FLOAT;
+        let choosing = work.rollouts.min((CHOOSING / architecture.vocabulary).max(1));
+        let logits = choosing * (architecture.vocabulary + STRETCHES) * FLOAT;
         let blocks = work.targets.min(ROWS) * CHUNK.min(architecture.vocabulary) * (FLOAT + HALF);
         let keys = padded(work.stored_rows) * Keys::row_bytes(architecture);
         let free = gpu.device().room().map_or(0, |room| room.free + room.slack);
