@@ -34,6 +34,7 @@ use crate::check::Check;
 use crate::config::Config;
 use crate::event::Event;
 use crate::inputs::Inputs;
+use crate::ops::pages::return_what_is_freed;
 use crate::plan::Plan;
 use crate::rescore::Rescore;
 use crate::run::{SUMMARY, write_whole};
@@ -164,6 +165,7 @@ pub fn run(environments: &[(&str, Load)]) -> ExitCode {
     let Arguments { command } = Arguments::parse();
     let console = Arc::new(Console::new(command.quiet()));
     std::panic::set_hook(Box::new(log::record_panic));
+    return_what_is_freed();
     let ended = caught(|| execute(&command, environments, &console));
     match ended.unwrap_or_else(|said| Err(Failure::Run(anyhow!("this program has a bug, please report it: {said}")))) {
         Ok(code) => ExitCode::from(code),

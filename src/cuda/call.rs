@@ -6,9 +6,10 @@ use std::sync::Arc;
 
 use anyhow::{Result, ensure};
 
+use super::attention::{HEAD_UNIT, LARGEST_HEAD, Readers, TILE, Tiles};
 use super::device::{Array, Gpu, Number, Purpose, View, bytes_of};
 use super::factors::Factors;
-use super::kernels::{self, HEAD_UNIT, LARGEST_HEAD, Mask, Readers, Segments, TILE, Tiles};
+use super::kernels::{self, Mask, Segments};
 use crate::model::{Architecture, Call, Projection};
 use crate::ops::attention::Span;
 use crate::ops::dropout::Dropout;

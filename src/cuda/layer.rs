@@ -7,11 +7,12 @@ use std::sync::Arc;
 
 use anyhow::Result;
 
+use super::attention::{self, Saved, Stores};
 use super::call::{Backward, Prepared};
 use super::decoder::Decoder;
 use super::device::{Array, Gpu, Number, Product, Purpose, View};
 use super::factors::{Factors, PARTS, Pair};
-use super::kernels::{self, GateGradients, Norm, Saved, Stores};
+use super::kernels::{self, GateGradients, Norm};
 use super::tensors::{Unpacked, Weight};
 use crate::model::Projection;
 use crate::model::parts::LayerTensors;
@@ -201,27 +202,27 @@ impl<'a> Work<'a> {
         let norms = (gains, self.decoder.epsilon());
         let heads = [queries.view(), keys.view(), values.view()];
         let (tables, to) = (self.call.rotation(self.index), (self.call.to_row, stores));
-        kernels::store_heads(self.gpu(), heads, norms, tables, to, self.call.rows, &self.heads())?;
+        attention::store_heads(self.gpu(), heads, norms, tables, to, self.call.rows, &self.heads())?;
         Ok(queries)
     }
 
-    fn run_attention(&self, queries: View<f32>, stores: Stores, to: kernels::Attended) -> Result<()> {
+    fn run_attention(&self, queries: View<f32>, stores: Stores, to: attention::Attended) -> Result<()> {
         let (gpu, call, heads) = (self.gpu(), self.call, self.heads());
         if let Some(row_span) = call.row_span {
-            kernels::attention_rows(gpu, queries, stores, [row_span, call.spans], to, call.rows, &heads)?;
+            attention::rows(gpu, queries, stores, [row_span, call.spans], to, call.rows, &heads)?;
         }
-        kernels::attention_forward(gpu, queries, stores, call.tiles, call.spans, to, &heads)
+        attention::forward(gpu, queries, stores, call.tiles, call.spans, to, &heads)
     }
 
     /// Attention for a backward pass, over keys of its own.
     fn attend(&self, x: View<f32>, key_rows: usize) -> Result<Attended> {
         let Heads { query, key, dim, .. } = self.heads();
-        let store = || self.gpu().zeros(Purpose::Activations, key_rows * key * dim);
+        let store = || self.gpu().array(Purpose::Activations, key_rows * key * dim);
         let stores = [store()?, store()?];
         let queries = self.begin_attention(x, stores.each_ref().map(Array::view))?;
         let (attended, rounded) = (self.room(query * dim)?, self.room(query * dim)?);
         let log_sums = self.room(query)?;
-        let to = kernels::Attended {
+        let to = attention::Attended {
             out: Some(attended.view()),
             rounded: Some(rounded.view()),
             log_sums: Some(log_sums.view()),
@@ -235,7 +236,7 @@ impl<'a> Work<'a> {
         let Heads { query, dim, .. } = self.heads();
         let queries = self.begin_attention(x, stores)?;
         let rounded: Array<u16> = self.room(query * dim)?;
-        let to = kernels::Attended { out: None, rounded: Some(rounded.view()), log_sums: None };
+        let to = attention::Attended { out: None, rounded: Some(rounded.view()), log_sums: None };
         self.run_attention(queries.view(), stores, to)?;
         self.feed_forward(&self.middle(x, rounded.view())?)
     }
@@ -436,22 +437,14 @@ impl Back<'_> {
         let pulls: Array<f32> = work.room(heads.query)?;
         let [queries, grad] = rounded.each_ref().map(Array::view);
         let both = [kept.attended.view(), d_attended.view()];
-        kernels::attention_backward_begin(
-            gpu,
-            kept.queries.view(),
-            both,
-            [queries, grad],
-            pulls.view(),
-            call.rows,
-            &heads,
-        )?;
+        attention::backward_begin(gpu, kept.queries.view(), both, [queries, grad], pulls.view(), call.rows, &heads)?;
         let stores = kept.stores.each_ref().map(Array::view);
         let saved = Saved { queries, stores, grad, log_sums: kept.log_sums.view(), pulls: pulls.view() };
         let [d_queries, d_keys, d_values] = [work.room(wide)?, work.room(narrow)?, work.room(narrow)?];
-        kernels::attention_backward_queries(gpu, &saved, call.tiles, call.spans, d_queries.view(), &heads)?;
+        attention::backward_queries(gpu, &saved, call.tiles, call.spans, d_queries.view(), &heads)?;
         let Backward { tiles, readers, .. } = *self.backward;
         let to = [d_keys.view(), d_values.view()];
-        kernels::attention_backward_keys(gpu, &saved, tiles, call.spans, readers, to, &heads)?;
+        attention::backward_keys(gpu, &saved, tiles, call.spans, readers, to, &heads)?;
         Ok([d_queries, d_keys, d_values])
     }
 

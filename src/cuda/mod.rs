@@ -4,11 +4,12 @@
 //! in its place that runs the same kernels on a processor.
 //!
 //! * [`device`]: what is asked of a device, and arrays in its memory
-//! * [`kernels`]: the arguments of every kernel; the kernels are the `.cu` files beside it
+//! * [`kernels`], [`attention`]: the arguments of every kernel; the kernels are the `.cu` files beside it
 //! * [`tensors`], [`factors`]: the frozen weights, and an adapter
 //! * [`call`]: the rows of a forward call
 //! * [`layer`], [`decoder`]: forward, backward, log-probabilities and choices
 
+mod attention;
 mod call;
 pub(crate) mod decoder;
 pub mod device;

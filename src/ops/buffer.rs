@@ -1,20 +1,21 @@
 //! Memory for activations that is used again: fresh pages cost more than the arithmetic on them.
 
+use std::cmp::Reverse;
 use std::ops::{Deref, DerefMut};
-use std::sync::Mutex;
+use std::sync::{Mutex, MutexGuard};
 
 /// What a buffer may hold.
 pub trait Pooled: Copy + Default + Send + Sync + 'static {
-    /// The buffers of this type that nobody uses.
-    fn unused() -> &'static Mutex<Vec<Vec<Self>>>;
+    /// The memory of this type.
+    fn pool() -> &'static Mutex<Pool<Self>>;
 }
 
 macro_rules! pooled {
     ($($kind:ty)*) => {$(
         impl Pooled for $kind {
-            fn unused() -> &'static Mutex<Vec<Vec<Self>>> {
-                static UNUSED: Mutex<Vec<Vec<$kind>>> = Mutex::new(Vec::new());
-                &UNUSED
+            fn pool() -> &'static Mutex<Pool<Self>> {
+                static POOL: Mutex<Pool<$kind>> = Mutex::new(Pool { unused: Vec::new(), held: 0, used: 0, most: 0 });
+                &POOL
             }
         }
     )*};
@@ -22,29 +23,77 @@ macro_rules! pooled {
 
 pooled!(f32 u16 i8);
 
+/// Memory of one type that was asked for once.
+pub struct Pool<T> {
+    /// What nobody uses, from the longest unused on.
+    unused: Vec<Vec<T>>,
+    /// Numbers in all of it, in what is used, and the most that ever were used at once.
+    held: usize,
+    used: usize,
+    most: usize,
+}
+
+impl<T: Pooled> Pool<T> {
+    fn lock() -> MutexGuard<'static, Self> {
+        T::pool().lock().expect("nothing panics while it holds the pool")
+    }
+
+    /// What was used last of the smallest that have room for so many numbers and are not much larger.
+    fn take(&mut self, room: usize) -> Option<Vec<T>> {
+        let fits = |values: &Vec<T>| values.len() >= room && values.len() / 2 <= room;
+        let fitting = self.unused.iter().enumerate().filter(|(_, values)| fits(values));
+        let (index, _) = fitting.min_by_key(|&(index, values)| (values.len(), Reverse(index)))?;
+        Some(self.unused.remove(index))
+    }
+
+    /// What has to go before so much is added, or every change of sizes would add to what is held: a quarter more than was ever
+    /// used at once is enough.
+    fn make_room(&mut self, room: usize) -> Vec<Vec<T>> {
+        let most = self.most.max(self.used + room);
+        let mut gone = Vec::new();
+        while self.held + room > most + most / 4 && !self.unused.is_empty() {
+            let oldest = self.unused.remove(0);
+            self.held -= oldest.len();
+            gone.push(oldest);
+        }
+        gone
+    }
+}
+
 /// Numbers whose memory goes back to the pool when they are dropped.
 pub struct Buffer<T: Pooled = f32> {
     /// At least as many as are used: what is written once stays written.
     values: Vec<T>,
+    /// The first number that is used.
+    start: usize,
     len: usize,
 }
 
+/// What buffers start with, in bytes: a line of the cache. A vector or a row of a tile that lies across two lines takes twice as
+/// long to read, and allocators promise no more than 16 bytes.
+const LINE: usize = 64;
 /// Buffers of fewer numbers are left to the allocator, which is quick at that.
 const SMALL: usize = 8 * 1024;
 
 impl<T: Pooled> Buffer<T> {
     /// Room for `len` numbers. What they are is left over from earlier uses: whoever takes a buffer writes all of it.
     pub fn new(len: usize) -> Self {
-        if len < SMALL {
-            return Self { values: vec![T::default(); len], len };
-        }
-        let mut unused = T::unused().lock().expect("nothing panics while it holds the pool");
-        let fits = |values: &&Vec<T>| values.len() >= len && values.len() / 2 <= len;
-        let best = unused.iter().filter(fits).map(Vec::len).min();
-        let found = best.and_then(|best| unused.iter().position(|values| values.len() == best));
-        let found = found.map(|index| unused.swap_remove(index));
-        drop(unused);
-        Self { values: found.unwrap_or_else(|| vec![T::default(); len]), len }
+        let room = len + LINE / size_of::<T>();
+        let values = if room < SMALL { vec![T::default(); room] } else { Self::pooled(room) };
+        let start = values.as_ptr().align_offset(LINE);
+        Self { values, start, len }
+    }
+
+    fn pooled(room: usize) -> Vec<T> {
+        let mut pool = Pool::<T>::lock();
+        let found = pool.take(room);
+        let gone = if found.is_none() { pool.make_room(room) } else { Vec::new() };
+        pool.held += if found.is_none() { room } else { 0 };
+        pool.used += found.as_ref().map_or(room, Vec::len);
+        pool.most = pool.most.max(pool.used);
+        drop(pool);
+        drop(gone);
+        found.unwrap_or_else(|| vec![T::default(); room])
     }
 
     /// `len` zeros.
@@ -59,13 +108,13 @@ impl<T: Pooled> Deref for Buffer<T> {
     type Target = [T];
 
     fn deref(&self) -> &[T] {
-        &self.values[..self.len]
+        &self.values[self.start..self.start + self.len]
     }
 }
 
 impl<T: Pooled> DerefMut for Buffer<T> {
     fn deref_mut(&mut self) -> &mut [T] {
-        &mut self.values[..self.len]
+        &mut self.values[self.start..self.start + self.len]
     }
 }
 
@@ -73,7 +122,9 @@ impl<T: Pooled> Drop for Buffer<T> {
     fn drop(&mut self) {
         let values = std::mem::take(&mut self.values);
         if values.len() >= SMALL {
-            T::unused().lock().expect("nothing panics while it holds the pool").push(values);
+            let mut pool = Pool::<T>::lock();
+            pool.used -= values.len();
+            pool.unused.push(values);
         }
     }
 }
@@ -87,6 +138,4 @@ pub fn copy<T: Pooled>(values: &[T]) -> Buffer<T> {
 
 /// Gives the memory of all unused buffers back.
 pub fn release() {
-    f32::unused().lock().expect("nothing panics while it holds the pool").clear();
-    u16::unused().lock().expect("nothing panics while it holds the pool").clear();
 }

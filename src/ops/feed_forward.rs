@@ -9,7 +9,8 @@ use super::kernel::Kernel;
 use super::left::Left;
 use super::linear::{Down, Linear};
 use super::panels::Threads;
-use super::rows::{WIDTH, in_columns, write_columns};
+use super::rows::{WIDTH, in_columns};
+use super::shared::SharedRows;
 
 /// The two projections into the block, and what comes between them and the one out of it.
 pub struct Gated<'a> {
@@ -50,14 +51,14 @@ impl Gated<'_> {
     pub fn forward(&self, x: &Left, threads: Threads) -> Left<'static> {
         let (wide, downs) = (self.wide(), [self.gate.down(x), self.up.down(x)]);
         let mut product = Left::room(x.rows(), wide, self.kernel);
-        let compute = |inner: Range<usize>| {
-            let [gate, up] = self.pair(x, downs.each_ref().map(Option::as_ref), inner);
+        let shared = product.shared();
+        in_columns(wide, threads, |inner| {
+            let [gate, up] = self.pair(x, downs.each_ref().map(Option::as_ref), inner.clone());
             let mut values = Buffer::new(gate.len());
             self.activation.forward(&gate, &up, &mut values);
-            values
-        };
-        let compute = |_, inner| compute(inner);
-        in_columns(&[wide], threads, compute, |_, inner, values| product.write(inner, &values, WIDTH));
+            // SAFETY: each thread has columns of its own, which begin with a tile.
+            unsafe { shared.write(inner, &values, WIDTH) };
+        });
         product
     }
 
@@ -75,35 +76,33 @@ impl Gated<'_> {
     ) -> [Left<'static>; 2] {
         let wide = self.wide();
         let mut grads = [(); 2].map(|()| Left::room(x.rows(), wide, self.kernel));
-        let wants_product = inner.product.is_some();
-        let compute = |part: Range<usize>| {
+        let Inner { product, grads: inner_grads } = inner;
+        let (shared, product) = (grads.each_mut().map(Left::shared), dense(product, wide));
+        let inner_grads = inner_grads.each_mut().map(|to| dense(to, wide));
+        in_columns(wide, threads, |part| {
             let [mut gate, mut up] = self.pair(x, downs, part.clone());
-            let mut d_product = Buffer::new(gate.len());
-            out.apply(grad, d_down, part, (&mut d_product, WIDTH), false, Threads::One);
-            let product = wants_product.then(|| {
-                let mut product = Buffer::new(gate.len());
-                self.activation.forward(&gate, &up, &mut product);
-                product
-            });
-            self.activation.backward(&d_product, &mut gate, &mut up);
-            ([gate, up], product)
-        };
-        in_columns(
-            &[wide],
-            threads,
-            |_, part| compute(part),
-            |_, part, (values, product)| {
-                for (to, values) in grads.iter_mut().zip(&values) {
-                    to.write(part.clone(), values, WIDTH);
+            let mut values = Buffer::new(gate.len());
+            if let Some(product) = &product {
+                self.activation.forward(&gate, &up, &mut values);
+                // SAFETY: each thread has columns of its own, here and below; they begin with a tile.
+                unsafe { product.write(part.clone(), &values, WIDTH) };
+            }
+            out.apply(grad, d_down, part.clone(), (&mut values, WIDTH), false, Threads::One);
+            self.activation.backward(&values, &mut gate, &mut up);
+            for ((shared, inner), grad) in shared.iter().zip(&inner_grads).zip([gate, up]) {
+                // SAFETY: as above.
+                unsafe { shared.write(part.clone(), &grad, WIDTH) };
+                if let Some(inner) = inner {
+                    // SAFETY: as above.
+                    unsafe { inner.write(part.clone(), &grad, WIDTH) };
                 }
-                for (to, values) in inner.grads.iter_mut().zip(&values) {
-                    to.iter_mut().for_each(|to| write_columns(to, wide, part.clone(), values));
-                }
-                if let (Some(to), Some(values)) = (&mut inner.product, product) {
-                    write_columns(to, wide, part, &values);
-                }
-            },
-        );
+            }
+        });
         grads
     }
+}
+
+/// Room that several threads write, if there is any.
+fn dense(to: &mut Option<Buffer>, wide: usize) -> Option<SharedRows<'_>> {
+    to.as_mut().map(|to| SharedRows::new(to, wide))
 }

@@ -14,7 +14,8 @@ use super::kernel::Kernel;
 use super::left::{Left, to_bf16};
 use super::matmul::{Matrix, matmul};
 use super::pages::Held;
-use super::panels::{PANEL, bf16_panel};
+use super::panels::PANEL;
+use super::products::bf16_panel;
 use super::shared::{Columns, SharedRows};
 
 /// Rows of a block. Stretches of rows that belong to one sequence start with a block.

@@ -1,13 +1,14 @@
 //! The rows that weights are multiplied with, in the form that their kernel reads: f32 row by row, or bf16 in tiles.
 //!
 //! A tile is 16 rows of 32 values and lies together in memory, one after the other along k: a product walks through them from
-//! end to end, which the processor sees coming.
+//! end to end, which the processor sees coming. One of the kernel files.
 
 use std::ops::Range;
 
 use super::buffer::{Buffer, copy};
 use super::dropout::Mask;
 use super::kernel::Kernel;
+use super::shared::SharedRows;
 use super::vectorized;
 
 /// Rows of a tile.
@@ -120,20 +121,18 @@ impl<'a> Left<'a> {
 
     /// Writes some columns of consecutive rows.
     fn write_rows<'b>(&mut self, first: usize, columns: Range<usize>, from: impl Iterator<Item = &'b [f32]>) {
-        let width = self.width;
-        match &mut self.form {
+        // SAFETY: nobody else has these rows.
+        unsafe { self.shared().write_rows(first, columns, from) };
+    }
+
+    /// The same rows, to be written by several threads.
+    pub(super) fn shared(&mut self) -> SharedLeft<'_> {
+        let Self { rows, width, form } = self;
+        match form {
             Form::F32(_) => unreachable!("borrowed rows are there already"),
-            Form::OwnF32(own) => {
-                for (to, from) in own.chunks_exact_mut(width).skip(first).zip(from) {
-                    to[columns.clone()].copy_from_slice(&from[..columns.len()]);
-                }
-            }
+            Form::OwnF32(own) => SharedLeft::F32(SharedRows::new(own, *width), *rows),
             Form::Bf16(own) => {
-                let row_tiles = TILE_ROWS * width.next_multiple_of(TILE_WIDTH);
-                for (row, from) in (first..).zip(from) {
-                    let tiles = &mut own[row / TILE_ROWS * row_tiles..][..row_tiles];
-                    write_row(tiles, row % TILE_ROWS, columns.start, &from[..columns.len()]);
-                }
+                SharedLeft::Bf16(SharedRows::new(own, TILE_ROWS * width.next_multiple_of(TILE_WIDTH)), *rows)
             }
         }
     }
@@ -182,6 +181,41 @@ impl<'a> Left<'a> {
         let row_tiles = TILE_ROWS * self.width.next_multiple_of(TILE_WIDTH);
         assert!(row.is_multiple_of(TILE_ROWS) && from.is_multiple_of(TILE_WIDTH), "products start with a tile");
         Tiles { numbers: &tiles[row / TILE_ROWS * row_tiles + from / TILE_WIDTH * TILE..], row_tiles }
+    }
+}
+
+/// Rows whose columns several threads write, and how many rows there are.
+pub(super) enum SharedLeft<'a> {
+    F32(SharedRows<'a>, usize),
+    /// All tiles of the same rows are a row.
+    Bf16(SharedRows<'a, u16>, usize),
+}
+
+impl SharedLeft<'_> {
+    /// Writes some columns of all rows, which lie `stride` values apart in `values`.
+    ///
+    /// # Safety
+    /// Nobody else may write to tiles with these columns.
+    pub unsafe fn write(&self, columns: Range<usize>, values: &[f32], stride: usize) {
+        let (Self::F32(_, rows) | Self::Bf16(_, rows)) = self;
+        // SAFETY: the caller's.
+        unsafe { self.write_rows(0, columns, values.chunks(stride).take(*rows)) };
+    }
+
+    unsafe fn write_rows<'b>(&self, first: usize, columns: Range<usize>, from: impl Iterator<Item = &'b [f32]>) {
+        let tiles = columns.start / TILE_WIDTH..columns.end.div_ceil(TILE_WIDTH);
+        for (row, from) in (first..).zip(from) {
+            let from = &from[..columns.len()];
+            match self {
+                // SAFETY: the caller's.
+                Self::F32(own, _) => unsafe { own.part(row, columns.clone()) }.copy_from_slice(from),
+                Self::Bf16(own, _) => {
+                    // SAFETY: as above.
+                    let tiles = unsafe { own.part(row / TILE_ROWS, tiles.start * TILE..tiles.end * TILE) };
+                    write_row(tiles, row % TILE_ROWS, columns.start % TILE_WIDTH, from);
+                }
+            }
+        }
     }
 }
 

@@ -12,7 +12,7 @@ use super::kernel::Kernel;
 use super::left::{Left, parts, transpose};
 use super::matmul::{Matrix, matmul};
 use super::panels::{Panels, Threads};
-use super::rows::{WIDTH, in_columns, write_columns};
+use super::products::{Operands, Product, multiply};
 
 /// The adapter of one projection, as its products want it.
 pub struct LowRank {
@@ -166,6 +166,45 @@ impl Linear<'_> {
         Some(Down { values, left })
     }
 
+    /// What the weight, and the adapter if nothing of its outputs is dropped, make of rows whose `down` that is.
+    fn product<'b>(
+        &'b self,
+        down: Option<&'b Down>,
+        outputs: Range<usize>,
+        to: (&'b mut [f32], usize),
+        add: bool,
+    ) -> Product<'b> {
+        let then = self.adapted(down).filter(|_| self.dropped().is_none());
+        Product { weight: self.weight, then, outputs, to, add }
+    }
+
+    fn adapted<'b>(&'b self, down: Option<&'b Down>) -> Option<Operands<'b>> {
+        self.adapter.zip(down).map(|(adapter, down)| (&down.left, &adapter.factors(self.backward).up))
+    }
+
+    /// Which outputs the adapter does not reach: on the way back, its inputs.
+    fn dropped(&self) -> Option<Mask<'_>> {
+        self.mask.filter(|_| self.backward)
+    }
+
+    /// What comes after the products: the bias, and the adapter's share where some of it is dropped.
+    fn finish(&self, rows: usize, down: Option<&Down>, outputs: Range<usize>, (y, stride): (&mut [f32], usize)) {
+        if let Some(bias) = self.bias {
+            for y in y.chunks_mut(stride) {
+                y.iter_mut().zip(&bias[outputs.clone()]).for_each(|(y, bias)| *y += bias);
+            }
+        }
+        if let (Some(mask), Some((left, up))) = (self.dropped(), self.adapted(down)) {
+            let width = outputs.len();
+            let mut share = Buffer::new(rows * width);
+            up.multiply(left, outputs.clone(), &mut share, width, false, Threads::One);
+            mask.apply(outputs, &mut share, width);
+            for (y, share) in y.chunks_mut(stride).zip(share.chunks_exact(width)) {
+                y.iter_mut().zip(share).for_each(|(y, share)| *y += share);
+            }
+        }
+    }
+
     /// `y = x Wᵀ + c + s (x Aᵀ) Bᵀ` for some of the outputs, which start with a panel, or what is there already plus that: [rows,
     /// outputs], rows lying `stride` values apart. `down` is that of the same inputs.
     pub fn apply(
@@ -177,24 +216,8 @@ impl Linear<'_> {
         add: bool,
         threads: Threads,
     ) {
-        let adapted = self.adapter.zip(down).map(|(adapter, down)| (&down.left, &adapter.factors(self.backward).up));
-        let mask = self.mask.filter(|_| self.backward);
-        let together = adapted.filter(|_| mask.is_none());
-        self.weight.multiply_sum(x, together, outputs.clone(), (y, stride), add, threads);
-        if let Some(bias) = self.bias {
-            for y in y.chunks_mut(stride) {
-                y.iter_mut().zip(&bias[outputs.clone()]).for_each(|(y, bias)| *y += bias);
-            }
-        }
-        if let (Some(mask), Some((left, up))) = (mask, adapted) {
-            let width = outputs.len();
-            let mut share = Buffer::new(x.rows() * width);
-            up.multiply(left, outputs.clone(), &mut share, width, false, threads);
-            mask.apply(outputs, &mut share, width);
-            for (y, share) in y.chunks_mut(stride).zip(share.chunks_exact(width)) {
-                y.iter_mut().zip(share).for_each(|(y, share)| *y += share);
-            }
-        }
+        multiply(x, [self.product(down, outputs.clone(), (&mut *y, stride), add)], threads);
+        self.finish(x.rows(), down, outputs, (y, stride));
     }
 
     /// All outputs, dense.
@@ -204,23 +227,18 @@ impl Linear<'_> {
     }
 }
 
-/// Several projections of the same inputs, dense. Threads share them in parts, so that they meet once and not once for each.
+/// Several projections of the same inputs, dense, whose threads meet once and not once for each.
 pub fn apply_together<const N: usize>(linears: &[Linear; N], x: &Left, outputs: [&mut [f32]; N], threads: Threads) {
     let downs = linears.each_ref().map(|linear| linear.down(x));
-    if threads == Threads::One {
-        for ((linear, down), output) in linears.iter().zip(&downs).zip(outputs) {
-            linear.apply_all(x, down.as_ref(), output, false, Threads::One);
-        }
-        return;
-    }
-    let wides = linears.each_ref().map(|linear| linear.weight.dims().0);
-    let compute = |index: usize, part: Range<usize>| {
-        let mut values = Buffer::new(x.rows() * WIDTH);
-        linears[index].apply(x, downs[index].as_ref(), part, (&mut values, WIDTH), false, Threads::One);
-        values
-    };
-    let mut outputs = outputs;
-    in_columns(&wides, threads, compute, |index, part, values| {
-        write_columns(outputs[index], wides[index], part, &values);
+    let (mut outputs, mut each) = (outputs, linears.iter().zip(&downs));
+    let products = outputs.each_mut().map(|output| {
+        let (linear, down) = each.next().expect("one for each output");
+        let wide = linear.weight.dims().0;
+        linear.product(down.as_ref(), 0..wide, (output, wide), false)
     });
+    multiply(x, products, threads);
+    for ((linear, down), output) in linears.iter().zip(&downs).zip(outputs) {
+        let wide = linear.weight.dims().0;
+        linear.finish(x.rows(), down.as_ref(), 0..wide, (output, wide));
+    }
 }

@@ -6,7 +6,7 @@
 //! * [`kernel`]: which instructions multiply matrices
 //! * [`buffer`], [`shared`]: memory that is used again, and rows that several threads write
 //! * [`matmul`], [`avx512`]: small products in f32
-//! * [`left`], [`panels`], [`pages`], [`amx`]: products with frozen weights, which are packed once
+//! * [`left`], [`panels`], [`products`], [`pages`], [`amx`]: products with frozen weights, which are packed once
 //! * [`quantized`], [`nf4`]: frozen weights that stay smaller still, unpacked for one layer at a time
 //! * [`rows`]: work on rows, spread over threads
 //! * [`linear`], [`dropout`]: a frozen weight plus an optional low-rank adapter, and which of its inputs are dropped
@@ -33,6 +33,7 @@ pub mod nf4;
 pub mod norm;
 pub mod pages;
 pub mod panels;
+pub mod products;
 pub mod quantized;
 pub mod rope;
 pub mod rows;

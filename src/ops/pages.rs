@@ -63,6 +63,19 @@ impl Drop for Chunk {
 /// The chunk that is being handed out, and how much of it has been.
 static OPEN: Mutex<Option<(Arc<Chunk>, usize)>> = Mutex::new(None);
 
+/// Pieces of memory of this many bytes go back to the operating system when they are freed.
+const RETURNED: libc::c_int = 1 << 20;
+
+/// Has freed memory go back to the operating system. The C library would learn from the first large piece that is freed to keep
+/// such pieces, and a run that samples and learns in turn would hold the memory of both.
+pub fn return_what_is_freed() {
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    // SAFETY: a setting of the allocator, which may be changed at any time; whether it is taken changes nothing but memory.
+    unsafe {
+        libc::mallopt(libc::M_MMAP_THRESHOLD, RETURNED);
+    }
+}
+
 /// Numbers that stay where they are, zero at first.
 pub struct Pages<T> {
     start: NonNull<T>,

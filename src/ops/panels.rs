@@ -1,4 +1,4 @@
-//! Frozen weights packed once for the kernel that multiplies with them, and those products. One of the kernel files.
+//! Frozen weights packed once for the kernel that multiplies with them.
 //!
 //! A weight [wide, narrow] is cut into panels of 32 outputs. In bf16 a panel is [narrow / 2, 32, 2]: pairs of inputs side by
 //! side, as the instructions want them; in f32 it is [narrow, 32]. For the `gemm` crate rows stay as they are.
@@ -10,17 +10,12 @@ use rayon::prelude::*;
 use super::amx;
 use super::buffer::Buffer;
 use super::kernel::Kernel;
-use super::left::{self, Left, TILE, TILE_ROWS, TILE_WIDTH, to_bf16, to_f32};
-use super::matmul::{Matrix, matmul, matmul_at};
+use super::left::{Left, to_bf16, to_f32};
 use super::pages::Held;
-use super::shared::{Columns, SharedRows};
+use super::products::{Product, multiply};
 
 /// Outputs of a panel, and what inputs are padded to.
 pub const PANEL: usize = amx::SIDE;
-/// Rows whose products with a panel are computed before the next panel: their inputs stay in the second-level cache.
-const ROWS: usize = 256;
-/// Inputs of a product in f32 after which another sum begins: one over a head's vocabulary would lose digits.
-const CHAIN: usize = 512;
 /// Inputs that share a scale where weights are rounded to 8 bits.
 pub(super) const GROUP: usize = 32;
 
@@ -239,106 +234,31 @@ impl Panels {
     /// `c = x · Wᵀ`, or `c += x · Wᵀ` if `add` is set, for some of the outputs, which start with a whole panel: [rows,
     /// outputs], the rows of `c` being `stride` values apart.
     pub fn multiply(&self, x: &Left, outputs: Range<usize>, c: &mut [f32], stride: usize, add: bool, threads: Threads) {
-        self.multiply_sum(x, None, outputs, (c, stride), add, threads);
-    }
-
-    /// The same with the product of other rows and another weight added, if there is one.
-    ///
-    /// # Panics
-    /// If shapes disagree: a mistake of the calling operation.
-    pub fn multiply_sum(
-        &self,
-        x: &Left,
-        then: Option<Operands>,
-        outputs: Range<usize>,
-        (c, stride): (&mut [f32], usize),
-        add: bool,
-        threads: Threads,
-    ) {
-        let rows = x.rows();
-        for (x, weight) in [(x, self)].into_iter().chain(then) {
-            assert!(x.width() == weight.narrow && x.rows() == rows, "inner dimensions or rows differ");
-            assert!(outputs.end <= weight.wide, "there are fewer outputs");
-            assert!(weight.kernel.rounds_inputs() == self.kernel.rounds_inputs(), "rows have one form");
-        }
-        assert!(outputs.start.is_multiple_of(PANEL), "outputs start with a panel");
-        if rows == 0 || outputs.is_empty() {
-            return;
-        }
-        assert!(outputs.len() <= stride && (rows - 1) * stride + outputs.len() <= c.len(), "product out of bounds");
-        if self.kernel == Kernel::Gemm {
-            for (number, (x, weight)) in [(x, self)].into_iter().chain(then).enumerate() {
-                let Values::F32(values) = &weight.values else { unreachable!("that kernel has f32") };
-                let values = &values[outputs.start * weight.narrow..outputs.end * weight.narrow];
-                multiply_rows(values, x, c, stride, add || number > 0, threads);
-            }
-            return;
-        }
-        let panels = outputs.start / PANEL..outputs.end.div_ceil(PANEL);
-        let parts = if threads == Threads::All { rayon::current_num_threads().min(panels.len()) } else { 1 };
-        let c = SharedRows::new(c, stride);
-        let part = |part: usize| {
-            let cut = |part: usize| panels.start + panels.len() * part / parts;
-            self.some((x, then), cut(part)..cut(part + 1), &outputs, &c, add);
-        };
-        match parts {
-            1 => part(0),
-            parts => (0..parts).into_par_iter().for_each(part),
-        }
-    }
-
-    /// The products with some panels, one after the other.
-    fn some(
-        &self,
-        (x, then): (&Left, Option<Operands>),
-        panels: Range<usize>,
-        outputs: &Range<usize>,
-        c: &SharedRows,
-        add: bool,
-    ) {
-        let tiles = (self.kernel == Kernel::Amx).then(amx::Tiles::configure);
-        for first in (0..x.rows()).step_by(ROWS) {
-            let rows = first..(first + ROWS).min(x.rows());
-            for panel in panels.clone() {
-                let columns = panel * PANEL - outputs.start..(panel * PANEL + PANEL).min(outputs.end) - outputs.start;
-                // SAFETY: each panel's columns are written by the one thread that has the panel.
-                let mut c = unsafe { c.columns(rows.clone(), columns) };
-                if let Values::Bf16(_) = self.values {
-                    let then = then.map(|(x, weight)| (x.tiles(first, 0), weight.bf16(panel)));
-                    bf16_panel(tiles.as_ref(), (x.tiles(first, 0), self.bf16(panel)), then, &mut c, add);
-                    continue;
-                }
-                self.f32_or_int8(x, &rows, panel, &mut c, add);
-                if let Some((x, weight)) = then {
-                    weight.f32_or_int8(x, &rows, panel, &mut c, true);
-                }
-            }
-        }
+        multiply(x, [Product { weight: self, then: None, outputs, to: (c, stride), add }], threads);
     }
 
     /// A panel in bf16.
-    fn bf16(&self, panel: usize) -> &[u16] {
+    pub(super) fn bf16(&self, panel: usize) -> &[u16] {
         let Values::Bf16(values) = &self.values else { unreachable!("weights of one kernel have one type") };
         let len = PANEL * padded(self.narrow);
         &values[panel * len..][..len]
     }
 
-    /// Some rows times a panel in another type.
-    fn f32_or_int8(&self, x: &Left, rows: &Range<usize>, panel: usize, c: &mut Columns, add: bool) {
-        let (depth, x) = (padded(self.narrow), &x.f32()[rows.start * self.narrow..rows.end * self.narrow]);
+    /// All panels in f32, or rows for the `gemm` crate.
+    pub(super) fn f32(&self) -> Option<&[f32]> {
         match &self.values {
-            Values::F32(values) => f32_panel(x, &values[panel * PANEL * depth..][..PANEL * self.narrow], c, add),
-            Values::Int8(values, scales) => {
-                let (values, scales) = (&values[panel * PANEL * depth..][..PANEL * depth], &scales[panel * depth..]);
-                int8_panel(x, (values, &scales[..depth]), c, add);
-            }
-            Values::Bf16(_) => unreachable!("those are in tiles"),
+            Values::F32(values) => Some(values),
+            _ => None,
         }
     }
-}
 
-/// Rows, and a weight that they are multiplied with.
-pub type Operands<'a> = (&'a Left<'a>, &'a Panels);
+    /// A panel in 8 bits, and its scales.
+    pub(super) fn int8(&self, panel: usize) -> (&[i8], &[u16]) {
+        let Values::Int8(values, scales) = &self.values else { unreachable!("weights of one kernel have one type") };
+        let depth = padded(self.narrow);
+        (&values[panel * PANEL * depth..][..PANEL * depth], &scales[panel * depth..][..depth])
+    }
+}
 
 /// Rounds a row into its place in a panel: the largest of a group of inputs becomes 127.
 fn round(row: &[f32], number: usize, depth: usize, values: &mut [i8], scales: &mut [u16]) {
@@ -373,130 +293,5 @@ fn transpose_pairs(from: &[u16], to: &mut [u16]) {
             let pairs = &from[4 * outputs..][..4];
             to.copy_from_slice(&[pairs[0], pairs[2], pairs[1], pairs[3]]);
         }
-    }
-}
-
-/// All rows times one panel of f32, in parts of one length.
-fn f32_panel(x: &[f32], panel: &[f32], c: &mut Columns, add: bool) {
-    let (narrow, width) = (x.len() / c.rows(), c.width());
-    let part = narrow.div_ceil(narrow.div_ceil(CHAIN));
-    let mut sums = Buffer::<f32>::new(if part < narrow { c.rows() * width } else { 0 });
-    for start in (0..narrow).step_by(part) {
-        let depth = (narrow - start).min(part);
-        let x = Matrix::new(&x[start..], c.rows(), depth, narrow);
-        let panel = Matrix::new(&panel[start * PANEL..], depth, width, PANEL);
-        if start == 0 {
-            // SAFETY: the columns are this thread's alone, and the product has as many rows and columns.
-            unsafe { matmul_at(c.place(), add, x, panel) };
-        } else {
-            matmul(&mut sums, width, false, x, panel);
-            c.add(&sums);
-        }
-    }
-}
-
-/// All rows times one panel of bf16, and `then` others times another, as far as there are such.
-pub(super) fn bf16_panel(
-    tiles: Option<&amx::Tiles>,
-    (a, panel): (left::Tiles, &[u16]),
-    then: Option<(left::Tiles, &[u16])>,
-    c: &mut Columns,
-    add: bool,
-) {
-    let rows = c.rows();
-    let mut row = 0;
-    while row < rows {
-        let walk = |(a, panel): (left::Tiles, &[u16])| {
-            let steps = panel.len() / (PANEL * TILE_WIDTH);
-            let last = (rows.div_ceil(TILE_ROWS) - 1) * a.row_tiles;
-            assert!(steps > 0 && last + steps * TILE <= a.numbers.len(), "rows are padded to tiles");
-            let of_row = &a.numbers[row / TILE_ROWS * a.row_tiles + row % TILE_ROWS * TILE_WIDTH..];
-            amx::Walk { a: of_row.as_ptr(), b: panel.as_ptr(), steps, second: a.row_tiles }
-        };
-        let (first, then) = (walk((a, panel)), then.map(walk));
-        match tiles {
-            Some(tiles) => {
-                let two = rows - row > TILE_ROWS;
-                let height = if two { 2 * TILE_ROWS } else { TILE_ROWS };
-                // SAFETY: by the assert above, all tiles of `height` rows are there, and all inputs of the panels; `whole` gives
-                // room for as many rows of 32, all of which are written. The first rows find their panel in memory, the others in the cache.
-                unsafe {
-                    c.whole(row..row + height, add, |c| tiles.multiply((first, then.as_ref()), c, add, two, row == 0));
-                }
-                row += height;
-            }
-            #[cfg(target_arch = "x86_64")]
-            None => {
-                // Half a tile.
-                let count = (rows - row).min(TILE_ROWS / 2);
-                // SAFETY: the kernel was chosen because AVX-512-BF16 is there; by the assert above `count` rows of all tiles are
-                // there, and all inputs of the panels; `whole` gives room for as many rows of 32, all of which are written.
-                unsafe {
-                    c.whole(row..row + count, add, |c| {
-                        super::avx512::bf16_block(first.a, first.b, first.steps, c, count, add);
-                        if let Some(then) = then {
-                            super::avx512::bf16_block(then.a, then.b, then.steps, c, count, true);
-                        }
-                    });
-                }
-                row += count;
-            }
-            #[cfg(not(target_arch = "x86_64"))]
-            None => unreachable!("kernels in bf16 are for x86-64"),
-        }
-    }
-}
-
-/// All rows times one panel of rounded weights and their scales.
-fn int8_panel(x: &[f32], panel: (&[i8], &[u16]), c: &mut Columns, add: bool) {
-    const ROWS: usize = 4;
-    let (rows, narrow) = (c.rows(), x.len() / c.rows());
-    let (values, scales) = panel;
-    assert!(narrow * PANEL <= values.len() && values.len() <= scales.len() * GROUP, "as many inputs as the panel has");
-    for row in (0..rows).step_by(ROWS) {
-        let count = (rows - row).min(ROWS);
-        let x = &x[row * narrow..(row + count) * narrow];
-        #[cfg(target_arch = "x86_64")]
-        // SAFETY: the kernel was chosen because AVX-512 is there; the rows are those of `x`, and by the assert above the panel has
-        // all inputs; `whole` gives room for as many rows of 32, all of which are written.
-        unsafe {
-            let panel = (values.as_ptr(), scales.as_ptr());
-            c.whole(row..row + count, add, |c| super::avx512::int8_block((x.as_ptr(), narrow), panel, c, count, add));
-        }
-        #[cfg(not(target_arch = "x86_64"))]
-        unreachable!("the kernel is for x86-64");
-    }
-}
-
-/// Through the `gemm` crate.
-fn multiply_rows(weight: &[f32], x: &Left, c: &mut [f32], stride: usize, add: bool, threads: Threads) {
-    let wide = weight.len() / x.width();
-    let parallelism = match threads {
-        Threads::One => gemm::Parallelism::None,
-        Threads::All => gemm::Parallelism::Rayon(0),
-    };
-    // SAFETY: `multiply` checked that `c` holds [rows, wide] at this stride; `x` and `weight` are dense.
-    unsafe {
-        gemm::gemm(
-            x.rows(),
-            wide,
-            x.width(),
-            c.as_mut_ptr(),
-            1,
-            stride as isize,
-            add,
-            x.f32().as_ptr(),
-            1,
-            x.width() as isize,
-            weight.as_ptr(),
-            x.width() as isize,
-            1,
-            1.0,
-            1.0,
-            false,
-            false,
-            false,
-            parallelism,
-        );
     }
 }

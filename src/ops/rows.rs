@@ -51,31 +51,16 @@ pub fn in_blocks<const N: usize, S: Send>(
 /// Outputs that are computed together where threads share them: whole panels.
 pub const WIDTH: usize = 2 * PANEL;
 
-/// Computes the columns of several matrices, `wides` wide, part by part, on all threads if so; `take` gets each part, WIDTH wide or
-/// less, in order, with the number of its matrix.
-pub fn in_columns<R: Send>(
-    wides: &[usize],
-    threads: Threads,
-    compute: impl Fn(usize, Range<usize>) -> R + Sync,
-    mut take: impl FnMut(usize, Range<usize>, R),
-) {
-    let parts = wides.iter().enumerate().flat_map(|(index, &wide)| {
-        (0..wide).step_by(WIDTH).map(move |start| (index, start..(start + WIDTH).min(wide)))
-    });
+/// Calls `f` for the columns of a matrix so wide, WIDTH at a time or what is left; each of the threads takes a part of them.
+pub fn in_columns(wide: usize, threads: Threads, f: impl Fn(Range<usize>) + Sync) {
+    let (all, parts) = (wide.div_ceil(WIDTH), if threads == Threads::All { rayon::current_num_threads() } else { 1 });
+    let part = |part: usize| {
+        let columns = (all * part / parts..all * (part + 1) / parts).map(|number| number * WIDTH);
+        columns.for_each(|start| f(start..(start + WIDTH).min(wide)));
+    };
     match threads {
-        Threads::One => parts.for_each(|(index, part)| take(index, part.clone(), compute(index, part))),
-        Threads::All => {
-            let parts: Vec<(usize, Range<usize>)> = parts.collect();
-            let computed: Vec<R> = parts.par_iter().map(|(index, part)| compute(*index, part.clone())).collect();
-            parts.into_iter().zip(computed).for_each(|((index, part), values)| take(index, part, values));
-        }
-    }
-}
-
-/// Writes some columns of a matrix `wide` values wide, from rows of WIDTH.
-pub fn write_columns(to: &mut [f32], wide: usize, columns: Range<usize>, values: &[f32]) {
-    for (to, from) in to.chunks_exact_mut(wide).zip(values.chunks_exact(WIDTH)) {
-        to[columns.clone()].copy_from_slice(&from[..columns.len()]);
+        Threads::One => part(0),
+        Threads::All => (0..parts).into_par_iter().with_max_len(1).for_each(part),
     }
 }
 

@@ -40,6 +40,17 @@ impl<'a, T> SharedRows<'a, T> {
 }
 
 impl SharedRows<'_> {
+    /// Writes some columns of consecutive rows, from rows that lie `stride` values apart.
+    ///
+    /// # Safety
+    /// Nobody else may have a part of them.
+    pub unsafe fn write(&self, columns: Range<usize>, values: &[f32], stride: usize) {
+        for (row, values) in values.chunks(stride).enumerate() {
+            // SAFETY: the caller's.
+            unsafe { self.part(row, columns.clone()) }.copy_from_slice(&values[..columns.len()]);
+        }
+    }
+
     /// Some columns of some rows.
     ///
     /// # Safety
@@ -118,6 +129,23 @@ impl Columns<'_> {
             // SAFETY: `f` was given a place for these rows, and has written them.
             row(at).iter_mut().zip(from).for_each(|(to, from)| *to = unsafe { from.assume_init() });
         }
+    }
+
+    /// Asks for the memory of some rows, as far as they are there: tiles that are stored where nothing is in the cache wait for it.
+    #[inline]
+    pub fn fetch(&self, rows: Range<usize>) {
+        #[cfg(target_arch = "x86_64")]
+        for row in rows.start..rows.end.min(self.rows) {
+            // SAFETY: an address inside the columns; and what is fetched is not read.
+            let start = unsafe { self.start.add(row * self.stride) };
+            for line in [0, self.width / 2] {
+                use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+                // SAFETY: as above.
+                unsafe { _mm_prefetch::<_MM_HINT_T1>(start.add(line).cast()) };
+            }
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        let _ = rows;
     }
 
     /// Adds dense rows of as many columns.

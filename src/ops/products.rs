@@ -1,0 +1,269 @@
+//! Products of rows with packed weights. One of the kernel files.
+//!
+//! Several products of the same rows are computed together: their panels are laid end to end and every thread walks through a part
+//! of them, so that it reads memory from one end to the other and waits for others once.
+
+use std::ops::Range;
+
+use rayon::prelude::*;
+
+use super::amx;
+use super::buffer::Buffer;
+use super::kernel::Kernel;
+use super::left::{self, Left, TILE, TILE_ROWS, TILE_WIDTH};
+use super::matmul::{Matrix, matmul, matmul_at};
+use super::panels::{GROUP, PANEL, Panels, Threads};
+use super::shared::{Columns, SharedRows};
+
+/// Rows whose products with a panel are computed before the next panel: their inputs stay in the second-level cache.
+const ROWS: usize = 256;
+/// Inputs of a product in f32 after which another sum begins: one over a head's vocabulary would lose digits.
+const CHAIN: usize = 512;
+
+/// Rows, and a weight that they are multiplied with.
+pub type Operands<'a> = (&'a Left<'a>, &'a Panels);
+
+/// What becomes of rows and one weight.
+pub struct Product<'a> {
+    /// The weight.
+    pub weight: &'a Panels,
+    /// Other rows and another weight, whose product is added.
+    pub then: Option<Operands<'a>>,
+    /// Which of the outputs; they start with a whole panel.
+    pub outputs: Range<usize>,
+    /// Where they go, [rows, outputs], and the distance between rows.
+    pub to: (&'a mut [f32], usize),
+    /// Whether they are added to what is there.
+    pub add: bool,
+}
+
+/// A product whose columns several threads write.
+struct Shared<'a> {
+    weight: &'a Panels,
+    then: Option<Operands<'a>>,
+    outputs: Range<usize>,
+    to: SharedRows<'a>,
+    add: bool,
+}
+
+impl Product<'_> {
+    fn check(&self, x: &Left) {
+        let (rows, kernel) = (x.rows(), self.weight.kernel());
+        for (x, weight) in [(x, self.weight)].into_iter().chain(self.then) {
+            let (wide, narrow) = weight.dims();
+            assert!(x.width() == narrow && x.rows() == rows, "inner dimensions or rows differ");
+            assert!(self.outputs.end <= wide, "there are fewer outputs");
+            assert!(weight.kernel().rounds_inputs() == kernel.rounds_inputs(), "rows have one form");
+        }
+        let (to, stride) = &self.to;
+        assert!(self.outputs.start.is_multiple_of(PANEL), "outputs start with a panel");
+        let last = rows.saturating_sub(1) * stride;
+        assert!(self.outputs.len() <= *stride && last + self.outputs.len() <= to.len(), "product out of bounds");
+    }
+}
+
+/// Computes products of the same rows.
+///
+/// # Panics
+/// If shapes disagree: a mistake of the calling operation.
+pub fn multiply<const N: usize>(x: &Left, products: [Product; N], threads: Threads) {
+    products.iter().for_each(|product| product.check(x));
+    if x.rows() == 0 {
+        return;
+    }
+    if products.iter().any(|product| product.weight.kernel() == Kernel::Gemm) {
+        return products.into_iter().for_each(|product| multiply_rows(product, x, threads));
+    }
+    let products = products.map(|Product { weight, then, outputs, to: (to, stride), add }| {
+        let to = SharedRows::new(to, stride);
+        Shared { weight, then, outputs, to, add }
+    });
+    let panels = products.iter().map(|product| product.panels().len()).sum::<usize>();
+    let parts = if threads == Threads::All { rayon::current_num_threads().min(panels) } else { 1 };
+    let part = |part: usize| {
+        let mut before = 0;
+        for product in &products {
+            let panels_of = product.panels();
+            let cut = |part: usize| (panels * part / parts).clamp(before, before + panels_of.len()) - before;
+            product.some(x, panels_of.start + cut(part)..panels_of.start + cut(part + 1));
+            before += panels_of.len();
+        }
+    };
+    match parts {
+        1 => part(0),
+        parts => (0..parts).into_par_iter().with_max_len(1).for_each(part),
+    }
+}
+
+impl Shared<'_> {
+    fn panels(&self) -> Range<usize> {
+        self.outputs.start / PANEL..self.outputs.end.div_ceil(PANEL)
+    }
+
+    /// The products with some panels, one after the other.
+    fn some(&self, x: &Left, panels: Range<usize>) {
+        if panels.is_empty() {
+            return;
+        }
+        let Self { weight, then, outputs, to, add } = self;
+        let kernel = weight.kernel();
+        let tiles = (kernel == Kernel::Amx).then(amx::Tiles::configure);
+        for first in (0..x.rows()).step_by(ROWS) {
+            let rows = first..(first + ROWS).min(x.rows());
+            for panel in panels.clone() {
+                let columns = panel * PANEL - outputs.start..(panel * PANEL + PANEL).min(outputs.end) - outputs.start;
+                // SAFETY: each panel's columns are written by the one thread that has the panel.
+                let mut c = unsafe { to.columns(rows.clone(), columns) };
+                if kernel.rounds_inputs() {
+                    let then = then.map(|(x, weight)| (x.tiles(first, 0), weight.bf16(panel)));
+                    bf16_panel(tiles.as_ref(), (x.tiles(first, 0), weight.bf16(panel)), then, &mut c, *add);
+                    continue;
+                }
+                f32_or_int8(weight, x, &rows, panel, &mut c, *add);
+                if let Some((x, weight)) = then {
+                    f32_or_int8(weight, x, &rows, panel, &mut c, true);
+                }
+            }
+        }
+    }
+}
+
+/// Some rows times a panel that is not in bf16.
+fn f32_or_int8(weight: &Panels, x: &Left, rows: &Range<usize>, panel: usize, c: &mut Columns, add: bool) {
+    let (_, narrow) = weight.dims();
+    let (depth, x) = (narrow.next_multiple_of(PANEL), &x.f32()[rows.start * narrow..rows.end * narrow]);
+    match weight.f32() {
+        Some(values) => f32_panel(x, &values[panel * PANEL * depth..][..PANEL * narrow], c, add),
+        None => int8_panel(x, weight.int8(panel), c, add),
+    }
+}
+
+/// All rows times one panel of f32, in parts of one length.
+fn f32_panel(x: &[f32], panel: &[f32], c: &mut Columns, add: bool) {
+    let (narrow, width) = (x.len() / c.rows(), c.width());
+    let part = narrow.div_ceil(narrow.div_ceil(CHAIN));
+    let mut sums = Buffer::<f32>::new(if part < narrow { c.rows() * width } else { 0 });
+    for start in (0..narrow).step_by(part) {
+        let depth = (narrow - start).min(part);
+        let x = Matrix::new(&x[start..], c.rows(), depth, narrow);
+        let panel = Matrix::new(&panel[start * PANEL..], depth, width, PANEL);
+        if start == 0 {
+            // SAFETY: the columns are this thread's alone, and the product has as many rows and columns.
+            unsafe { matmul_at(c.place(), add, x, panel) };
+        } else {
+            matmul(&mut sums, width, false, x, panel);
+            c.add(&sums);
+        }
+    }
+}
+
+/// All rows times one panel of bf16, and `then` others times another, as far as there are such.
+pub(super) fn bf16_panel(
+    tiles: Option<&amx::Tiles>,
+    (a, panel): (left::Tiles, &[u16]),
+    then: Option<(left::Tiles, &[u16])>,
+    c: &mut Columns,
+    add: bool,
+) {
+    let rows = c.rows();
+    let mut row = 0;
+    while row < rows {
+        let walk = |(a, panel): (left::Tiles, &[u16])| {
+            let steps = panel.len() / (PANEL * TILE_WIDTH);
+            let last = (rows.div_ceil(TILE_ROWS) - 1) * a.row_tiles;
+            assert!(steps > 0 && last + steps * TILE <= a.numbers.len(), "rows are padded to tiles");
+            let of_row = &a.numbers[row / TILE_ROWS * a.row_tiles + row % TILE_ROWS * TILE_WIDTH..];
+            amx::Walk { a: of_row.as_ptr(), b: panel.as_ptr(), steps, second: a.row_tiles }
+        };
+        let (first, then) = (walk((a, panel)), then.map(walk));
+        match tiles {
+            Some(tiles) => {
+                let two = rows - row > TILE_ROWS;
+                let height = if two { 2 * TILE_ROWS } else { TILE_ROWS };
+                c.fetch(row + height..row + 2 * height);
+                // SAFETY: by the assert above, all tiles of `height` rows are there, and all inputs of the panels; `whole` gives
+                // room for as many rows of 32, all of which are written. The first rows find their panel in memory, the others in the cache.
+                unsafe {
+                    c.whole(row..row + height, add, |c| tiles.multiply((first, then.as_ref()), c, add, two, row == 0));
+                }
+                row += height;
+            }
+            #[cfg(target_arch = "x86_64")]
+            None => {
+                // Half a tile.
+                let count = (rows - row).min(TILE_ROWS / 2);
+                // SAFETY: the kernel was chosen because AVX-512-BF16 is there; by the assert above `count` rows of all tiles are
+                // there, and all inputs of the panels; `whole` gives room for as many rows of 32, all of which are written.
+                unsafe {
+                    c.whole(row..row + count, add, |c| {
+                        super::avx512::bf16_block(first.a, first.b, first.steps, c, count, add);
+                        if let Some(then) = then {
+                            super::avx512::bf16_block(then.a, then.b, then.steps, c, count, true);
+                        }
+                    });
+                }
+                row += count;
+            }
+            #[cfg(not(target_arch = "x86_64"))]
+            None => unreachable!("kernels in bf16 are for x86-64"),
+        }
+    }
+}
+
+/// All rows times one panel of rounded weights and their scales.
+fn int8_panel(x: &[f32], panel: (&[i8], &[u16]), c: &mut Columns, add: bool) {
+    const ROWS: usize = 4;
+    let (rows, narrow) = (c.rows(), x.len() / c.rows());
+    let (values, scales) = panel;
+    assert!(narrow * PANEL <= values.len() && values.len() <= scales.len() * GROUP, "as many inputs as the panel has");
+    for row in (0..rows).step_by(ROWS) {
+        let count = (rows - row).min(ROWS);
+        let x = &x[row * narrow..(row + count) * narrow];
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: the kernel was chosen because AVX-512 is there; the rows are those of `x`, and by the assert above the panel has
+        // all inputs; `whole` gives room for as many rows of 32, all of which are written.
+        unsafe {
+            let panel = (values.as_ptr(), scales.as_ptr());
+            c.whole(row..row + count, add, |c| super::avx512::int8_block((x.as_ptr(), narrow), panel, c, count, add));
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        unreachable!("the kernel is for x86-64");
+    }
+}
+
+/// Through the `gemm` crate.
+fn multiply_rows(product: Product, x: &Left, threads: Threads) {
+    let Product { weight, then, outputs, to: (c, stride), add } = product;
+    let parallelism = match threads {
+        Threads::One => gemm::Parallelism::None,
+        Threads::All => gemm::Parallelism::Rayon(0),
+    };
+    for (number, (x, weight)) in [(x, weight)].into_iter().chain(then).enumerate() {
+        let (values, (_, narrow)) = (weight.f32().expect("that kernel has f32"), weight.dims());
+        let values = &values[outputs.start * narrow..outputs.end * narrow];
+        // SAFETY: it was checked that `c` holds [rows, outputs] at this stride; `x` and `values` are dense.
+        unsafe {
+            gemm::gemm(
+                x.rows(),
+                outputs.len(),
+                narrow,
+                c.as_mut_ptr(),
+                1,
+                stride as isize,
+                add || number > 0,
+                x.f32().as_ptr(),
+                1,
+                narrow as isize,
+                values.as_ptr(),
+                narrow as isize,
+                1,
+                1.0,
+                1.0,
+                false,
+                false,
+                false,
+                parallelism,
+            );
+        }
+    }
+}
