@@ -9,6 +9,7 @@
 #    the learner alone, decoding at batch 64, and what share of the GPU's arithmetic and memory bandwidth that is
 # 4. where PEERS_PYTHON names a Python with torch, transformers, peft and trl: TRL's step of the same shape beside it
 #
+# Where there is no cargo, CANDOR and TESTS name the program and the test binary, built with `--features cuda` from this folder.
 # FOLDER (default: results/gpu) receives the logs and table.md. TFLOPS and BANDWIDTH (TB/s) are those of the GPU at most, by default an
 # H200's: 989 in bf16, and 4.8. libcublas and libnvrtc have to be found; the folders below and CUDA_LIBS are looked into.
 set -uo pipefail
@@ -26,13 +27,9 @@ failed=0
 say() { printf '\n== %s (%s s)\n' "$1" "$SECONDS"; }
 
 say "tests on the GPU"
-if command -v cargo >/dev/null; then
-    CANDOR_TEST_GPU=1 timeout 300 cargo test --release --features cuda --test all -- --test-threads 1 cuda_decoder cuda_driver \
-        2>&1 | tee "$out/tests.log" | grep -E '^test |panicked|FAILED' || failed=1
-    grep -q 'test result: ok' "$out/tests.log" || failed=1
-else
-    echo "no cargo: run the tests where there is one"
-fi
+tests=${TESTS:-cargo test --release --features cuda --test all --}
+CANDOR_TEST_GPU=1 timeout 300 $tests --test-threads 1 cuda_decoder cuda_driver 2>&1 | tee "$out/tests.log" | grep -E '^test |panicked|FAILED'
+grep -q 'test result: ok' "$out/tests.log" || failed=1
 
 if [ "${QUICKSTART:-1}" != 0 ]; then
     say "quickstart"

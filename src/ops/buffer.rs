@@ -137,5 +137,4 @@ pub fn copy<T: Pooled>(values: &[T]) -> Buffer<T> {
 }
 
 /// Gives the memory of all unused buffers back.
-pub fn release() {
-}
+pub fn release() {}
