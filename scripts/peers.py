@@ -1,6 +1,7 @@
 """One measurement of what Candor is compared with, as a JSON line; `compare.py` runs it. SmolLM2-135M's shapes, LoRA r=16 on q, k, v, o.
 
 usage: peers.py learner|generate|step MODEL_FOLDER [--dtype bfloat16] [--prompt 97] [--new 64] [--batch 32]
+       [--device cpu] [--prompts 4]
 needs torch, transformers, peft and, for `step`, trl and datasets."""
 
 import argparse
@@ -24,7 +25,7 @@ TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
 def load(arguments):
     return AutoModelForCausalLM.from_pretrained(
         arguments.model, dtype=getattr(torch, arguments.dtype), attn_implementation="sdpa"
-    )
+    ).to(arguments.device)
 
 
 def lora():
@@ -39,7 +40,7 @@ def learner(arguments):
 
     model = get_peft_model(load(arguments), lora())
     model.config.use_cache = False
-    ids = torch.randint(20, 49000, (4, 256))
+    ids = torch.randint(20, 49000, (4, 256), device=arguments.device)
     seconds = []
     for _ in range(3):
         started = time.perf_counter()
@@ -52,7 +53,7 @@ def learner(arguments):
 def generate(arguments):
     """Sampling exactly `new` tokens for every prompt of the batch; the time of the first token is taken off."""
     model = load(arguments).eval()
-    ids = torch.randint(20, 49000, (arguments.batch, arguments.prompt))
+    ids = torch.randint(20, 49000, (arguments.batch, arguments.prompt), device=arguments.device)
 
     def run(new):
         started = time.perf_counter()
@@ -69,7 +70,7 @@ def generate(arguments):
 
 
 def step(arguments):
-    """The second of two GRPO steps of 4 prompts x 8 completions of exactly `new` tokens."""
+    """The second of two GRPO steps of some prompts x 8 completions of exactly `new` tokens."""
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
@@ -83,14 +84,14 @@ def step(arguments):
 
     with tempfile.TemporaryDirectory() as folder:
         config = GRPOConfig(
-            output_dir=folder, report_to=[], use_cpu=True, bf16=False, fp16=False, save_strategy="no", disable_tqdm=True,
+            output_dir=folder, report_to=[], use_cpu=arguments.device == "cpu", bf16=False, fp16=False, save_strategy="no", disable_tqdm=True,
             logging_steps=10**6, gradient_checkpointing=False, learning_rate=1e-5, beta=0.0, per_device_train_batch_size=8,
-            gradient_accumulation_steps=4, num_generations=8, max_completion_length=arguments.new,
+            gradient_accumulation_steps=arguments.prompts, num_generations=8, max_completion_length=arguments.new,
             generation_kwargs={"min_new_tokens": arguments.new}, temperature=1.0, max_steps=2,
         )  # fmt: skip
         trainer = GRPOTrainer(
             model=load(arguments), reward_funcs=lambda completions, **_: [float(len(c) % 7) for c in completions],
-            train_dataset=Dataset.from_list([{"prompt": prompt(topic)} for topic in topics]), processing_class=tokenizer,
+            train_dataset=Dataset.from_list([{"prompt": prompt(topics[i % len(topics)])} for i in range(arguments.prompts)]), processing_class=tokenizer,
             peft_config=lora(), args=config,
         )  # fmt: skip
         marks, inner = [], trainer.training_step
@@ -111,11 +112,15 @@ def main():
     parser.add_argument("--prompt", type=int, default=97)
     parser.add_argument("--new", type=int, default=64)
     parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--prompts", type=int, default=4)
     arguments = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("THREADS", "2")))
     torch.manual_seed(0)
     measured = globals()[arguments.what](arguments)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if arguments.device != "cpu":
+        peak = torch.cuda.max_memory_reserved()
     print(json.dumps({"what": arguments.what, "dtype": arguments.dtype, **measured, "peak_bytes": peak}))
 
 

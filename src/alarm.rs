@@ -24,6 +24,8 @@ impl Alarm {
     pub fn new(config: &Config, kernel: Kernel) -> Self {
         let bound = match config.sampling.kind {
             SamplerKind::Local if kernel.row_invariant() => 0.0,
+            // Sums in another order, of which some are rounded to bf16 the other way.
+            SamplerKind::Local if kernel == Kernel::Cuda => 2e-2,
             // Sums in another order: about 1e-6 each.
             SamplerKind::Local => 1e-3,
             // Other kernels: bf16 in two programs gives 0.03 to 0.04, with vLLM and SmolLM2.

@@ -9,7 +9,8 @@ use anyhow::{Context, Result, ensure};
 use candle_core::Device;
 use serde_json::{Value, json};
 
-use crate::config::{Dtype, Learner as LearnerSettings, Lora};
+use crate::config::{Device as Where, Dtype, Learner as LearnerSettings, Lora};
+use crate::cuda::Place;
 use crate::event::Observer;
 use crate::learner::portion::{Loss, Portion};
 use crate::learner::tree::{Branch, Signal, Tree};
@@ -37,6 +38,8 @@ pub struct Settings<'a> {
     pub dtype: Dtype,
     /// With which instructions; absent, the fastest.
     pub kernel: Option<Kernel>,
+    /// Where.
+    pub device: Where,
     /// Rank of the adapter on q, k, v and o.
     pub rank: usize,
     /// Rows per forward and backward pass of the learner.
@@ -96,9 +99,9 @@ impl Bench {
     /// # Errors
     /// If it cannot be had, or this machine cannot compute what is asked for.
     pub fn prepare(settings: &Settings, observer: Observer) -> Result<Self> {
-        let &Settings { source, dtype, kernel, rank, micro_tokens, repeats } = settings;
+        let &Settings { source, dtype, kernel, device, rank, micro_tokens, repeats } = settings;
         ensure!(repeats > 0 && rank > 0, "there is nothing to measure with {repeats} repetitions and rank {rank}");
-        let files = ModelFiles::open(source, observer)?.computed_by(Kernel::choose(dtype, kernel)?)?;
+        let files = ModelFiles::open(source, observer)?.computed_by(Place::choose(device, dtype, kernel)?)?;
         let (program, footprint) = (resident_memory().unwrap_or(0), files.footprint);
         let started = Instant::now();
         let Policy { model, tokenizer, .. } = files.policy(None, &Device::Cpu, observer)?;
@@ -117,6 +120,8 @@ impl Bench {
     pub fn measure(&self, measurement: Measurement) -> Result<Value> {
         let learns = !matches!(measurement, Measurement::Decode(_));
         ensure!(!learns || self.model.kernel != Kernel::Int8, "int8 is for decoding; leave --dtype out");
+        let products = matches!(measurement, Measurement::Products);
+        ensure!(!products || self.model.gpu().is_none(), "products are those of the processor; use --device cpu");
         let mut line = match measurement {
             Measurement::Products => self.products(),
             Measurement::Learner { sequences, tokens } => self.learner(sequences, tokens),
@@ -127,12 +132,13 @@ impl Bench {
         line["threads"] = json!(rayon::current_num_threads());
         line["loading_seconds"] = json!(self.loading_seconds);
         line["peak_bytes"] = json!(peak_memory());
+        line["device"] = json!(self.model.gpu().map(|gpu| gpu.memory()).transpose()?);
         Ok(line)
     }
 
     fn products(&self) -> Result<Value> {
         const ROWS: usize = 1024;
-        let Architecture { hidden, intermediate, .. } = self.model.architecture;
+        let Architecture { hidden, intermediate, .. } = *self.model.architecture;
         let mut stream = SplitMix64::new(0);
         let mut random = |len: usize| (0..len).map(|_| stream.next_f64() as f32 - 0.5).collect::<Vec<_>>();
         let weight = Panels::pack(&random(intermediate * hidden), hidden, self.model.kernel);
@@ -245,7 +251,11 @@ impl Bench {
         let adapter: usize = self.adapter.tensors().iter().map(|(_, tensor)| tensor.elem_count()).sum();
         let sampling = self.sampling(shape.new);
         let groups = (0..shape.prompts).map(|_| group_rows(shape.prompt, shape.group, &sampling));
-        let keys = KeyValueStore::bytes(&self.model.architecture, stored_rows(groups), self.model.kernel);
+        let keys = KeyValueStore::bytes(
+            &self.model.architecture,
+            stored_rows(groups, self.model.stored_tokens(), 1),
+            self.model.kernel,
+        );
         let (base, head, adapter) = (
             self.footprint.resident,
             head::bytes(shape.prompts * shape.group * shape.new, self.model.architecture.hidden),

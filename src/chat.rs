@@ -7,9 +7,9 @@ use candle_core::Device;
 use candor_environments::{Finish, Message, Role};
 
 use crate::config::Dtype;
+use crate::cuda::Place;
 use crate::event::Observer;
 use crate::model_files::{ModelFiles, Policy};
-use crate::ops::kernel::Kernel;
 use crate::sampler::Settings;
 use crate::sampler::conversation::Conversation;
 
@@ -56,7 +56,7 @@ impl Chat {
         settings: Settings,
         observer: Observer,
     ) -> Result<Self> {
-        let model = ModelFiles::open(source, observer)?.computed_by(Kernel::choose(dtype, None)?)?;
+        let model = ModelFiles::open(source, observer)?.computed_by(Place::automatic(dtype)?)?;
         let system = system.map(|text| Message { role: Role::System, content: text.into() });
         let first = system.iter().cloned().chain([Message::user("")]);
         model.tokenizer.render(&first.collect::<Vec<_>>(), true)?;

@@ -14,12 +14,12 @@ use rayon::prelude::*;
 use crate::advantage::AdvantageKind;
 use crate::client::Patience;
 use crate::config::{self, Config, LongPrompts};
+use crate::cuda::Place;
 use crate::event::{Event, Observer};
 use crate::given;
 use crate::judge::Panel;
 use crate::judge::options::JudgeOptions;
 use crate::model_files::{ModelFiles, resolve};
-use crate::ops::kernel::Kernel;
 use crate::peft;
 use crate::policy::Adapter;
 use crate::scorers::{caught, no_panic};
@@ -163,10 +163,10 @@ impl<'a> Loader<'a> {
 
     /// The model's files, to be computed as the config says.
     fn model(&self) -> Result<ModelFiles> {
-        let config::Model { ref source, dtype, kernel, quantization, .. } = self.config.model;
+        let config::Model { ref source, device, dtype, kernel, quantization } = self.config.model;
         let model = ModelFiles::open(source, self.observer).with_context(|| self.at("model.source"))?;
-        let kernel = Kernel::choose(dtype, kernel).with_context(|| self.at("model.kernel"))?;
-        let model = model.computed_by(kernel)?;
+        let key = if matches!(device, config::Device::Cuda(_)) { "model.device" } else { "model.kernel" };
+        let model = model.computed_by(Place::choose(device, dtype, kernel).with_context(|| self.at(key))?)?;
         let Some(quantization) = quantization else { return Ok(model) };
         model.packed(quantization).with_context(|| self.at("model.quantization"))
     }

@@ -50,6 +50,7 @@ pub mod cli;
 pub mod client;
 pub mod comparison;
 pub mod config;
+pub mod cuda;
 pub mod evaluation;
 pub mod event;
 pub mod export;

@@ -8,11 +8,11 @@ use candor_environments::rows::field;
 use serde::Serialize;
 
 use crate::config::{Batch, Dtype};
+use crate::cuda::Place;
 use crate::event::{Event, Observer};
 use crate::learner::completion_logprobs;
 use crate::learner::tree::{Branch, Tree};
 use crate::model_files::{ModelFiles, Policy};
-use crate::ops::kernel::Kernel;
 use crate::prompts::{Prompt, check_room};
 use crate::sampler::answer_confidence;
 use crate::tokenizer::Tokenizer;
@@ -54,8 +54,8 @@ impl Logprob {
         dtype: Dtype,
         observer: Observer,
     ) -> Result<Self> {
-        let kernel = Kernel::choose(dtype, None).context("--dtype")?;
-        let model = ModelFiles::open(source, observer)?.computed_by(kernel)?;
+        let place = Place::automatic(dtype).context("--dtype")?;
+        let model = ModelFiles::open(source, observer)?.computed_by(place)?;
         let rows = Prompt::read(file, &model, |Prompt { row, ids: prompt_ids, is_chat }| {
             let mut ids = model.tokenizer.encode(&field::<String>(&row, "completion")?)?;
             ids.extend(model.tokenizer.end_of_turn().filter(|_| is_chat));

@@ -88,6 +88,10 @@ pub const METRICS: &[Metric] = &[
     of_step("perf/sampler_idle", "share of `time/step` in which the sampler waited for a version of the adapter"),
     of_step("perf/learner_idle", "share of it in which the learner waited for completions or scores"),
     of_step("perf/peak_gib", "largest resident size so far, in GiB"),
+    of_step(
+        "gpu/*",
+        "GiB of a GPU's memory: the most so far of base, adapter, keys, activations and head, and the slack that is held ready",
+    ),
 ];
 
 /// A row of `metrics.jsonl`: a step, or an evaluation after so many.

@@ -8,6 +8,8 @@ use candle_core::Device;
 use tracing::debug;
 
 use crate::config::{Dtype, Quantization};
+use crate::cuda::Place;
+use crate::cuda::decoder::stored_tokens;
 use crate::event::{Event, Observer};
 use crate::model::{Architecture, Footprint, Model, Weights};
 use crate::ops::kernel::Kernel;
@@ -26,8 +28,8 @@ pub struct ModelFiles {
     pub tokenizer: Arc<Tokenizer>,
     /// How the layers' projections are packed, if they are.
     pub quantization: Option<Quantization>,
-    /// What multiplies matrices.
-    pub kernel: Kernel,
+    /// Where it is computed.
+    pub place: Place,
     /// What its weights will take.
     pub footprint: Footprint,
 }
@@ -42,8 +44,8 @@ impl ModelFiles {
         let path = resolve(source, Kind::Model, observer)?;
         let weights = Weights::open(&path)?;
         let architecture = weights.architecture()?;
-        let kernel = Kernel::choose(Dtype::Auto, None)?;
-        let footprint = Model::footprint(&weights, &architecture, None, kernel)?;
+        let place = Place::from(Kernel::choose(Dtype::Auto, None)?);
+        let footprint = Model::footprint(&weights, &architecture, None, place.kernel)?;
         weights.check_layers(&architecture)?;
         let tokenizer = match weights.metadata() {
             Some(metadata) => Tokenizer::from_gguf(metadata),
@@ -56,16 +58,22 @@ impl ModelFiles {
             "{}: the tokenizer needs {tokens} token ids, the model has only {vocabulary}; are they of one model?",
             weights.path().display()
         );
-        Ok(Self { weights, architecture, tokenizer: Arc::new(tokenizer), quantization: None, kernel, footprint })
+        Ok(Self { weights, architecture, tokenizer: Arc::new(tokenizer), quantization: None, place, footprint })
     }
 
-    /// The same model, computed by these instructions.
+    /// The same model, computed there, or by these instructions.
     ///
     /// # Errors
     /// None that opening it would not have had.
-    pub fn computed_by(self, kernel: Kernel) -> Result<Self> {
-        let footprint = Model::footprint(&self.weights, &self.architecture, self.quantization, kernel)?;
-        Ok(Self { kernel, footprint, ..self })
+    pub fn computed_by(self, place: impl Into<Place>) -> Result<Self> {
+        let place = place.into();
+        let footprint = Model::footprint(&self.weights, &self.architecture, self.quantization, place.kernel)?;
+        Ok(Self { place, footprint, ..self })
+    }
+
+    /// As [`Model::stored_tokens`], before it is loaded.
+    pub fn stored_tokens(&self) -> Option<usize> {
+        self.place.gpu.as_ref().map(|gpu| stored_tokens(gpu, &self.architecture, self.footprint.resident))
     }
 
     /// The same model, its projections to be packed.
@@ -78,7 +86,7 @@ impl ModelFiles {
             "\"keep\" leaves a GGUF file's weights as they are packed, but {} is a folder of unpacked ones; use \"nf4\" or \"q8_0\"",
             self.weights.path().display()
         );
-        let footprint = Model::footprint(&self.weights, &self.architecture, Some(quantization), self.kernel)?;
+        let footprint = Model::footprint(&self.weights, &self.architecture, Some(quantization), self.place.kernel)?;
         Ok(Self { quantization: Some(quantization), footprint, ..self })
     }
 
@@ -106,12 +114,17 @@ impl ModelFiles {
     /// Reads the weights.
     ///
     /// # Errors
-    /// If a tensor is missing or has the wrong shape.
+    /// If a tensor is missing or has the wrong shape, or a GPU has no room for them.
     pub fn load(self, device: &Device, observer: Observer) -> Result<Arc<Model>> {
         let path = self.weights.path();
         debug!(path = %path.display(), "weights");
         observer(Event::Line(&format!("loading the model {}", path.file_name().unwrap_or(path.as_os_str()).display())));
-        Ok(Arc::new(Model::load(&self.weights, self.quantization, self.kernel, device)?))
+        let Self { weights, quantization, place, .. } = &self;
+        observer(Event::Line(&place.name()));
+        Ok(Arc::new(match &place.gpu {
+            Some(gpu) => Model::load_on(gpu, weights, *quantization)?,
+            None => Model::load(weights, *quantization, place.kernel, device)?,
+        }))
     }
 }
 
@@ -129,8 +142,8 @@ pub struct Policy {
 ///
 /// # Errors
 /// As [`ModelFiles::open`] and [`ModelFiles::load`].
-pub fn load_model(source: &str, kernel: Kernel, observer: Observer) -> Result<(Arc<Model>, Arc<Tokenizer>)> {
-    let files = ModelFiles::open(source, observer)?.computed_by(kernel)?;
+pub fn load_model(source: &str, place: impl Into<Place>, observer: Observer) -> Result<(Arc<Model>, Arc<Tokenizer>)> {
+    let files = ModelFiles::open(source, observer)?.computed_by(place)?;
     let Policy { model, tokenizer, .. } = files.policy(None, &Device::Cpu, observer)?;
     Ok((model, tokenizer))
 }

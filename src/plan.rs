@@ -8,10 +8,11 @@ use std::fmt;
 use anyhow::Result;
 
 use crate::config::{Config, Reference, SamplerKind, Sampling};
+use crate::cuda::plan;
 use crate::given;
 use crate::inputs::Inputs;
-use crate::learner::kept_layers;
 use crate::learner::tree::{Piece, batches, pieces};
+use crate::model::host::kept_layers;
 use crate::model::stored::reading_bytes;
 use crate::model::{Architecture, Footprint, KeyValueStore, Projection};
 use crate::ops::keys::BLOCK;
@@ -35,10 +36,12 @@ pub struct Plan {
     derived: Vec<String>,
     /// The memory.
     pub memory: Memory,
+    /// That of a GPU, where one computes.
+    pub gpu: Option<plan::Memory>,
 }
 
 /// The memory of a run by what it is for, in bytes.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Default)]
 pub struct Memory {
     /// This process before the weights are read: program, tokenizer, rows of the environments.
     pub program: usize,
@@ -94,14 +97,16 @@ impl Plan {
         let mut prompt_tokens = Vec::new();
         for step in 0..looked_at(config, inputs.steps) {
             let shapes = shapes(training, &choose_tasks(training, config.batch.prompts, config.seed, step))?;
-            work.sample(&shapes, config.batch.group, &Settings::training(config, step), &config.sampling);
+            let settings = Settings::training(config, step);
+            work.sample(&shapes, config.batch.group, &settings, &config.sampling, model.stored_tokens());
             work.learn(&shapes, config);
             prompt_tokens.extend(shapes.iter().map(|shape| shape.prompt));
         }
         let held_out = choose_heldout(heldout, config.evaluation.tasks, config.seed);
-        work.sample(&shapes(heldout, &held_out)?, 1, &Settings::evaluation(config, 0), &config.sampling);
-        let memory = work.memory(config, inputs, program)?;
-        Ok(Self { derived: derived(config, inputs, &prompt_tokens, held_out.len())?, memory })
+        let (shapes, settings) = (shapes(heldout, &held_out)?, Settings::evaluation(config, 0));
+        work.sample(&shapes, 1, &settings, &config.sampling, model.stored_tokens());
+        let (memory, gpu) = work.memory(config, inputs, program)?;
+        Ok(Self { derived: derived(config, inputs, &prompt_tokens, held_out.len())?, memory, gpu })
     }
 }
 
@@ -143,7 +148,14 @@ struct Work {
 
 impl Work {
     /// Sampling takes memory where it is done here: of each sampler, for its part of the groups.
-    fn sample(&mut self, shapes: &[Shape], rollouts: usize, settings: &Settings, sampling: &Sampling) {
+    fn sample(
+        &mut self,
+        shapes: &[Shape],
+        rollouts: usize,
+        settings: &Settings,
+        sampling: &Sampling,
+        room: Option<usize>,
+    ) {
         if sampling.kind != SamplerKind::Local {
             return;
         }
@@ -152,7 +164,8 @@ impl Work {
         let (mut stored, mut forward) = (0, 0);
         for part in 0..sampling.samplers.min(prompts.len()) {
             let own: Vec<usize> = prompts.iter().skip(part).step_by(sampling.samplers).copied().collect();
-            stored += stored_rows(own.iter().map(|&prompt| group_rows(prompt, rollouts, settings)));
+            let groups = own.iter().map(|&prompt| group_rows(prompt, rollouts, settings));
+            stored += stored_rows(groups, room, sampling.samplers);
             forward += forward_rows(&own, rollouts);
         }
         self.stored_rows = self.stored_rows.max(stored);
@@ -181,7 +194,7 @@ impl Work {
         }
     }
 
-    fn memory(&self, config: &Config, inputs: &Inputs, program: usize) -> Result<Memory> {
+    fn memory(&self, config: &Config, inputs: &Inputs, program: usize) -> Result<(Memory, Option<plan::Memory>)> {
         let architecture = &inputs.model.architecture;
         let width = |projection: &Projection| {
             let (wide, narrow) = architecture.dimensions(*projection);
@@ -194,19 +207,30 @@ impl Work {
         let copies = 4 + usize::from(reference) + config.sampling.async_level;
         let Footprint { resident, layer, unpacked } = inputs.model.footprint;
         let blocks = rows::scratch(block_width(architecture), self.micro_rows);
-        Ok(Memory {
+        if let Some(gpu) = &inputs.model.place.gpu {
+            let &Self { stored_rows, forward_rows, rollouts, micro_rows, key_rows, targets } = self;
+            let together = config.level() > 0;
+            let work = plan::Work { stored_rows, forward_rows, rollouts, micro_rows, key_rows, targets, together };
+            let memory = plan::Memory::of(gpu, architecture, [resident, unpacked], [adapter, copies - 3], &work);
+            // The table of embeddings is rounded here before it goes to the GPU.
+            let loading = reading_bytes() + 2 * architecture.vocabulary * architecture.hidden;
+            let adapter = FLOAT * (copies + 1) * adapter;
+            return Ok((Memory { program, adapter, loading, together, ..Memory::default() }, Some(memory)));
+        }
+        let memory = Memory {
             program,
             base: resident,
             layer: layer + unpacked,
             adapter: FLOAT * copies * adapter,
-            cache: KeyValueStore::bytes(architecture, self.stored_rows, inputs.model.kernel),
+            cache: KeyValueStore::bytes(architecture, self.stored_rows, inputs.model.place.kernel),
             sampling: FLOAT
                 * (self.forward_rows * forward_width(architecture) + self.rollouts * architecture.vocabulary + blocks),
             learning: FLOAT * (self.learning(architecture) + blocks),
             head: FLOAT * 3 * self.targets * architecture.hidden + head::bytes(self.targets, architecture.hidden),
             loading: reading_bytes(),
             together: config.level() > 0,
-        })
+        };
+        Ok((memory, None))
     }
 
     /// Numbers alive in the backward pass of the last layer.
@@ -277,6 +301,9 @@ impl fmt::Display for Plan {
         self.derived.iter().try_for_each(|line| writeln!(f, "# {line}"))?;
         let Memory { program, base, layer, adapter, cache, sampling, learning, head, loading, .. } = self.memory;
         let gigabytes = |bytes: usize| bytes as f64 / 1e9;
+        if let Some(gpu) = &self.gpu {
+            write!(f, "#\n{gpu}")?;
+        }
         writeln!(f, "#\n# memory at its fullest, completions as long as they may be (GB)")?;
         let rows = [
             ("program, tokenizer, data", program, String::new(), "take fewer rows"),

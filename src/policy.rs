@@ -1,11 +1,13 @@
 //! The adapter: what is trained, published to the sampler, and saved. The base model never changes.
 
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock};
 
 use anyhow::{Context, Result, ensure};
 use candle_core::{DType, Device, Tensor};
 
 use crate::config::Lora;
+use crate::cuda::device::Gpu;
+use crate::cuda::factors::Factors;
 use crate::model::{Architecture, Projection};
 use crate::ops::kernel::Kernel;
 use crate::ops::linear::LowRank;
@@ -22,6 +24,8 @@ pub struct Adapter {
     pairs: Vec<Pair>,
     /// Index into `pairs` by layer · 7 + projection.
     index: Vec<Option<usize>>,
+    /// Its factors on a GPU, from the first use on: one copy for all clones.
+    on_gpu: Arc<Mutex<Option<Arc<Factors>>>>,
 }
 
 #[derive(Clone)]
@@ -114,7 +118,7 @@ impl Adapter {
                 pairs.push(Pair { layer, projection, a, b, ready: Default::default() });
             }
         }
-        Ok(Self { version: 0, scale: scale(lora), pairs, index })
+        Ok(Self { version: 0, scale: scale(lora), pairs, index, on_gpu: Default::default() })
     }
 
     /// The pair of one projection, if it carries one.
@@ -127,6 +131,21 @@ impl Adapter {
             let (a, b) = (a.expect("adapters are f32"), b.expect("adapters are f32"));
             Arc::new(LowRank::new(a, b, pair.a.dims()[0], self.scale, kernel))
         }))
+    }
+
+    /// The factors on a GPU. They move there once, whoever asks first.
+    ///
+    /// # Errors
+    /// If the device fails.
+    pub(crate) fn on_gpu(&self, gpu: &Arc<Gpu>) -> Result<Arc<Factors>> {
+        let mut held = self.on_gpu.lock().expect("nothing panics while it holds the factors");
+        if let Some(factors) = &*held {
+            return Ok(factors.clone());
+        }
+        let pairs = self.pairs.iter().map(|Pair { layer, projection, a, b, .. }| (*layer, *projection, a, b));
+        let factors = Arc::new(Factors::new(gpu, self.scale, pairs, self.index.len())?);
+        *held = Some(factors.clone());
+        Ok(factors)
     }
 
     /// What the pair of one projection adds to its weight, s · B A [out, in], if it carries one.
@@ -169,5 +188,6 @@ impl Adapter {
             }
             pair.ready = Default::default();
         }
+        self.on_gpu = Default::default();
     }
 }

@@ -185,6 +185,7 @@ impl StepRecord<'_> {
         row.put("perf/sampler_idle", *sampler);
         row.put("perf/learner_idle", *learner);
         row.put("perf/peak_gib", peak_memory().map(|bytes| bytes as f64 / GIB));
+        report.gpu.iter().for_each(|(name, bytes)| row.put(format!("gpu/{name}_gib"), *bytes as f64 / GIB));
         row
     }
 

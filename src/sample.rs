@@ -8,9 +8,9 @@ use serde_json::{Map, Value, json};
 
 use crate::calibration_map::CalibrationMap;
 use crate::config::Dtype;
+use crate::cuda::Place;
 use crate::event::{Event, Observer};
 use crate::model_files::{ModelFiles, Policy};
-use crate::ops::kernel::Kernel;
 use crate::prompts::{Prompt, check_room};
 use crate::sampler::local::{LocalSampler, most_rollouts};
 use crate::sampler::{Generation, Request, Sampler, Settings};
@@ -52,7 +52,7 @@ impl Sample {
         settings: Settings,
         observer: Observer,
     ) -> Result<Self> {
-        let model = ModelFiles::open(source, observer)?.computed_by(Kernel::choose(dtype, None)?)?;
+        let model = ModelFiles::open(source, observer)?.computed_by(Place::automatic(dtype)?)?;
         let fitting = |prompt: Prompt| {
             check_room(&model, prompt.ids.len(), settings.max_tokens)?;
             Ok(prompt)

@@ -15,6 +15,7 @@ use crate::inputs::Inputs;
 use crate::learner::Learner;
 use crate::model::Model;
 use crate::peft;
+use crate::plan::Plan;
 use crate::policy::Adapter;
 use crate::probe;
 use crate::run::RunFolder;
@@ -69,6 +70,9 @@ impl Run {
         RunFolder::check(options.results, &config, options.resume)?;
         let inputs = Inputs::open(&config, options.environments, options.observer)?;
         let compares = inputs.has_reference(&config)?;
+        if let Some(gpu) = &inputs.model.place.gpu {
+            gpu.set_plan(Plan::of(&config, &inputs)?.gpu.map(|plan| plan.to_string()).unwrap_or_default());
+        }
         let Inputs { model, training, heldout, start, judges, steps } = inputs;
         let tokenizer = model.tokenizer.clone();
         let model = model.load(&Device::Cpu, options.observer)?;

@@ -16,7 +16,7 @@ use crate::check;
 use crate::ops::{Computed, ROWS, check_op, computed, floats, random, same, value_and_gradients};
 
 /// The spans of a prompt and branches over the rows of one call, as the learner lays them out, after other trees.
-fn tree(before: &[Span], prompt: usize, branches: &[usize]) -> Vec<Span> {
+pub fn tree(before: &[Span], prompt: usize, branches: &[usize]) -> Vec<Span> {
     let mut spans = before.to_vec();
     let mut add = |rows: usize, prefix: &Range<usize>| {
         let (queries, keys) = spans.last().map_or((0, 0), |last| (last.queries.end, padded(last.own.end)));
@@ -63,7 +63,7 @@ fn slow_attention(x: &[Tensor], heads: Heads, spans: &[Span]) -> Result<Tensor> 
 }
 
 /// Keys and values of these rows, one after the other. Those that no span has are somebody else's leftovers, and must not be seen.
-fn stored(heads: Heads, keys: &[f32], values: &[f32], spans: &[Span], kernel: Kernel) -> Keys {
+pub fn stored(heads: Heads, keys: &[f32], values: &[f32], spans: &[Span], kernel: Kernel) -> Keys {
     let rows = keys.len() / (heads.key * heads.dim);
     let mut stored = Keys::new(rows, heads, kernel, false);
     stored.write(keys, values, &[Store { from: 0..rows, to: 0 }]);
@@ -73,7 +73,7 @@ fn stored(heads: Heads, keys: &[f32], values: &[f32], spans: &[Span], kernel: Ke
 }
 
 /// What is returned, and the log-sums.
-fn attend(heads: Heads, queries: &[f32], keys: &Keys, spans: &[Span]) -> (Vec<f32>, Buffer) {
+pub fn attend(heads: Heads, queries: &[f32], keys: &Keys, spans: &[Span]) -> (Vec<f32>, Buffer) {
     let mut attended = vec![f32::NAN; queries.len()];
     let mut log_sums = Buffer::new(queries.len() / heads.dim);
     attention::forward(heads, queries, keys, spans, &mut attended, &mut log_sums);
@@ -81,7 +81,7 @@ fn attend(heads: Heads, queries: &[f32], keys: &Keys, spans: &[Span]) -> (Vec<f3
 }
 
 /// Attention of queries over rows of keys and values.
-fn attention<'a>(x: &[Vec<f32>], heads: Heads, spans: &'a [Span], kernel: Kernel) -> Computed<'a> {
+pub fn attention<'a>(x: &[Vec<f32>], heads: Heads, spans: &'a [Span], kernel: Kernel) -> Computed<'a> {
     let keys = stored(heads, &x[1], &x[2], spans, kernel);
     let (value, log_sums) = attend(heads, &x[0], &keys, spans);
     let (attended, x) = (value.clone(), x.to_vec());
@@ -98,7 +98,7 @@ fn attention<'a>(x: &[Vec<f32>], heads: Heads, spans: &'a [Span], kernel: Kernel
 }
 
 /// Every combination of what families add to attention.
-const KINDS: [(Option<f32>, Option<usize>); 4] =
+pub const KINDS: [(Option<f32>, Option<usize>); 4] =
     [(None, None), (Some(1.5), None), (None, Some(16)), (Some(1.5), Some(5))];
 
 /// Queries, keys and values.

@@ -14,7 +14,8 @@ use crate::program::{CANDOR, Ended, Place};
 use crate::toy::{rows_of, step_metrics};
 
 /// Lines that a run says on standard error, by what they begin with.
-const MESSAGES: [&str; 6] = ["loading the model", "evaluation after", "step ", "only ", "resuming ", "results/"];
+const MESSAGES: [&str; 7] =
+    ["computing on ", "loading the model", "evaluation after", "step ", "only ", "resuming ", "results/"];
 
 #[test]
 fn a_run_says_its_progress_on_standard_error_and_its_summary_on_standard_output() {

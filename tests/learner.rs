@@ -63,7 +63,7 @@ fn open(folder: &Path) -> Arc<Model> {
 }
 
 /// Every golden adapter of every tiny model: model folder, adapter name.
-fn golden_adapters() -> Vec<(std::path::PathBuf, &'static str)> {
+pub fn golden_adapters() -> Vec<(std::path::PathBuf, &'static str)> {
     let pairs = tiny_models().into_iter().flat_map(|folder| ["lora", "lora_all_rs"].map(|name| (folder.clone(), name)));
     pairs.filter(|(folder, name)| folder.join(format!("adapter_{name}")).exists()).collect()
 }

@@ -11,9 +11,8 @@ use candle_core::{Device, Tensor};
 use candor::config::{Lora, Projection};
 use candor::learner::Learner;
 use candor::learner::portion::Portion;
-use candor::model::{Call, KeyValueStore, Model};
+use candor::model::{Call, Model};
 use candor::ops::attention::Span;
-use candor::ops::buffer;
 use candor::ops::keys::{Store, padded};
 use candor::ops::left::Left;
 use candor::ops::panels::Threads;
@@ -76,8 +75,7 @@ pub fn hidden(model: &Model, sequences: &[(&[u32], Option<&Adapter>)]) -> Result
     }
     let call = Call { ids: &ids, positions: &positions, spans: &spans, stores: &stores, adapters: &adapters };
     let rows: Vec<u32> = (0..ids.len() as u32).collect();
-    let mut store = KeyValueStore::new(&model.architecture, to, model.kernel);
-    Ok(model.forward(&call, &mut store, &rows)?.to_vec())
+    model.forward(&call, &mut model.store(to)?, &rows)
 }
 
 /// Logits of whole sequences that share one forward call: [all rows, vocabulary].
@@ -89,10 +87,11 @@ pub fn logits(model: &Model, sequences: &[Vec<u32>], adapter: Option<&Adapter>) 
 
 /// The logits of normalized rows, in the plain way.
 fn head(model: &Model, hidden: &[f32]) -> Vec<f64> {
-    let (vocabulary, width) = model.head().dims();
+    let weight = model.head().unwrap();
+    let (vocabulary, width) = weight.dims();
     let mut logits = vec![0.0; hidden.len() / width * vocabulary];
     let rows = Left::new(hidden, width, model.kernel);
-    model.head().multiply(&rows, 0..vocabulary, &mut logits, vocabulary, false, Threads::One);
+    weight.multiply(&rows, 0..vocabulary, &mut logits, vocabulary, false, Threads::One);
     let logits = logits.into_iter().map(f64::from);
     match model.logits(1.0).soft_cap.map(f64::from) {
         Some(cap) => logits.map(|logit| cap * (logit / cap).tanh()).collect(),
@@ -162,8 +161,9 @@ fn a_call_whose_parts_do_not_fit_is_refused() {
         stores: &stores,
         adapters: &[(0..3, None)],
     };
-    let refused = |call: Call| format!("{:#}", model.begin(&call).err().expect("the call is refused"));
-    assert!(model.begin(&good).is_ok());
+    let forward = |call: Call| model.forward(&call, &mut model.store(3)?, &[]);
+    let refused = |call: Call| format!("{:#}", forward(call).expect_err("the call is refused"));
+    assert!(forward(good).is_ok());
     assert!(refused(Call { positions: &[0, 1], ..good }).contains("2 positions for 3 rows"));
     assert!(refused(Call { ids: &[5, 320, 7], ..good }).contains("token 320 is outside the model's vocabulary of 320"));
     assert!(
@@ -197,7 +197,6 @@ fn nothing_is_read_that_an_earlier_call_left() {
                     gradients.map(|gradient| gradient.gradients.iter().flat_map(values).collect::<Vec<f64>>());
                 (hidden(&model, &[(ids, Some(adapter))]).unwrap(), gradients.ok())
             };
-            buffer::release();
             let want = run(&small, &good);
             assert!(want.0.iter().all(|x| x.is_finite()) && want.1.is_some());
             for between in [&large, &small] {

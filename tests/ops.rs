@@ -1,17 +1,21 @@
 //! Every operation against the same mathematics composed of plain candle operations in f64 under candle's own autograd, and
 //! against finite differences of itself. Attention, the head and products have modules of their own.
 
+use std::collections::BTreeSet;
 use std::sync::OnceLock;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use candle_core::{DType, Device, Result, Tensor, Var};
 use candle_nn::ops::sigmoid;
 use candor::config::Dtype;
+use candor::ops::buffer::{Buffer, Pool};
 use candor::ops::gate::Activation;
 use candor::ops::left::Left;
 use candor::ops::linear::{Linear, LowRank};
 use candor::ops::norm::RmsNorm;
 use candor::ops::panels::{Panels, Threads};
 use candor::ops::rope::{Direction, Rotation};
+use candor::ops::rows::{in_parts, in_turns};
 use candor::random::SplitMix64;
 use rayon::prelude::*;
 
@@ -336,6 +340,61 @@ fn parallel_work_that_begins_with_the_same_adapters_does_not_wait_for_itself() {
             };
             let begin = &begin;
             std::thread::scope(|scope| (0..4).for_each(|thread| drop(scope.spawn(move || begin(8 * thread)))));
+        }
+    });
+}
+
+/// Catches buffers that begin in the middle of a line: every row of a tile would be loaded twice.
+#[test]
+fn buffers_begin_with_a_line_of_the_cache() {
+    for len in [0, 1, 7, 63, 4096, 8191, 8192, 100_000, 1 << 20] {
+        assert_eq!(Buffer::<f32>::new(len).as_ptr() as usize % 64, 0, "{len} f32");
+        assert_eq!(Buffer::<u16>::new(len).as_ptr() as usize % 64, 0, "{len} u16");
+        assert_eq!(Buffer::<f32>::new(len).len(), len);
+    }
+}
+
+/// Steps whose micro-batches have ever other sizes. Catches a pool that keeps what no size fits any more, and one that asks for new
+/// memory where it has some.
+#[test]
+fn memory_that_is_used_again_does_not_grow_with_the_sizes_that_were_asked_for() {
+    let (mut pool, mut random, mut most) = (Pool::<f32>::EMPTY, SplitMix64::new(3), 0);
+    for step in 0..200 {
+        let rows = 1000 + (4000.0 * random.next_f64()) as usize;
+        let taken: Vec<Vec<f32>> = (0..20).map(|layer| pool.take(rows * [64, 20, 90][layer % 3])).collect();
+        most = most.max(taken.iter().map(Vec::len).sum());
+        taken.into_iter().for_each(|values| pool.give(values));
+        assert!(pool.held() <= most + most / 4, "step {step}: {} numbers are held, {most} were used", pool.held());
+    }
+    let held = pool.held();
+    for _ in 0..3 {
+        let taken: Vec<Vec<f32>> = (0..20).map(|_| pool.take(64_000)).collect();
+        taken.into_iter().for_each(|values| pool.give(values));
+        let again: Vec<Vec<f32>> = (0..20).map(|_| pool.take(64_000)).collect();
+        let addresses = |all: &[Vec<f32>]| all.iter().map(|values| values.as_ptr()).collect::<BTreeSet<_>>();
+        let before = addresses(&again);
+        again.into_iter().for_each(|values| pool.give(values));
+        let taken: Vec<Vec<f32>> = (0..20).map(|_| pool.take(64_000)).collect();
+        assert_eq!(addresses(&taken), before, "the same memory serves the same sizes");
+        taken.into_iter().for_each(|values| pool.give(values));
+    }
+    assert!(pool.held() <= held.max(most + most / 4));
+}
+
+/// Catches tasks that are left out or done twice, and a panic in one of them that hangs or is lost.
+#[test]
+fn every_task_is_done_once_and_a_panic_in_one_ends_all() {
+    for (tasks, at_once) in [(0, 4), (1, 4), (3, 1), (97, 4), (1000, 16)] {
+        let done: Vec<AtomicUsize> = (0..tasks).map(|_| AtomicUsize::new(0)).collect();
+        in_turns(tasks, at_once, |task| {
+            done[task].fetch_add(1, Ordering::Relaxed);
+        });
+        assert!(done.iter().all(|done| done.load(Ordering::Relaxed) == 1), "{tasks} tasks, {at_once} at once");
+    }
+    toy::within(60, || {
+        for part in [0, 1, 3] {
+            let caught = std::panic::catch_unwind(|| in_parts(4, |number| assert_ne!(number, part, "on purpose")));
+            assert!(caught.is_err(), "part {part} panicked");
         }
     });
 }

@@ -6,7 +6,7 @@ use super::Failure;
 use super::console::Console;
 use super::models::{print, word};
 use crate::bench::{Bench, Measurement, Settings, Shape};
-use crate::config::Dtype;
+use crate::config::{Device, Dtype};
 use crate::event::Observer;
 use crate::ops::kernel::Kernel;
 
@@ -47,6 +47,9 @@ pub struct Arguments {
     /// With which instructions: amx, avx512_bf16, avx512 or gemm
     #[arg(long, value_parser = word::<Kernel>)]
     kernel: Option<Kernel>,
+    /// Where: auto, cpu or cuda:N
+    #[arg(long, value_parser = word::<Device>, default_value = "auto")]
+    device: Device,
     /// Say nothing but errors and the result
     #[arg(long)]
     pub quiet: bool,
@@ -63,9 +66,10 @@ fn learner(text: &str) -> Result<Measurement, String> {
 impl Arguments {
     /// Runs it.
     pub fn run(&self, observer: Observer, console: &Console) -> Result<u8, Failure> {
-        let Self { model, repeats, rank, micro_tokens, dtype, kernel, .. } = self;
+        let Self { model, repeats, rank, micro_tokens, dtype, kernel, device, .. } = self;
         let (repeats, rank, micro_tokens) = (*repeats, *rank, *micro_tokens);
-        let settings = Settings { source: model, dtype: *dtype, kernel: *kernel, rank, micro_tokens, repeats };
+        let settings =
+            Settings { source: model, dtype: *dtype, kernel: *kernel, device: *device, rank, micro_tokens, repeats };
         let bench = Bench::prepare(&settings, observer).map_err(Failure::Input)?;
         for measurement in self.measurements() {
             let line = bench.measure(measurement).map_err(Failure::Run)?;

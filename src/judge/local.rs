@@ -10,12 +10,12 @@ use super::prompt::Style;
 use super::referee::Decision;
 use super::reply::LETTERS;
 use crate::config::Dtype;
+use crate::cuda::Place;
 use crate::event::Observer;
 use crate::learner::completion_logprobs;
 use crate::learner::tree::{Branch, Tree};
 use crate::model::Model;
 use crate::model_files::load_model;
-use crate::ops::kernel::Kernel;
 use crate::tokenizer::Tokenizer;
 
 /// Gives the policy's base model, which exists once.
@@ -50,8 +50,9 @@ impl Local {
     pub fn load(&self, policy: PolicyBase, observer: Observer) -> Result<()> {
         let loaded = match self.is_policy {
             true => policy()?,
-            false => load_model(&self.source, Kernel::choose(Dtype::Auto, None)?, observer)
-                .context("environment.judge.model")?,
+            false => {
+                load_model(&self.source, Place::automatic(Dtype::Auto)?, observer).context("environment.judge.model")?
+            }
         };
         let (room, needed) = (loaded.0.architecture.context, prompt_ids("", &[], "", &loaded.1)?.len());
         ensure!(

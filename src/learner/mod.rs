@@ -1,7 +1,7 @@
 //! The learner: trees of completions in, one optimizer step of the adapter out.
 //!
-//! For each micro-batch: a forward pass that keeps only every layer's input, log-probabilities of the completion tokens,
-//! the objective's coefficients ∂L/∂ℓ, and a backward pass that recomputes one layer at a time.
+//! For each micro-batch: the model's forward pass to the log-probabilities of the completion tokens, the objective's coefficients
+//! ∂L/∂ℓ, and the model's backward pass from them.
 //!
 //! * [`tree`]: trees, and how they are packed into micro-batches
 //! * [`portion`]: trees of one kind of tasks, and what is minimized on them
@@ -12,6 +12,7 @@ pub mod portion;
 pub mod tree;
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::sync::Arc;
 
 use anyhow::Result;
@@ -19,12 +20,9 @@ use candle_core::{Device, Tensor};
 use tracing::debug;
 
 use crate::config::Learner as Settings;
-use crate::model::{Architecture, Attended, Call, Model, Projection};
+use crate::model::{Call, Gradients, Model, Question, Trace};
 use crate::objective::{Counts, Metrics};
-use crate::ops::buffer::{self, Buffer};
-use crate::ops::head::{log_probabilities, log_probabilities_backward};
 use crate::ops::kernel::Kernel;
-use crate::ops::keys::Keys;
 use crate::policy::Adapter;
 use optimizer::AdamW;
 use portion::{Loss, Portion};
@@ -80,6 +78,8 @@ pub struct StepReport {
     pub tokens: usize,
     /// Means and maxima over completion tokens.
     pub metrics: Metrics,
+    /// What a GPU's memory was used for at most so far, and what it holds ready, in bytes.
+    pub gpu: Vec<(&'static str, usize)>,
 }
 
 /// Told after each layer's backward pass how many are done, of how many; an error ends the step.
@@ -140,9 +140,15 @@ impl Learner {
     /// As [`Learner::step`].
     pub fn gradient(&self, portions: &[Portion], shape: &StepShape, layer_done: LayerDone) -> Result<StepGradient> {
         let tensors = tensors(&self.adapter);
-        let mut gradients: Vec<Vec<f32>> = tensors.iter().map(|tensor| vec![0.0; tensor.elem_count()]).collect();
-        let mut report =
-            StepReport { loss: 0.0, losses: BTreeMap::new(), grad_norm: 0.0, tokens: 0, metrics: Metrics::default() };
+        let mut gradients = self.model.gradients(&self.adapter)?;
+        let mut report = StepReport {
+            loss: 0.0,
+            losses: BTreeMap::new(),
+            grad_norm: 0.0,
+            tokens: 0,
+            metrics: Metrics::default(),
+            gpu: Vec::new(),
+        };
         let packed = portions.iter().map(|portion| Ok((portion, pack(&portion.trees, shape.micro_tokens)?)));
         let packed = packed.collect::<Result<Vec<_>>>()?;
         let layers = self.model.architecture.layers.len();
@@ -163,9 +169,8 @@ impl Learner {
             }
             earlier += portion.trees.len();
         }
-        // The sampler needs other sizes.
-        buffer::release();
-        let shaped = gradients.into_iter().zip(&tensors);
+        report.gpu = self.model.gpu().map(|gpu| gpu.shares()).transpose()?.unwrap_or_default();
+        let shaped = gradients.into_values()?.into_iter().zip(&tensors);
         let shaped = shaped.map(|(gradient, like)| Ok(Tensor::from_vec(gradient, like.shape(), like.device())?));
         Ok(StepGradient { gradients: shaped.collect::<Result<_>>()?, report })
     }
@@ -175,30 +180,25 @@ impl Learner {
         micro: &MicroBatch,
         (portion, counts): (&Portion, &Counts),
         shape: &StepShape,
-        gradients: &mut [Vec<f32>],
+        gradients: &mut Gradients,
         report: &mut StepReport,
         layer_done: &mut dyn FnMut() -> Result<()>,
     ) -> Result<()> {
-        let model = &*self.model;
-        let (inputs, last) = self.layer_inputs(micro)?;
-        let hidden = model.final_norm(&model.select(&last, &micro.predicting));
-        let temperature = portion.temperature(shape.temperature);
-        let logits = model.logits(temperature);
-        let head = log_probabilities(&hidden, model.head(), &micro.targets, logits)?;
-        let logprobs_t = floats(&head.logprobs);
+        let (model, temperature) = (&*self.model, portion.temperature(shape.temperature));
+        let adapters = [(0..micro.ids.len(), Some(&self.adapter))];
+        let trace = trace(model, micro, &adapters, temperature, true)?;
+        let logprobs_t = floats(&trace.logprobs);
         let compared = self.settings.kl > 0.0 && portion.loss == Loss::Reward;
         let kl_t = compared.then(|| logprobs(model, self.reference.as_ref(), micro, temperature)).transpose()?;
         let objective = portion.objective(&micro.branches, &logprobs_t, kl_t.as_deref(), &self.settings, counts)?;
+        let entropy: f64 = trace.entropies.iter().copied().map(f64::from).sum();
         let scaled = objective.coefficients.concat().into_iter().map(|w| (portion.share * w) as f32);
-        let coefficients: Vec<f32> = scaled.collect();
-        let d_hidden = log_probabilities_backward(&hidden, model.head(), &micro.targets, logits, &head, &coefficients);
-        let seed = model.select_backward(&last, &micro.predicting, &d_hidden);
-        self.backward_layers(micro, inputs, seed, gradients, layer_done)?;
+        model.backward(trace, &scaled.collect::<Vec<_>>(), gradients, layer_done)?;
         report.loss += portion.share * objective.loss;
         *report.losses.entry(portion.loss.name()).or_default() += objective.loss;
         report.tokens += micro.ids.len();
         report.metrics.merge(objective.metrics);
-        report.metrics.mean("entropy", head.entropies().map(f64::from).sum(), head.logprobs.len() as f64);
+        report.metrics.mean("entropy", entropy, logprobs_t.len() as f64);
         Ok(())
     }
 
@@ -210,73 +210,10 @@ impl Learner {
     pub fn reference_logprobs(&self, tree: &Tree, micro_tokens: usize) -> Result<Vec<Vec<f64>>> {
         completion_logprobs(&self.model, self.reference.as_ref(), std::slice::from_ref(tree), micro_tokens, 1.0)
     }
-
-    /// The input of every layer, and the output of the last.
-    fn layer_inputs(&self, micro: &MicroBatch) -> Result<(Vec<LayerInput>, Buffer)> {
-        let adapters = [(0..micro.ids.len(), Some(&self.adapter))];
-        let call = call(micro, &adapters);
-        let context = self.model.begin(&call)?.with_dropout(micro.dropout.as_ref());
-        let architecture = &self.model.architecture;
-        let (mut keys, kept) = (keys(&self.model, micro), kept_layers(architecture, micro.ids.len()));
-        let (mut x, mut inputs) = (self.model.embed(&call), Vec::new());
-        for index in 0..architecture.layers.len() {
-            let (output, attended) = self.model.layer(index, &x, &context, &mut keys)?;
-            inputs.push((x, (index < kept).then_some(attended)));
-            x = output;
-        }
-        Ok((inputs, x))
-    }
-
-    /// From the last layer to the first, each computed again from its input.
-    fn backward_layers(
-        &self,
-        micro: &MicroBatch,
-        inputs: Vec<LayerInput>,
-        mut grad: Buffer,
-        gradients: &mut [Vec<f32>],
-        layer_done: &mut dyn FnMut() -> Result<()>,
-    ) -> Result<()> {
-        let adapters = [(0..micro.ids.len(), Some(&self.adapter))];
-        let call = call(micro, &adapters);
-        let context = self.model.begin(&call)?.with_dropout(micro.dropout.as_ref());
-        let (mut keys, mut swapped) = (keys(&self.model, micro), keys(&self.model, micro));
-        for (index, (x, kept)) in inputs.into_iter().enumerate().rev() {
-            let room = [&mut keys, &mut swapped];
-            let of_layer = self.model.layer_backward(index, (&x, kept), &mut grad, &context, room)?;
-            for (projection, gradient) in Projection::ALL.into_iter().zip(of_layer) {
-                let (Some(gradient), Some([a, b])) = (gradient, self.adapter.indices(index, projection)) else {
-                    continue;
-                };
-                let of_b = gradient.b();
-                for (total, part) in [(a, gradient.a), (b, of_b)] {
-                    gradients[total].iter_mut().zip(part).for_each(|(total, part)| *total += part);
-                }
-            }
-            layer_done()?;
-        }
-        Ok(())
-    }
 }
-
-/// What attention may keep for the backward pass of a micro-batch instead of computing it again, in bytes.
-const KEPT: usize = 1 << 29;
-
-/// How many layers' attention is kept in a micro-batch of so many rows.
-pub fn kept_layers(architecture: &Architecture, rows: usize) -> usize {
-    (KEPT / (size_of::<f32>() * architecture.attention_width() * rows).max(1)).min(architecture.layers.len())
-}
-
-/// What a layer is computed from again, with what attention did there if there is room for it.
-type LayerInput = (Buffer, Option<Attended>);
 
 fn tensors(adapter: &Adapter) -> Vec<Tensor> {
     adapter.tensors().into_iter().map(|(_, tensor)| tensor).collect()
-}
-
-/// Room for the keys and values of one layer.
-fn keys(model: &Model, micro: &MicroBatch) -> Keys {
-    // All layers have keys of one shape.
-    Keys::new(micro.key_rows(), model.architecture.heads_of(0), model.kernel, false)
 }
 
 /// The log-probability of every completion token of every branch, in the order of the trees.
@@ -301,18 +238,21 @@ pub fn completion_logprobs(
 /// The log-probability of every target of a micro-batch; nothing is kept for a backward pass, and nothing is dropped.
 fn logprobs(model: &Model, adapter: Option<&Adapter>, micro: &MicroBatch, temperature: f64) -> Result<Vec<f64>> {
     let adapters = [(0..micro.ids.len(), adapter)];
-    let call = call(micro, &adapters);
-    let (context, mut keys) = (model.begin(&call)?, keys(model, micro));
-    let mut x = model.embed(&call);
-    for index in 0..model.architecture.layers.len() {
-        x = model.layer(index, &x, &context, &mut keys)?.0;
-    }
-    let hidden = model.final_norm(&model.select(&x, &micro.predicting));
-    Ok(floats(&log_probabilities(&hidden, model.head(), &micro.targets, model.logits(temperature))?.logprobs))
+    Ok(floats(&trace(model, micro, &adapters, temperature, false)?.logprobs))
 }
 
-fn call<'a>(micro: &'a MicroBatch, adapters: &'a [(std::ops::Range<usize>, Option<&'a Adapter>)]) -> Call<'a> {
-    Call { ids: &micro.ids, positions: &micro.positions, spans: &micro.spans, stores: &micro.stores, adapters }
+/// The model's forward pass over a micro-batch, for the learner's own backward pass or for none.
+fn trace<'a>(
+    model: &Model,
+    micro: &'a MicroBatch,
+    adapters: &'a [(Range<usize>, Option<&'a Adapter>)],
+    temperature: f64,
+    learns: bool,
+) -> Result<Trace<'a>> {
+    let MicroBatch { ids, positions, spans, stores, predicting, targets, .. } = micro;
+    let dropout = micro.dropout.as_ref().filter(|_| learns);
+    let question = Question { predicting, targets, logits: model.logits(temperature), dropout };
+    model.trace(Call { ids, positions, spans, stores, adapters }, question, learns)
 }
 
 fn floats(values: &[f32]) -> Vec<f64> {

@@ -94,11 +94,6 @@ pub struct MicroBatch<'a> {
 }
 
 impl MicroBatch<'_> {
-    /// Rows that the keys of all rows take.
-    pub fn key_rows(&self) -> usize {
-        self.stores.last().map_or(0, |last| padded(last.to + last.from.len()))
-    }
-
     /// What is dropped with probability `share` in a step whose trees before these are `earlier`: the same whatever else is in
     /// the micro-batch. All branches see the same of their prompt.
     pub fn dropout(&self, share: f64, seed: u64, step: u64, earlier: usize) -> Dropout {

@@ -3,15 +3,22 @@
 use std::ops::Range;
 
 use super::architecture::Architecture;
+use crate::cuda::decoder;
 use crate::ops::kernel::Kernel;
 use crate::ops::keys::{Keys, padded};
 
 /// Keys and values of past tokens, for every layer.
 pub struct KeyValueStore {
-    layers: Vec<Keys>,
+    layers: Layers,
     /// Free stretches of rows, sorted, never touching each other.
     free: Vec<Range<usize>>,
     rows: usize,
+}
+
+/// Where they are.
+pub(super) enum Layers {
+    Host(Vec<Keys>),
+    Gpu(decoder::Keys),
 }
 
 impl KeyValueStore {
@@ -19,11 +26,20 @@ impl KeyValueStore {
     pub fn new(architecture: &Architecture, rows: usize, kernel: Kernel) -> Self {
         let rows = padded(rows);
         let layers = architecture.layers.iter().map(|&kind| Keys::new(rows, architecture.heads_of(kind), kernel, true));
-        Self { layers: layers.collect(), free: std::iter::once(0..rows).collect(), rows }
+        Self { layers: Layers::Host(layers.collect()), free: std::iter::once(0..rows).collect(), rows }
+    }
+
+    /// The same on a GPU, which has room for them.
+    pub(super) fn on_gpu(keys: decoder::Keys, rows: usize) -> Self {
+        let rows = padded(rows);
+        Self { layers: Layers::Gpu(keys), free: std::iter::once(0..rows).collect(), rows }
     }
 
     /// What `rows` rows take, in bytes.
     pub fn bytes(architecture: &Architecture, rows: usize, kernel: Kernel) -> usize {
+        if kernel == Kernel::Cuda {
+            return padded(rows) * decoder::Keys::row_bytes(architecture);
+        }
         architecture
             .layers
             .iter()
@@ -36,9 +52,9 @@ impl KeyValueStore {
         self.rows
     }
 
-    /// The keys and values of a layer.
-    pub fn layer(&mut self, index: usize) -> &mut Keys {
-        &mut self.layers[index]
+    /// The keys and values of every layer.
+    pub(super) fn layers(&mut self) -> &mut Layers {
+        &mut self.layers
     }
 
     /// From now on only the first `rows` rows are handed out; all must have been given back. How many sequences run

@@ -8,16 +8,18 @@
 //! * [`weights`]: tensors by name from safetensors or GGUF
 //! * [`gguf`], [`safetensors`]: the two kinds of files
 //! * [`stored`]: a tensor in a file, read in pieces
-//! * [`layer`]: one layer, forward and backward
+//! * [`parts`]: what a model is put together from
+//! * [`host`]: the decoder on this processor; [`layer`]: one layer of it, forward and backward
 //! * [`cache`]: keys and values of past tokens, for the sampler
 
 pub mod architecture;
 pub mod cache;
 pub mod family;
 pub mod gguf;
+pub mod host;
 mod layer;
 pub mod metadata;
-mod parts;
+pub(crate) mod parts;
 pub mod safetensors;
 pub mod stored;
 pub mod weights;
@@ -26,42 +28,43 @@ use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use candle_core::Device;
 
 pub use architecture::{Architecture, AttentionKind, Projection};
 pub use cache::KeyValueStore;
-pub use layer::{AdapterGradient, Attended};
 pub use parts::Footprint;
 pub use weights::Weights;
 
 use crate::config::Quantization;
+use crate::cuda::decoder;
+use crate::cuda::device::Gpu;
 use crate::ops::attention::Span;
-use crate::ops::buffer::Buffer;
-use crate::ops::dropout::{Dropout, Mask};
-use crate::ops::head::Logits;
+use crate::ops::dropout::Dropout;
+use crate::ops::head::{Choice, Chosen, Logits};
 use crate::ops::kernel::Kernel;
-use crate::ops::keys::{Keys, Store};
-use crate::ops::norm::RmsNorm;
+use crate::ops::keys::{Store, padded};
 use crate::ops::panels::Panels;
-use crate::ops::rope::Rotation;
-use crate::ops::rows::on_the_pool;
 use crate::policy::Adapter;
-use layer::{Frozen, Layer, Work};
-use parts::{Parts, Reading};
+use cache::Layers;
+use host::LayerCall;
+use parts::{Reading, Tensors};
 
 /// A frozen decoder. Its tensors exist once; whoever needs them shares the model in an `Arc`.
 pub struct Model {
     /// What it looks like.
-    pub architecture: Architecture,
-    /// Where its tensors live.
+    pub architecture: Arc<Architecture>,
+    /// Where adapters live.
     pub device: Device,
     /// What multiplies matrices.
     pub kernel: Kernel,
-    embedding: Arc<Panels>,
-    layers: Vec<Layer>,
-    norm: RmsNorm,
-    head: Arc<Panels>,
+    decoder: Decoder,
+}
+
+/// What computes a model, on the tensors it holds.
+enum Decoder {
+    Host(host::Decoder),
+    Gpu(decoder::Decoder),
 }
 
 /// The rows of one forward call: consecutive rows of one or several sequences.
@@ -79,41 +82,105 @@ pub struct Call<'a> {
     pub adapters: &'a [(Range<usize>, Option<&'a Adapter>)],
 }
 
-/// What every layer of one call needs beside its input.
-pub struct LayerCall<'a> {
-    /// By layer, the number of its rotation; by kind of attention.
-    kinds: &'a [usize],
-    rotations: Vec<Rotation>,
-    call: &'a Call<'a>,
-    dropout: Option<&'a Dropout>,
+/// What a call over whole trees is asked: the log-probabilities of tokens.
+#[derive(Clone, Copy)]
+pub struct Question<'a> {
+    /// The rows that predict.
+    pub predicting: &'a [u32],
+    /// The token that each of them predicts.
+    pub targets: &'a [u32],
+    /// How logits are made.
+    pub logits: Logits,
+    /// What adapters do not see of their inputs.
+    pub dropout: Option<&'a Dropout>,
 }
 
-impl<'a> LayerCall<'a> {
-    /// The same call, in which adapters do not see all of their inputs.
-    pub fn with_dropout(self, dropout: Option<&'a Dropout>) -> Self {
-        Self { dropout, ..self }
+/// The answer, and what a backward pass starts from.
+pub struct Trace<'a> {
+    /// The log-probability of every target, [targets].
+    pub logprobs: Vec<f32>,
+    /// The entropy of the distribution that each is of, in nats, [targets].
+    pub entropies: Vec<f32>,
+    call: Call<'a>,
+    question: Question<'a>,
+    /// What a backward pass needs, if there will be one.
+    kept: Option<Kept>,
+}
+
+enum Kept {
+    Host(host::Kept),
+    Gpu(Box<decoder::Kept>),
+}
+
+/// The same, as what computes returns it.
+pub(crate) struct Traced<K> {
+    pub logprobs: Vec<f32>,
+    pub entropies: Vec<f32>,
+    pub kept: Option<K>,
+}
+
+/// Gradients of one adapter's tensors on their way to being summed up, in the order of [`Adapter::tensors`].
+pub struct Gradients(Totals);
+
+enum Totals {
+    Host(Vec<Vec<f32>>),
+    Gpu(decoder::Gradients),
+}
+
+const OTHER_STORE: &str = "the store of keys and values is on another device than the model";
+
+/// Told after each layer's backward pass; an error ends it.
+pub type LayerDone<'a> = &'a mut dyn FnMut() -> Result<()>;
+
+impl Call<'_> {
+    /// Refuses a call whose parts disagree about its rows, or a token or position outside what the model knows.
+    fn check(&self, architecture: &Architecture) -> Result<()> {
+        let rows = self.ids.len();
+        ensure!(self.positions.len() == rows, "{} positions for {rows} rows", self.positions.len());
+        let covered = self.adapters.iter().try_fold(0, |end, (range, _)| (range.start == end).then_some(range.end));
+        ensure!(covered == Some(rows), "adapters do not cover the {rows} rows of the call in order");
+        let Architecture { vocabulary, context, .. } = *architecture;
+        if let Some(id) = self.ids.iter().find(|&&id| id as usize >= vocabulary) {
+            bail!("token {id} is outside the model's vocabulary of {vocabulary}");
+        }
+        if let Some(position) = self.positions.iter().find(|&&position| position >= context) {
+            bail!("position {position} is outside the model's context of {context} tokens");
+        }
+        let fits = |span: &Span| span.queries.end <= rows && span.queries.len() <= span.own.len();
+        if let Some(span) = self.spans.iter().find(|span| !fits(span)) {
+            bail!("{span:?} does not fit the {rows} rows of the call");
+        }
+        Ok(())
     }
 
-    fn mask(&self, rows: Range<usize>, layer: usize, projection: Projection) -> Option<Mask<'_>> {
-        self.dropout.map(|dropout| dropout.mask(rows, layer, projection as usize))
-    }
-
-    fn rotation(&self, layer: usize) -> &Rotation {
-        &self.rotations[self.kinds[layer]]
-    }
-
-    /// The parts of a block of rows that have an adapter in common, counted from the block's first row.
-    fn adapters(&self, rows: &Range<usize>) -> impl Iterator<Item = (Range<usize>, Option<&Adapter>)> {
-        let (first, last) = (rows.start, rows.end);
-        self.call.adapters.iter().filter_map(move |(range, adapter)| {
-            let (start, end) = (range.start.max(first), range.end.min(last));
-            (start < end).then(|| (start - first..end - first, *adapter))
-        })
+    /// How many key rows the calls' rows take, up to the end of the last block.
+    pub(crate) fn key_rows(&self) -> usize {
+        self.stores.last().map_or(0, |last| padded(last.to + last.from.len()))
     }
 
     /// The adapter of a call whose rows have all the same.
     fn only_adapter(&self) -> Option<&Adapter> {
-        self.call.adapters.first().and_then(|(_, adapter)| *adapter)
+        self.adapters.first().and_then(|(_, adapter)| *adapter)
+    }
+}
+
+impl Gradients {
+    /// The values of each tensor, row by row.
+    ///
+    /// # Errors
+    /// If the device fails.
+    pub fn into_values(self) -> Result<Vec<Vec<f32>>> {
+        match self.0 {
+            Totals::Host(values) => Ok(values),
+            Totals::Gpu(gradients) => gradients.into_values(),
+        }
+    }
+}
+
+impl<'a> Trace<'a> {
+    fn new<K>(traced: Traced<K>, call: Call<'a>, question: Question<'a>, kept: impl Fn(K) -> Kept) -> Self {
+        let Traced { logprobs, entropies, kept: own } = traced;
+        Self { logprobs, entropies, call, question, kept: own.map(kept) }
     }
 }
 
@@ -128,19 +195,20 @@ impl Model {
         kernel: Kernel,
         device: &Device,
     ) -> Result<Self> {
-        let architecture = &weights.architecture()?;
-        Self::assemble(architecture, kernel, device, &mut Reading { weights, architecture, quantization, kernel })
+        let architecture = Arc::new(weights.architecture()?);
+        let reading = &mut Reading { weights, architecture: &architecture, quantization, kernel };
+        let decoder = host::Decoder::new(architecture.clone(), kernel, Tensors::assemble(&architecture, reading)?);
+        Ok(Self { architecture, device: device.clone(), kernel, decoder: Decoder::Host(decoder) })
     }
 
-    fn assemble(architecture: &Architecture, kernel: Kernel, device: &Device, parts: &mut impl Parts) -> Result<Self> {
-        let table = [architecture.vocabulary, architecture.hidden];
-        let embedding = Arc::new(parts.table("model.embed_tokens.weight", &table)?);
-        let head = if architecture.tied { embedding.clone() } else { Arc::new(parts.table("lm_head.weight", &table)?) };
-        let layers = (0..architecture.layers.len()).map(|index| Layer::load(index, architecture, parts));
-        let layers = layers.collect::<Result<_>>()?;
-        let norm = norm("model.norm.weight", architecture.hidden, architecture, parts)?;
-        let (architecture, device) = (architecture.clone(), device.clone());
-        Ok(Self { architecture, device, kernel, embedding, layers, norm, head })
+    /// The same on a GPU.
+    ///
+    /// # Errors
+    /// As [`Model::load`], or if there is not enough memory.
+    pub fn load_on(gpu: &Arc<Gpu>, weights: &Weights, quantization: Option<Quantization>) -> Result<Self> {
+        let architecture = Arc::new(weights.architecture()?);
+        let decoder = Decoder::Gpu(decoder::Decoder::load(gpu, &architecture, weights, quantization)?);
+        Ok(Self { architecture, device: Device::Cpu, kernel: Kernel::Cuda, decoder })
     }
 
     /// Opens and loads a model, nothing packed: see [`Weights::open`].
@@ -151,9 +219,28 @@ impl Model {
         Self::load(&Weights::open(path)?, None, kernel, &Device::Cpu)
     }
 
-    /// The head's weight [vocabulary, hidden].
-    pub fn head(&self) -> &Panels {
-        &self.head
+    /// The head's weight [vocabulary, hidden], where this processor computes.
+    pub fn head(&self) -> Option<&Panels> {
+        match &self.decoder {
+            Decoder::Host(decoder) => Some(decoder.head()),
+            Decoder::Gpu(_) => None,
+        }
+    }
+
+    /// The GPU that computes it, if one does.
+    pub fn gpu(&self) -> Option<&Arc<Gpu>> {
+        match &self.decoder {
+            Decoder::Host(_) => None,
+            Decoder::Gpu(decoder) => Some(decoder.gpu()),
+        }
+    }
+
+    /// How many tokens' keys and values all samplers may hold beside the model, where a GPU's memory decides on that.
+    pub fn stored_tokens(&self) -> Option<usize> {
+        match &self.decoder {
+            Decoder::Host(_) => None,
+            Decoder::Gpu(decoder) => Some(decoder.stored_tokens()),
+        }
     }
 
     /// How logits are made at a temperature.
@@ -161,155 +248,99 @@ impl Model {
         Logits { soft_cap: self.architecture.logit_cap.map(|cap| cap as f32), temperature: temperature as f32 }
     }
 
-    /// Prepares what all layers of a call share.
+    /// Room for the keys and values of `rows` tokens.
     ///
     /// # Errors
-    /// If the parts of the call disagree about its rows, or a token or position is outside what the model knows.
-    pub fn begin<'a>(&'a self, call: &'a Call<'a>) -> Result<LayerCall<'a>> {
-        let rows = call.ids.len();
-        ensure!(call.positions.len() == rows, "{} positions for {rows} rows", call.positions.len());
-        let covered = call.adapters.iter().try_fold(0, |end, (range, _)| (range.start == end).then_some(range.end));
-        ensure!(covered == Some(rows), "adapters do not cover the {rows} rows of the call in order");
-        let (vocabulary, context) = (self.architecture.vocabulary, self.architecture.context);
-        if let Some(id) = call.ids.iter().find(|&&id| id as usize >= vocabulary) {
-            anyhow::bail!("token {id} is outside the model's vocabulary of {vocabulary}");
+    /// If a GPU has no room for them.
+    pub fn store(&self, rows: usize) -> Result<KeyValueStore> {
+        match &self.decoder {
+            Decoder::Host(_) => Ok(KeyValueStore::new(&self.architecture, rows, self.kernel)),
+            Decoder::Gpu(decoder) => Ok(KeyValueStore::on_gpu(decoder.keys(rows)?, rows)),
         }
-        if let Some(position) = call.positions.iter().find(|&&position| position >= context) {
-            anyhow::bail!("position {position} is outside the model's context of {context} tokens");
-        }
-        let fits = |span: &Span| span.queries.end <= rows && span.queries.len() <= span.own.len();
-        if let Some(span) = call.spans.iter().find(|span| !fits(span)) {
-            anyhow::bail!("{span:?} does not fit the {rows} rows of the call");
-        }
-        let kinds = self.architecture.attention.iter();
-        let rotations = kinds.map(|kind| Rotation::new(call.positions, &kind.frequencies)).collect();
-        Ok(LayerCall { kinds: &self.architecture.layers, rotations, call, dropout: None })
     }
 
-    /// Embeds the call's tokens: [rows, hidden].
-    pub fn embed(&self, call: &Call) -> Buffer {
-        let (hidden, scale) = (self.architecture.hidden, self.architecture.embedding_scale as f32);
-        let mut embedded = Buffer::new(call.ids.len() * hidden);
-        for (row, id) in embedded.chunks_exact_mut(hidden).zip(call.ids) {
-            self.embedding.row(*id as usize, row);
-            if scale != 1.0 {
-                row.iter_mut().for_each(|x| *x *= scale);
-            }
-        }
-        embedded
-    }
-
-    /// One layer: `x` [rows, hidden] to the output, of the same shape, and what attention did on the way. The call's keys and
-    /// values are added to `keys`.
+    /// Zeros for the gradients of an adapter.
     ///
     /// # Errors
-    /// If packed weights cannot be unpacked.
-    pub fn layer(&self, index: usize, x: &[f32], context: &LayerCall, keys: &mut Keys) -> Result<(Buffer, Attended)> {
-        on_the_pool(|| {
-            let mut y = Buffer::new(x.len());
-            let attended = self.work(index, context)?.forward(x, keys, &mut y);
-            Ok((y, attended))
-        })
-    }
-
-    /// The same layer backward: replaces `grad`, the gradient of its output, by that of its input `x`, and returns the adapter's
-    /// gradients. What attention did is computed again unless it was kept. `room` is for the call's keys and values.
-    ///
-    /// # Errors
-    /// As [`Model::layer`].
-    pub fn layer_backward(
-        &self,
-        index: usize,
-        (x, kept): (&[f32], Option<Attended>),
-        grad: &mut [f32],
-        context: &LayerCall,
-        room: [&mut Keys; 2],
-    ) -> Result<AdapterGradient> {
-        on_the_pool(|| Ok(self.work(index, context)?.backward(x, kept, grad, room)))
-    }
-
-    fn work<'a>(&'a self, index: usize, context: &'a LayerCall) -> Result<Work<'a>> {
-        Work::new(&self.layers[index], index, &self.architecture, context, self.kernel)
-    }
-
-    /// Selected rows of the last layer's output: [rows.len(), hidden].
-    pub fn select(&self, x: &[f32], rows: &[u32]) -> Buffer {
-        let hidden = self.architecture.hidden;
-        let mut selected = Buffer::new(rows.len() * hidden);
-        for (to, row) in selected.chunks_exact_mut(hidden).zip(rows) {
-            to.copy_from_slice(&x[*row as usize * hidden..][..hidden]);
-        }
-        selected
-    }
-
-    /// The final norm of rows of the last layer's output: ready for the head.
-    pub fn final_norm(&self, x: &[f32]) -> Buffer {
-        let mut normed = Buffer::new(x.len());
-        self.norm.forward(x, &mut normed);
-        normed
-    }
-
-    /// The gradient of the last layer's output [rows of `x`, hidden] from that of the normed `selected` rows of it.
-    pub fn select_backward(&self, x: &[f32], selected: &[u32], grad: &[f32]) -> Buffer {
-        let hidden = self.architecture.hidden;
-        let mut dx = Buffer::zeros(x.len());
-        for (row, grad) in selected.iter().zip(grad.chunks_exact(hidden)) {
-            let place = *row as usize * hidden..(*row as usize + 1) * hidden;
-            self.norm.backward(&x[place.clone()], grad, &mut dx[place]);
-        }
-        dx
+    /// If a GPU has no room for them.
+    pub fn gradients(&self, adapter: &Adapter) -> Result<Gradients> {
+        let lengths: Vec<usize> = adapter.tensors().iter().map(|(_, tensor)| tensor.elem_count()).collect();
+        Ok(Gradients(match &self.decoder {
+            Decoder::Host(_) => Totals::Host(lengths.into_iter().map(|len| vec![0.0; len]).collect()),
+            Decoder::Gpu(decoder) => Totals::Gpu(decoder.gradients(lengths)?),
+        }))
     }
 
     /// All layers: the normed last hidden states of selected rows, [selected.len(), hidden].
     ///
     /// # Errors
-    /// As [`Model::begin`] and [`Model::layer`].
-    pub fn forward(&self, call: &Call, store: &mut KeyValueStore, selected: &[u32]) -> Result<Buffer> {
-        let context = self.begin(call)?;
-        let mut x = self.embed(call);
-        for index in 0..self.layers.len() {
-            x = self.layer(index, &x, &context, store.layer(index))?.0;
+    /// If the parts of the call disagree about its rows, a token or position is outside what the model knows, or packed weights
+    /// cannot be unpacked.
+    pub fn forward(&self, call: &Call, store: &mut KeyValueStore, selected: &[u32]) -> Result<Vec<f32>> {
+        call.check(&self.architecture)?;
+        match (&self.decoder, store.layers()) {
+            (Decoder::Host(decoder), Layers::Host(keys)) => Ok(decoder.forward(call, keys, selected)?.to_vec()),
+            (Decoder::Gpu(decoder), Layers::Gpu(keys)) => decoder.forward(call, keys, selected),
+            _ => bail!(OTHER_STORE),
         }
-        Ok(self.final_norm(&self.select(&x, selected)))
     }
-}
 
-/// A normalization as the model applies it.
-fn norm(name: &str, width: usize, architecture: &Architecture, parts: &mut impl Parts) -> Result<RmsNorm> {
-    let mut gain = parts.tensor(name, &[width])?;
-    gain.iter_mut().for_each(|gain| *gain = (f64::from(*gain) + architecture.norm_offset) as f32);
-    Ok(RmsNorm { gain, epsilon: architecture.norm_epsilon })
-}
-
-impl Layer {
-    fn load(index: usize, architecture: &Architecture, parts: &mut impl Parts) -> Result<Self> {
-        let name = |part: &str, what: &str| format!("model.layers.{index}.{part}.{what}");
-        let mut projections = Vec::new();
-        for projection in Projection::ALL {
-            let ((wide, narrow), module) = (architecture.dimensions(projection), projection.module());
-            let weight = parts.matrix(&name(module, "weight"), &[wide, narrow])?;
-            let bias = architecture.has_bias(projection).then(|| parts.tensor(&name(module, "bias"), &[wide]));
-            let bias = bias.transpose()?;
-            projections.push(Frozen { weight, bias });
+    /// Runs a call and chooses the token that follows each of the `predicting` rows.
+    ///
+    /// # Errors
+    /// As [`Model::forward`], or if a distribution has no finite sum.
+    pub fn choose(
+        &self,
+        call: &Call,
+        store: &mut KeyValueStore,
+        predicting: &[u32],
+        choices: &[Choice],
+        logits: Logits,
+    ) -> Result<Vec<Chosen>> {
+        call.check(&self.architecture)?;
+        match (&self.decoder, store.layers()) {
+            (Decoder::Host(decoder), Layers::Host(keys)) => decoder.choose(call, keys, predicting, choices, logits),
+            (Decoder::Gpu(decoder), Layers::Gpu(keys)) => decoder.choose(call, keys, predicting, choices, logits),
+            _ => bail!(OTHER_STORE),
         }
-        let mut norm = |part: &str, width: usize| norm(&name(part, "weight"), width, architecture, parts);
-        let Architecture { hidden, head_dim, output_norms, head_norms, .. } = *architecture;
-        let attention_norm = norm("input_layernorm", hidden)?;
-        let after_attention = norm("post_attention_layernorm", hidden)?;
-        // Where only inputs are normalized, the feed-forward block's norm is called after what comes before it.
-        let (attention_output_norm, feed_forward_norm) = match output_norms {
-            true => (Some(after_attention), norm("pre_feedforward_layernorm", hidden)?),
-            false => (None, after_attention),
-        };
-        let mut norm_if = |there: bool, part: &str, width: usize| there.then(|| norm(part, width)).transpose();
-        Ok(Self {
-            attention_norm,
-            attention_output_norm,
-            feed_forward_norm,
-            feed_forward_output_norm: norm_if(output_norms, "post_feedforward_layernorm", hidden)?,
-            query_norm: norm_if(head_norms, "self_attn.q_norm", head_dim)?,
-            key_norm: norm_if(head_norms, "self_attn.k_norm", head_dim)?,
-            projections: projections.try_into().ok().expect("one was pushed per projection"),
+    }
+
+    /// The log-probabilities that a call over whole trees is asked for. What a backward pass needs is kept if there will be one.
+    ///
+    /// # Errors
+    /// As [`Model::forward`], or if a target is outside the vocabulary.
+    pub fn trace<'a>(&self, call: Call<'a>, question: Question<'a>, keep: bool) -> Result<Trace<'a>> {
+        call.check(&self.architecture)?;
+        Ok(match &self.decoder {
+            Decoder::Host(decoder) => Trace::new(decoder.trace(&call, &question, keep)?, call, question, Kept::Host),
+            Decoder::Gpu(decoder) => {
+                Trace::new(decoder.trace(&call, &question, keep)?, call, question, |kept| Kept::Gpu(kept.into()))
+            }
         })
+    }
+
+    /// Adds the gradient of Σ coefficient · log-probability over the targets of a trace that was kept, with respect to the
+    /// adapter that all rows have. From the last layer to the first, each computed again from its input.
+    ///
+    /// # Errors
+    /// As [`Model::forward`], or if `layer_done` fails.
+    pub fn backward(
+        &self,
+        trace: Trace,
+        coefficients: &[f32],
+        gradients: &mut Gradients,
+        layer_done: LayerDone,
+    ) -> Result<()> {
+        let Trace { call, question, kept, .. } = trace;
+        let kept = kept.context("nothing was kept of the forward pass for a backward one")?;
+        match (&self.decoder, kept, &mut gradients.0) {
+            (Decoder::Host(decoder), Kept::Host(kept), Totals::Host(gradients)) => {
+                decoder.backward((&call, &question, kept), coefficients, gradients, layer_done)
+            }
+            (Decoder::Gpu(decoder), Kept::Gpu(kept), Totals::Gpu(gradients)) => {
+                decoder.backward((&call, &question, *kept), coefficients, gradients, layer_done)
+            }
+            _ => bail!("a trace and gradients of models on different devices"),
+        }
     }
 }

@@ -1,25 +1,112 @@
 //! What a model is put together from: tensors that are read, or what their headers say of them.
 
-use anyhow::{Context, Result};
-use candle_core::Device;
+use std::sync::Arc;
 
-use super::{Architecture, Model, Weights};
+use anyhow::{Context, Result};
+
+use super::{Architecture, Model, Projection, Weights};
 use crate::config::Quantization;
+use crate::cuda::tensors;
 use crate::ops::kernel::Kernel;
 use crate::ops::panels::Panels;
 use crate::ops::quantized::Weight;
 
-/// Tensors by their Hugging Face names.
-pub(super) trait Parts {
-    /// A vector, in f32 in memory.
-    fn tensor(&mut self, name: &str, shape: &[usize]) -> Result<Vec<f32>>;
+/// Tensors by their Hugging Face names, as whoever computes holds them.
+pub(crate) trait Parts {
+    /// A norm's gain or a bias.
+    type Vector;
     /// An embedding table or head.
-    fn table(&mut self, name: &str, shape: &[usize; 2]) -> Result<Panels>;
+    type Table;
+    /// A projection's weight.
+    type Matrix;
+
+    /// A vector, to whose values `offset` is added.
+    fn vector(&mut self, name: &str, width: usize, offset: f64) -> Result<Self::Vector>;
+    /// An embedding table or head.
+    fn table(&mut self, name: &str, shape: &[usize; 2]) -> Result<Self::Table>;
     /// A projection's weight, which may be packed.
-    fn matrix(&mut self, name: &str, shape: &[usize; 2]) -> Result<Weight>;
+    fn matrix(&mut self, name: &str, shape: &[usize; 2]) -> Result<Self::Matrix>;
 }
 
-/// Reads them.
+/// All frozen tensors of a decoder.
+pub(crate) struct Tensors<V, T, M> {
+    pub embedding: Arc<T>,
+    /// Where they are tied, the embedding.
+    pub head: Arc<T>,
+    pub norm: V,
+    pub layers: Vec<LayerTensors<V, M>>,
+}
+
+/// Those of a layer.
+pub(crate) struct LayerTensors<V, M> {
+    pub attention_norm: V,
+    /// Of what attention returns.
+    pub attention_output_norm: Option<V>,
+    pub feed_forward_norm: V,
+    /// Of what the feed-forward block returns.
+    pub feed_forward_output_norm: Option<V>,
+    /// Of every head, [head_dim].
+    pub query_norm: Option<V>,
+    pub key_norm: Option<V>,
+    /// Weight [out, in] and bias [out] by [`Projection`].
+    pub projections: [(M, Option<V>); 7],
+}
+
+impl<V, T, M> Tensors<V, T, M> {
+    /// Asks for every tensor of such a model.
+    pub fn assemble(
+        architecture: &Architecture,
+        parts: &mut impl Parts<Vector = V, Table = T, Matrix = M>,
+    ) -> Result<Self> {
+        let Architecture { vocabulary, hidden, norm_offset, .. } = *architecture;
+        let table = [vocabulary, hidden];
+        let embedding = Arc::new(parts.table("model.embed_tokens.weight", &table)?);
+        let head = if architecture.tied { embedding.clone() } else { Arc::new(parts.table("lm_head.weight", &table)?) };
+        let layers = (0..architecture.layers.len()).map(|index| LayerTensors::assemble(index, architecture, parts));
+        let layers = layers.collect::<Result<_>>()?;
+        let norm = parts.vector("model.norm.weight", hidden, norm_offset)?;
+        Ok(Self { embedding, head, norm, layers })
+    }
+}
+
+impl<V, M> LayerTensors<V, M> {
+    fn assemble(
+        index: usize,
+        architecture: &Architecture,
+        parts: &mut impl Parts<Vector = V, Matrix = M>,
+    ) -> Result<Self> {
+        let name = |part: &str, what: &str| format!("model.layers.{index}.{part}.{what}");
+        let mut projections = Vec::new();
+        for projection in Projection::ALL {
+            let ((wide, narrow), module) = (architecture.dimensions(projection), projection.module());
+            let weight = parts.matrix(&name(module, "weight"), &[wide, narrow])?;
+            let biased = architecture.has_bias(projection);
+            let bias = biased.then(|| parts.vector(&name(module, "bias"), wide, 0.0)).transpose()?;
+            projections.push((weight, bias));
+        }
+        let Architecture { hidden, head_dim, output_norms, head_norms, norm_offset, .. } = *architecture;
+        let mut norm = |part: &str, width: usize| parts.vector(&name(part, "weight"), width, norm_offset);
+        let attention_norm = norm("input_layernorm", hidden)?;
+        let after_attention = norm("post_attention_layernorm", hidden)?;
+        // Where only inputs are normalized, the feed-forward block's norm is called after what comes before it.
+        let (attention_output_norm, feed_forward_norm) = match output_norms {
+            true => (Some(after_attention), norm("pre_feedforward_layernorm", hidden)?),
+            false => (None, after_attention),
+        };
+        let mut norm_if = |there: bool, part: &str, width: usize| there.then(|| norm(part, width)).transpose();
+        Ok(Self {
+            attention_norm,
+            attention_output_norm,
+            feed_forward_norm,
+            feed_forward_output_norm: norm_if(output_norms, "post_feedforward_layernorm", hidden)?,
+            query_norm: norm_if(head_norms, "self_attn.q_norm", head_dim)?,
+            key_norm: norm_if(head_norms, "self_attn.k_norm", head_dim)?,
+            projections: projections.try_into().ok().expect("one was pushed per projection"),
+        })
+    }
+}
+
+/// Reads them for this processor.
 pub(super) struct Reading<'a> {
     pub weights: &'a Weights,
     pub architecture: &'a Architecture,
@@ -28,9 +115,12 @@ pub(super) struct Reading<'a> {
 }
 
 impl Parts for Reading<'_> {
-    fn tensor(&mut self, name: &str, shape: &[usize]) -> Result<Vec<f32>> {
-        let tensor = self.weights.tensor(name, shape, self.architecture, &Device::Cpu)?;
-        Ok(tensor.to_vec1()?)
+    type Vector = Vec<f32>;
+    type Table = Panels;
+    type Matrix = Weight;
+
+    fn vector(&mut self, name: &str, width: usize, offset: f64) -> Result<Vec<f32>> {
+        self.weights.vector(name, width, offset, self.architecture)
     }
 
     fn table(&mut self, name: &str, shape: &[usize; 2]) -> Result<Panels> {
@@ -64,23 +154,31 @@ struct Headers<'a> {
 }
 
 impl Parts for Headers<'_> {
-    fn tensor(&mut self, name: &str, shape: &[usize]) -> Result<Vec<f32>> {
-        self.weights.stored(name, shape, self.architecture)?;
-        self.footprint.resident += size_of::<f32>() * shape.iter().product::<usize>();
-        Ok(Vec::new())
+    type Vector = ();
+    type Table = ();
+    type Matrix = ();
+
+    fn vector(&mut self, name: &str, width: usize, _: f64) -> Result<()> {
+        self.weights.stored(name, &[width], self.architecture)?;
+        self.footprint.resident += size_of::<f32>() * width;
+        Ok(())
     }
 
-    fn table(&mut self, name: &str, shape: &[usize; 2]) -> Result<Panels> {
+    fn table(&mut self, name: &str, shape: &[usize; 2]) -> Result<()> {
         self.weights.stored(name, shape, self.architecture)?;
         self.footprint.resident += Panels::bytes(shape[0], shape[1], self.kernel);
-        Ok(Panels::zeros(0, 0, self.kernel))
+        Ok(())
     }
 
-    fn matrix(&mut self, name: &str, shape: &[usize; 2]) -> Result<Weight> {
+    fn matrix(&mut self, name: &str, shape: &[usize; 2]) -> Result<()> {
         let stored = self.weights.stored(name, shape, self.architecture)?;
         let bytes = Panels::bytes(shape[0], shape[1], self.kernel);
         self.footprint.layer += bytes;
-        match stored.form(self.quantization) {
+        let form = match self.kernel {
+            Kernel::Cuda => tensors::form(&stored, self.quantization),
+            _ => stored.form(self.quantization),
+        };
+        match form {
             None => self.footprint.resident += bytes,
             Some(form) => {
                 self.footprint.unpacked += bytes;
@@ -89,7 +187,7 @@ impl Parts for Headers<'_> {
                     bytes.with_context(|| format!("{}: tensor {name}", self.weights.path().display()))?;
             }
         }
-        Ok(Weight::Panels(Panels::zeros(0, 0, self.kernel)))
+        Ok(())
     }
 }
 
@@ -98,17 +196,22 @@ impl Parts for Headers<'_> {
 struct Names(Vec<(String, Vec<usize>)>);
 
 impl Parts for Names {
-    fn tensor(&mut self, name: &str, shape: &[usize]) -> Result<Vec<f32>> {
+    type Vector = ();
+    type Table = ();
+    type Matrix = ();
+
+    fn vector(&mut self, name: &str, width: usize, _: f64) -> Result<()> {
+        self.0.push((name.to_string(), vec![width]));
+        Ok(())
+    }
+
+    fn table(&mut self, name: &str, shape: &[usize; 2]) -> Result<()> {
         self.0.push((name.to_string(), shape.to_vec()));
-        Ok(Vec::new())
+        Ok(())
     }
 
-    fn table(&mut self, name: &str, shape: &[usize; 2]) -> Result<Panels> {
-        self.tensor(name, shape).map(|_| Panels::zeros(0, 0, Kernel::Gemm))
-    }
-
-    fn matrix(&mut self, name: &str, shape: &[usize; 2]) -> Result<Weight> {
-        self.table(name, shape).map(Weight::Panels)
+    fn matrix(&mut self, name: &str, shape: &[usize; 2]) -> Result<()> {
+        self.table(name, shape)
     }
 }
 
@@ -119,7 +222,7 @@ impl Model {
     /// None that a description which was read can bring about.
     pub fn tensors(architecture: &Architecture) -> Result<Vec<(String, Vec<usize>)>> {
         let mut names = Names::default();
-        Self::assemble(architecture, Kernel::Gemm, &Device::Cpu, &mut names)?;
+        Tensors::assemble(architecture, &mut names)?;
         Ok(names.0)
     }
 
@@ -135,7 +238,7 @@ impl Model {
     ) -> Result<Footprint> {
         let footprint = Footprint::default();
         let mut headers = Headers { weights, architecture, quantization, kernel, footprint };
-        Self::assemble(architecture, kernel, &Device::Cpu, &mut headers)?;
+        Tensors::assemble(architecture, &mut headers)?;
         let layers = architecture.layers.len().max(1);
         headers.footprint.layer /= layers;
         headers.footprint.unpacked /= layers;

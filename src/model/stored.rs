@@ -12,6 +12,7 @@ use rayon::prelude::*;
 
 use crate::config::Quantization;
 use crate::ops::kernel::Kernel;
+use crate::ops::left::to_bf16;
 use crate::ops::nf4::{Blocks, Nf4};
 use crate::ops::panels::Panels;
 use crate::ops::quantized::{Packed, Values, unpack};
@@ -127,6 +128,22 @@ impl Stored<'_> {
             unpack(&self.piece(first, values.len() / width)?, values).map_err(anyhow::Error::from)
         })?;
         Ok(panels)
+    }
+
+    /// The numbers rounded to bf16, row by row.
+    ///
+    /// # Errors
+    /// If the file cannot be read any more.
+    pub fn bf16(&self) -> Result<Vec<u16>> {
+        let ((rows, width), piece) = (self.matrix(), self.piece_rows());
+        let mut rounded = vec![0; rows * width];
+        rounded.par_chunks_mut((piece * width).max(1)).enumerate().try_for_each(|(index, rounded)| {
+            let mut values = vec![0.0; rounded.len()];
+            unpack(&self.piece(index * piece, rounded.len() / width)?, &mut values)?;
+            rounded.iter_mut().zip(values).for_each(|(rounded, value)| *rounded = to_bf16(value));
+            Ok::<_, anyhow::Error>(())
+        })?;
+        Ok(rounded)
     }
 
     /// The tensor in f32.

@@ -180,6 +180,16 @@ impl Weights {
         loaded.with_context(|| format!("{}: tensor {name}", self.path().display()))
     }
 
+    /// The vector of this Hugging Face name in f32, to whose values `offset` is added.
+    ///
+    /// # Errors
+    /// As [`Weights::tensor`].
+    pub fn vector(&self, name: &str, width: usize, offset: f64, architecture: &Architecture) -> Result<Vec<f32>> {
+        let mut values = self.tensor(name, &[width], architecture, &Device::Cpu)?.to_vec1::<f32>()?;
+        values.iter_mut().for_each(|value| *value = (f64::from(*value) + offset) as f32);
+        Ok(values)
+    }
+
     /// The matrix of this Hugging Face name, as products want it.
     ///
     /// # Errors

@@ -14,7 +14,7 @@ macro_rules! pooled {
     ($($kind:ty)*) => {$(
         impl Pooled for $kind {
             fn pool() -> &'static Mutex<Pool<Self>> {
-                static POOL: Mutex<Pool<$kind>> = Mutex::new(Pool { unused: Vec::new(), held: 0, used: 0, most: 0 });
+                static POOL: Mutex<Pool<$kind>> = Mutex::new(Pool::EMPTY);
                 &POOL
             }
         }
@@ -34,30 +34,48 @@ pub struct Pool<T> {
 }
 
 impl<T: Pooled> Pool<T> {
-    fn lock() -> MutexGuard<'static, Self> {
-        T::pool().lock().expect("nothing panics while it holds the pool")
-    }
+    /// Nothing yet.
+    pub const EMPTY: Self = Self { unused: Vec::new(), held: 0, used: 0, most: 0 };
 
-    /// What was used last of the smallest that have room for so many numbers and are not much larger.
-    fn take(&mut self, room: usize) -> Option<Vec<T>> {
+    /// Room for so many numbers: what was used last of the smallest that have it and are not much larger, or new memory.
+    pub fn take(&mut self, room: usize) -> Vec<T> {
         let fits = |values: &Vec<T>| values.len() >= room && values.len() / 2 <= room;
         let fitting = self.unused.iter().enumerate().filter(|(_, values)| fits(values));
-        let (index, _) = fitting.min_by_key(|&(index, values)| (values.len(), Reverse(index)))?;
-        Some(self.unused.remove(index))
+        let best = fitting.min_by_key(|&(index, values)| (values.len(), Reverse(index))).map(|(index, _)| index);
+        let values = match best {
+            Some(index) => self.unused.remove(index),
+            None => self.add(room),
+        };
+        self.used += values.len();
+        self.most = self.most.max(self.used);
+        values
     }
 
-    /// What has to go before so much is added, or every change of sizes would add to what is held: a quarter more than was ever
-    /// used at once is enough.
-    fn make_room(&mut self, room: usize) -> Vec<Vec<T>> {
+    /// New memory. What is held may be a quarter more than was ever used at once: beyond that the longest unused goes, or every change of
+    /// sizes would add to it.
+    fn add(&mut self, room: usize) -> Vec<T> {
         let most = self.most.max(self.used + room);
-        let mut gone = Vec::new();
         while self.held + room > most + most / 4 && !self.unused.is_empty() {
-            let oldest = self.unused.remove(0);
-            self.held -= oldest.len();
-            gone.push(oldest);
+            self.held -= self.unused.remove(0).len();
         }
-        gone
+        self.held += room;
+        vec![T::default(); room]
     }
+
+    /// Takes back what was taken.
+    pub fn give(&mut self, values: Vec<T>) {
+        self.used -= values.len();
+        self.unused.push(values);
+    }
+
+    /// Numbers in all memory, used or not.
+    pub fn held(&self) -> usize {
+        self.held
+    }
+}
+
+fn lock<T: Pooled>() -> MutexGuard<'static, Pool<T>> {
+    T::pool().lock().expect("nothing panics while it holds the pool")
 }
 
 /// Numbers whose memory goes back to the pool when they are dropped.
@@ -79,21 +97,9 @@ impl<T: Pooled> Buffer<T> {
     /// Room for `len` numbers. What they are is left over from earlier uses: whoever takes a buffer writes all of it.
     pub fn new(len: usize) -> Self {
         let room = len + LINE / size_of::<T>();
-        let values = if room < SMALL { vec![T::default(); room] } else { Self::pooled(room) };
+        let values = if room < SMALL { vec![T::default(); room] } else { lock().take(room) };
         let start = values.as_ptr().align_offset(LINE);
         Self { values, start, len }
-    }
-
-    fn pooled(room: usize) -> Vec<T> {
-        let mut pool = Pool::<T>::lock();
-        let found = pool.take(room);
-        let gone = if found.is_none() { pool.make_room(room) } else { Vec::new() };
-        pool.held += if found.is_none() { room } else { 0 };
-        pool.used += found.as_ref().map_or(room, Vec::len);
-        pool.most = pool.most.max(pool.used);
-        drop(pool);
-        drop(gone);
-        found.unwrap_or_else(|| vec![T::default(); room])
     }
 
     /// `len` zeros.
@@ -122,9 +128,7 @@ impl<T: Pooled> Drop for Buffer<T> {
     fn drop(&mut self) {
         let values = std::mem::take(&mut self.values);
         if values.len() >= SMALL {
-            let mut pool = Pool::<T>::lock();
-            pool.used -= values.len();
-            pool.unused.push(values);
+            lock().give(values);
         }
     }
 }
@@ -135,6 +139,3 @@ pub fn copy<T: Pooled>(values: &[T]) -> Buffer<T> {
     copy.copy_from_slice(values);
     copy
 }
-
-/// Gives the memory of all unused buffers back.
-pub fn release() {}

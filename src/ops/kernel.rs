@@ -25,6 +25,9 @@ pub enum Kernel {
     /// through for every token. Only to talk and to sample with: asked for by its type.
     #[serde(skip_deserializing)]
     Int8,
+    /// Products on a GPU in bf16, sums in f32. Where a model is computed decides on it, never `model.kernel`.
+    #[serde(skip_deserializing)]
+    Cuda,
 }
 
 impl Kernel {
@@ -34,7 +37,7 @@ impl Kernel {
     /// What weights are held in.
     pub fn dtype(self) -> Dtype {
         match self {
-            Kernel::Amx | Kernel::Avx512Bf16 => Dtype::Bf16,
+            Kernel::Amx | Kernel::Avx512Bf16 | Kernel::Cuda => Dtype::Bf16,
             Kernel::Avx512 | Kernel::Gemm => Dtype::F32,
             Kernel::Int8 => Dtype::Int8,
         }
@@ -52,7 +55,7 @@ impl Kernel {
 
     /// Whether a row's numbers are the same bits in every batch.
     pub fn row_invariant(self) -> bool {
-        self != Kernel::Gemm
+        !matches!(self, Kernel::Gemm | Kernel::Cuda)
     }
 
     /// Whether this processor, and its operating system, can run it.
@@ -65,6 +68,7 @@ impl Kernel {
             Kernel::Avx512Bf16 => false,
             Kernel::Avx512 | Kernel::Int8 => has_avx512(),
             Kernel::Gemm => true,
+            Kernel::Cuda => false,
         }
     }
 

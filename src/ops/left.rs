@@ -34,7 +34,7 @@ enum Form<'a> {
 
 /// The nearest bf16, ties to even; NaN stays NaN.
 #[inline(always)]
-pub(super) fn to_bf16(x: f32) -> u16 {
+pub(crate) fn to_bf16(x: f32) -> u16 {
     let bits = x.to_bits();
     let rounded = bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) >> 16;
     if x.is_nan() { 0x7fc0 } else { rounded as u16 }

@@ -62,6 +62,7 @@ impl Panels {
                 let len = padded(wide) * padded(narrow);
                 Values::Int8(Held::zeros(len, stays), Held::zeros(len / GROUP, stays))
             }
+            Kernel::Cuda => unreachable!("a GPU has weights of its own"),
         };
         Self { kernel, wide, narrow, values }
     }
@@ -156,6 +157,7 @@ impl Panels {
             Kernel::Amx | Kernel::Avx512Bf16 => 2 * padded(wide) * padded(narrow),
             Kernel::Avx512 => 4 * padded(wide) * padded(narrow),
             Kernel::Gemm => 4 * wide * narrow,
+            Kernel::Cuda => 2 * wide * narrow,
             Kernel::Int8 => padded(wide) * padded(narrow) / GROUP * (GROUP + size_of::<u16>()),
         }
     }

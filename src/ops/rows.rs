@@ -63,7 +63,10 @@ pub fn in_columns(wide: usize, threads: Threads, f: impl Fn(Range<usize>) + Sync
 /// Calls `f` with the numbers of all parts, each on a thread of its own. Where parts are short, a thread that goes to sleep until
 /// the others are done wakes up too late: this one stays awake.
 pub fn in_parts(parts: usize, f: impl Fn(usize) + Sync) {
-    let unfinished = AtomicUsize::new(parts.saturating_sub(1));
+    if parts <= 1 {
+        return (0..parts).for_each(f);
+    }
+    let unfinished = AtomicUsize::new(parts - 1);
     rayon::scope(|scope| {
         for part in 1..parts {
             let (f, unfinished) = (&f, &unfinished);
@@ -75,9 +78,7 @@ pub fn in_parts(parts: usize, f: impl Fn(usize) + Sync) {
                 f(part);
             });
         }
-        if parts > 0 {
-            f(0);
-        }
+        f(0);
         let waiting = Instant::now();
         while unfinished.load(Ordering::Acquire) > 0 && waiting.elapsed() < PATIENCE {
             if rayon::yield_now() != Some(rayon::Yield::Executed) {

@@ -41,7 +41,7 @@ impl Conversation {
         let (rows, context) = (prompt_ids.len() + settings.max_tokens, self.model.architecture.context);
         ensure!(!prompt_ids.is_empty(), "the prompt has no tokens");
         ensure!(rows <= context, "{rows} tokens, prompt and completion, exceed the model's context of {context}");
-        self.make_room(rows, context);
+        self.make_room(rows, context)?;
         let store = self.store.as_mut().context("there is room")?;
         let common = self.stored.iter().zip(prompt_ids).take_while(|(stored, id)| stored == id).count();
         // The last token's row predicts the first of the completion, so it is always computed.
@@ -69,11 +69,12 @@ impl Conversation {
     }
 
     /// A store of so many rows or more. It doubles, so that a long conversation is computed again only a few times.
-    fn make_room(&mut self, rows: usize, context: usize) {
+    fn make_room(&mut self, rows: usize, context: usize) -> Result<()> {
         if self.store.as_ref().is_none_or(|store| store.rows() < rows) {
             let rows = rows.next_power_of_two().min(context);
             (self.store, self.stored) = (None, Vec::new());
-            self.store = Some(KeyValueStore::new(&self.model.architecture, rows, self.model.kernel));
+            self.store = Some(self.model.store(rows)?);
         }
+        Ok(())
     }
 }

@@ -11,7 +11,6 @@ use anyhow::{Context, Result, bail};
 use super::rows::Rows;
 use super::{Generation, Interrupted, PolicyFeed, Request, Sampler, Settings, check, version};
 use crate::model::{KeyValueStore, Model};
-use crate::ops::buffer;
 use crate::ops::head::Choice;
 use crate::ops::keys::padded;
 use crate::policy::Adapter;
@@ -81,17 +80,17 @@ impl LocalSampler {
     }
 
     /// Makes sure that the store holds what the requests need, within the limit.
-    fn prepare_store(&mut self, requests: &[Request], settings: &Settings) -> KeyValueStore {
+    fn prepare_store(&mut self, requests: &[Request], settings: &Settings) -> Result<KeyValueStore> {
         let (first, distance) = self.part;
         let own = requests.iter().skip(first).step_by(distance);
         let sizes = own.map(|request| group_rows(request.prompt_ids.len(), request.rollouts, settings));
-        let rows = stored_rows(sizes);
+        let rows = stored_rows(sizes, self.model.stored_tokens(), distance);
         match self.store.take().filter(|store| store.rows() >= rows) {
             Some(mut store) => {
                 store.restrict(rows);
-                store
+                Ok(store)
             }
-            None => KeyValueStore::new(&self.model.architecture, rows, self.model.kernel),
+            None => self.model.store(rows),
         }
     }
 }
@@ -101,9 +100,10 @@ pub fn group_rows(prompt_tokens: usize, rollouts: usize, settings: &Settings) ->
     padded(prompt_tokens) + rollouts * padded(settings.max_tokens)
 }
 
-/// Rows of the store for groups of these sizes: all at once, within the limit.
-pub fn stored_rows(groups: impl Iterator<Item = usize> + Clone) -> usize {
-    groups.clone().sum::<usize>().min(STORED_TOKENS).max(groups.max().unwrap_or(0))
+/// Rows of the store for groups of these sizes: all at once, within the limit, which a GPU has for all its samplers.
+pub fn stored_rows(groups: impl Iterator<Item = usize> + Clone, room: Option<usize>, samplers: usize) -> usize {
+    let limit = room.map_or(STORED_TOKENS, |room| room / samplers);
+    groups.clone().sum::<usize>().min(limit).max(groups.max().unwrap_or(0))
 }
 
 /// How many completions of one prompt the store holds together; one more than it holds is always possible.
@@ -156,7 +156,7 @@ impl Sampler for LocalSampler {
         finished: &mut dyn FnMut(Generation) -> Result<()>,
     ) -> Result<()> {
         check(requests, self.model.architecture.context, settings)?;
-        let mut store = self.prepare_store(requests, settings);
+        let mut store = self.prepare_store(requests, settings)?;
         let mut waiting: VecDeque<usize> = (self.part.0..requests.len()).step_by(self.part.1).collect();
         let mut unfinished: Vec<usize> = requests.iter().map(|request| request.rollouts).collect();
         let mut branches: Vec<Branch> = Vec::new();
@@ -195,8 +195,6 @@ impl Sampler for LocalSampler {
             branches = still;
         }
         self.store = Some(store);
-        // The learner needs other sizes.
-        buffer::release();
         Ok(())
     }
 }

@@ -8,9 +8,8 @@ use anyhow::Result;
 use super::Settings;
 use crate::model::{Call, KeyValueStore, Model};
 use crate::ops::attention::Span;
-use crate::ops::head::{Choice, Chosen, choose};
+use crate::ops::head::{Choice, Chosen};
 use crate::ops::keys::Store;
-use crate::ops::rows::on_the_pool;
 use crate::policy::Adapter;
 
 /// The rows of the next forward call, and the row that predicts the next token of every sequence.
@@ -59,9 +58,6 @@ impl Rows {
             adapters: &adapters,
         };
         let temperature = if settings.temperature == 0.0 { 1.0 } else { settings.temperature };
-        on_the_pool(|| {
-            let hidden = model.forward(&call, store, &self.predicting)?;
-            choose(&hidden, model.head(), choices, model.logits(temperature))
-        })
+        model.choose(&call, store, &self.predicting, choices, model.logits(temperature))
     }
 }

@@ -103,6 +103,14 @@ impl Cache {
         Ok(Cache { folder, python: vec!["python3".into()], patience: Duration::from_secs(120) })
     }
 
+    /// The folder of that cache.
+    ///
+    /// # Errors
+    /// As [`Cache::located_by`].
+    pub fn default_folder() -> Result<PathBuf> {
+        Self::located_by(|name| std::env::var_os(name)).map(|cache| cache.folder)
+    }
+
     /// The local path of wheels' files, downloaded if they are not in the cache.
     ///
     /// # Errors

@@ -1,0 +1,370 @@
+//! An NVIDIA GPU through CUDA's driver, NVRTC and cuBLAS, which are looked for when a GPU is asked for: the program starts without
+//! them.
+//!
+//! One stream of our own, which threads share: what they ask for happens in the order of their calls. Memory comes from the device's
+//! pool in the same order. Kernels are compiled for this very GPU, once: what NVRTC makes of them is kept on disk.
+
+use std::collections::HashMap;
+use std::ffi::{CString, c_int, c_void};
+use std::path::PathBuf;
+use std::sync::Mutex;
+
+use anyhow::{Context, Result, bail, ensure};
+use cudarc::driver::{result, sys};
+use cudarc::{cublas, nvrtc};
+use sha2::{Digest, Sha256};
+
+use super::device::{Argument, Device, Launch, Operand, Product, Room};
+use super::kernels::SOURCES;
+use crate::source::Cache;
+
+/// Shared memory that a kernel may have without being allowed more.
+const SHARED: usize = 48 * 1024;
+/// The compute capability that kernels need at least: bf16 on tensor cores.
+const CAPABILITY: (i32, i32) = (8, 0);
+
+/// A GPU.
+struct Cuda {
+    name: String,
+    context: sys::CUcontext,
+    stream: sys::CUstream,
+    pool: sys::CUmemoryPool,
+    /// Not for several threads at once.
+    cublas: Mutex<cublas::sys::cublasHandle_t>,
+    modules: Vec<sys::CUmodule>,
+    kernels: Mutex<HashMap<String, sys::CUfunction>>,
+}
+
+// SAFETY: the driver's handles may be used by any thread that has made the context current, which every function does first.
+unsafe impl Send for Cuda {}
+// SAFETY: as above; the one handle that threads may not use at once is behind a mutex.
+unsafe impl Sync for Cuda {}
+
+/// How many GPUs there are; none without a driver.
+///
+/// # Errors
+/// If the driver cannot be started, as where it does not match the kernel module.
+pub fn count() -> Result<usize> {
+    // SAFETY: it looks for a library; those of the driver have no effects when they are loaded.
+    if !unsafe { sys::is_culib_present() } {
+        return Ok(0);
+    }
+    match result::init() {
+        Err(error) if error.0 == sys::CUresult::CUDA_ERROR_NO_DEVICE => Ok(0),
+        started => {
+            started.context("cuda: the driver cannot be started")?;
+            Ok(result::device::get_count()? as usize)
+        }
+    }
+}
+
+/// The GPU of this index.
+///
+/// # Errors
+/// If it is not there, is too old, or a library that it needs is missing.
+pub fn open(index: usize) -> Result<Box<dyn Device>> {
+    // SAFETY: as above.
+    let (blas, compiler) = unsafe { (cublas::sys::is_culib_present(), nvrtc::sys::is_culib_present()) };
+    for (there, library) in [(blas, "libcublas"), (compiler, "libnvrtc")] {
+        ensure!(
+            there,
+            "cuda:{index}: {library} is not found; put the folder that holds it into LD_LIBRARY_PATH (it is part of the CUDA \
+             toolkit, and of the Python packages nvidia-cublas and nvidia-cuda-nvrtc), or use device = \"cpu\""
+        );
+    }
+    Ok(Box::new(Cuda::open(index).with_context(|| format!("cuda:{index}"))?))
+}
+
+impl Cuda {
+    fn open(index: usize) -> Result<Self> {
+        let device = result::device::get(index as c_int)?;
+        let attribute = |attribute| {
+            // SAFETY: the device is one that the driver has returned.
+            unsafe { result::device::get_attribute(device, attribute) }
+        };
+        use sys::CUdevice_attribute::{
+            CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
+        };
+        let capability = (
+            attribute(CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?,
+            attribute(CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?,
+        );
+        let name = format!("cuda:{index} ({})", result::device::get_name(device)?);
+        ensure!(capability >= CAPABILITY, "{name} has compute capability {capability:?}, less than {CAPABILITY:?}");
+        // SAFETY: the context is never released, so that all handles stay valid as long as the program runs.
+        let (context, pool, stream, cublas) = unsafe {
+            let context = result::primary_ctx::retain(device)?;
+            result::ctx::set_current(context)?;
+            let pool = result::device::get_default_mem_pool(device)?;
+            // What was given back is kept for the next pass.
+            let mut keep = u64::MAX;
+            let attribute = sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
+            result::mem_pool::set_attribute(pool, attribute, (&raw mut keep).cast())?;
+            let stream = result::stream::create(result::stream::StreamKind::NonBlocking)?;
+            let cublas = cublas::result::create_handle()?;
+            cublas::result::set_stream(cublas, stream.cast())?;
+            (context, pool, stream, cublas)
+        };
+        let architecture = format!("sm_{}{}", capability.0, capability.1);
+        let load = |(file, text): &(&str, &str)| {
+            let binary = compiled(file, text, &architecture)?;
+            // SAFETY: the driver copies the image, which NVRTC has made.
+            unsafe { result::module::load_data(binary.as_ptr().cast()) }.with_context(|| file.to_string())
+        };
+        let modules = SOURCES.1.iter().map(load).collect::<Result<_>>()?;
+        Ok(Self { name, context, stream, pool, cublas: Mutex::new(cublas), modules, kernels: Mutex::default() })
+    }
+
+    /// Makes this thread's calls go to this GPU.
+    fn bind(&self) -> Result<()> {
+        // SAFETY: the context is never released.
+        Ok(unsafe { result::ctx::set_current(self.context) }?)
+    }
+
+    fn kernel(&self, name: &str, shared: usize) -> Result<sys::CUfunction> {
+        let mut kernels = self.kernels.lock().expect("nothing panics while it holds the kernels");
+        if let Some(function) = kernels.get(name) {
+            return Ok(*function);
+        }
+        let c_name = CString::new(name)?;
+        // SAFETY: modules are never unloaded.
+        let find = |module: &sys::CUmodule| unsafe { result::module::get_function(*module, c_name.clone()) }.ok();
+        let function = self.modules.iter().find_map(find);
+        let function = function.with_context(|| format!("{}: there is no kernel {name}", self.name))?;
+        if shared > SHARED {
+            let attribute = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+            // SAFETY: the function is one that the driver has returned.
+            unsafe { result::function::set_function_attribute(function, attribute, shared as c_int) }
+                .with_context(|| format!("{name}: {shared} bytes of shared memory; this GPU is not supported"))?;
+        }
+        kernels.insert(name.to_string(), function);
+        Ok(function)
+    }
+
+    fn try_allocate(&self, bytes: usize) -> Result<Option<u64>> {
+        // SAFETY: the stream is never destroyed.
+        match unsafe { result::malloc_async(self.stream, bytes) } {
+            Ok(address) => Ok(Some(address)),
+            Err(error) if error.0 == sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY => Ok(None),
+            Err(error) => Err(error).with_context(|| self.name.clone()),
+        }
+    }
+
+    fn wait(&self) -> Result<()> {
+        // SAFETY: the stream is never destroyed.
+        let done = unsafe { result::stream::synchronize(self.stream) };
+        done.with_context(|| format!("{}: something that was started before has failed", self.name))
+    }
+
+    fn attribute(&self, attribute: sys::CUmemPool_attribute) -> Result<usize> {
+        let mut value = 0u64;
+        // SAFETY: these attributes are 64 bits.
+        unsafe { result::mem_pool::get_attribute(self.pool, attribute, (&raw mut value).cast()) }?;
+        Ok(value as usize)
+    }
+}
+
+impl Device for Cuda {
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn room(&self) -> Result<Room> {
+        use sys::CUmemPool_attribute::{CU_MEMPOOL_ATTR_RESERVED_MEM_CURRENT, CU_MEMPOOL_ATTR_USED_MEM_CURRENT};
+        self.bind()?;
+        let (free, total) = result::mem_get_info()?;
+        let reserved = self.attribute(CU_MEMPOOL_ATTR_RESERVED_MEM_CURRENT)?;
+        let slack = reserved.saturating_sub(self.attribute(CU_MEMPOOL_ATTR_USED_MEM_CURRENT)?);
+        Ok(Room { total, free, slack })
+    }
+
+    fn allocate(&self, bytes: usize) -> Result<Option<u64>> {
+        self.bind()?;
+        if let Some(address) = self.try_allocate(bytes)? {
+            return Ok(Some(address));
+        }
+        // What is held ready may lie in pieces that are too small.
+        self.wait()?;
+        // SAFETY: the pool is the device's own.
+        unsafe { result::mem_pool::trim_to(self.pool, 0) }?;
+        self.try_allocate(bytes)
+    }
+
+    fn release(&self, address: u64) {
+        // An error here is one of something that was started before, and is told to whoever waits for that.
+        drop(self.bind());
+        // SAFETY: the address is one that `allocate` returned, and is given back once.
+        let _ = unsafe { result::free_async(address, self.stream) };
+    }
+
+    fn write(&self, to: u64, bytes: &[u8]) -> Result<()> {
+        self.bind()?;
+        // SAFETY: the driver has copied pageable memory when it returns; the caller's array is as long.
+        unsafe { result::memcpy_htod_async(to, bytes, self.stream) }.with_context(|| self.name.clone())
+    }
+
+    fn read(&self, from: u64, bytes: &mut [u8]) -> Result<()> {
+        self.bind()?;
+        // SAFETY: the bytes are borrowed until the stream is done.
+        let asked = unsafe { result::memcpy_dtoh_async(bytes, from, self.stream) };
+        let done = self.wait();
+        asked.with_context(|| self.name.clone())?;
+        done
+    }
+
+    fn zero(&self, at: u64, bytes: usize) -> Result<()> {
+        self.bind()?;
+        // SAFETY: the caller's array is as long.
+        unsafe { result::memset_d8_async(at, 0, bytes, self.stream) }.with_context(|| self.name.clone())
+    }
+
+    fn launch(&self, kernel: &str, shape: Launch, arguments: &[Argument]) -> Result<()> {
+        self.bind()?;
+        let Launch { grid: [x, y, z], block, shared } = shape;
+        let function = self.kernel(kernel, shared)?;
+        // Each in eight bytes, of which the driver reads as many as the kernel declares.
+        let mut values: Vec<u64> = arguments.iter().copied().map(bits).collect();
+        let mut pointers: Vec<*mut c_void> = values.iter_mut().map(|value| std::ptr::from_mut(value).cast()).collect();
+        let grid = (x as u32, y as u32, z as u32);
+        // SAFETY: `kernels.rs` gives each kernel the arguments that it declares; the driver copies them before it returns.
+        let launched = unsafe {
+            result::launch_kernel(function, grid, (block as u32, 1, 1), shared as u32, self.stream, &mut pointers)
+        };
+        launched.with_context(|| format!("{}: {kernel}", self.name))
+    }
+
+    fn multiply(&self, product: &Product) -> Result<()> {
+        use cublas::sys::cublasComputeType_t::{CUBLAS_COMPUTE_32F, CUBLAS_COMPUTE_32F_FAST_TF32};
+        use cublas::sys::cudaDataType_t::{CUDA_R_16BF, CUDA_R_32F};
+        self.bind()?;
+        let Product { a, b, c, m, n, k, add, scale, floats } = *product;
+        let (kind, compute) =
+            if floats { (CUDA_R_32F, CUBLAS_COMPUTE_32F_FAST_TF32) } else { (CUDA_R_16BF, CUBLAS_COMPUTE_32F) };
+        // cuBLAS counts columns first: it is given the transposed product, c' = b' a'.
+        let (op_b, stride_b) = operation(b, [k, n]);
+        let (op_a, stride_a) = operation(a, [m, k]);
+        let (alpha, beta) = (scale, if add { 1.0f32 } else { 0.0 });
+        let handle = self.cublas.lock().expect("nothing panics while it holds cuBLAS");
+        // SAFETY: the caller's arrays have these shapes; the handle is never destroyed.
+        let multiplied = unsafe {
+            cublas::result::gemm_ex(
+                *handle,
+                op_b,
+                op_a,
+                n as c_int,
+                m as c_int,
+                k as c_int,
+                (&raw const alpha).cast(),
+                b.address as *const c_void,
+                kind,
+                stride_b,
+                a.address as *const c_void,
+                kind,
+                stride_a,
+                (&raw const beta).cast(),
+                c as *mut c_void,
+                CUDA_R_32F,
+                n as c_int,
+                compute,
+                cublas::sys::cublasGemmAlgo_t::CUBLAS_GEMM_DEFAULT,
+            )
+        };
+        multiplied.with_context(|| format!("{}: {product:?}", self.name))
+    }
+}
+
+/// How cuBLAS reads a [rows, columns] operand of ours, and how far its rows are apart.
+fn operation(operand: Operand, [rows, columns]: [usize; 2]) -> (cublas::sys::cublasOperation_t, c_int) {
+    match operand.transposed {
+        false => (cublas::sys::cublasOperation_t::CUBLAS_OP_N, columns as c_int),
+        true => (cublas::sys::cublasOperation_t::CUBLAS_OP_T, rows as c_int),
+    }
+}
+
+/// An argument in the first of eight bytes.
+fn bits(argument: Argument) -> u64 {
+    match argument {
+        Argument::Pointer(value) | Argument::Long(value) => value,
+        Argument::Int(value) => u64::from(value as u32),
+        Argument::Float(value) => u64::from(value.to_bits()),
+        Argument::Double(value) => value.to_bits(),
+    }
+}
+
+/// What NVRTC makes of a file of kernels, from the cache if it is there.
+fn compiled(file: &str, text: &str, architecture: &str) -> Result<Vec<u8>> {
+    let source = [SOURCES.0[0], SOURCES.0[1], text].concat();
+    let (mut major, mut minor) = (0, 0);
+    // SAFETY: both are written.
+    unsafe { nvrtc::sys::nvrtcVersion(&raw mut major, &raw mut minor) }.result()?;
+    let hash = Sha256::digest(format!("{major}.{minor} {architecture}\n{source}"));
+    let hash: String = hash.iter().take(12).map(|byte| format!("{byte:02x}")).collect();
+    let cached: Option<PathBuf> =
+        Cache::default_folder().ok().map(|folder| folder.join("kernels").join(format!("{file}-{hash}.cubin")));
+    if let Some(binary) = cached.as_ref().and_then(|path| std::fs::read(path).ok()) {
+        return Ok(binary);
+    }
+    let binary = compile(file, &source, architecture)?;
+    // Without a cache they are compiled again the next time.
+    if let Some(path) = cached {
+        drop(keep(&path, &binary));
+    }
+    Ok(binary)
+}
+
+/// Written beside its place and renamed, as others may be looking for it.
+fn keep(path: &std::path::Path, binary: &[u8]) -> Result<()> {
+    let folder = path.parent().context("a file has a folder")?;
+    std::fs::create_dir_all(folder)?;
+    let file = tempfile::NamedTempFile::new_in(folder)?;
+    std::fs::write(file.path(), binary)?;
+    file.persist(path)?;
+    Ok(())
+}
+
+/// Compiles kernels for an architecture, such as `sm_90`; no GPU is needed.
+///
+/// # Errors
+/// If NVRTC finds something wrong; the message is its own.
+pub fn compile(file: &str, source: &str, architecture: &str) -> Result<Vec<u8>> {
+    let (text, name) = (CString::new(source)?, CString::new(file)?);
+    let program = nvrtc::result::create_program(&text, Some(&name))?;
+    let option = format!("--gpu-architecture={architecture}");
+    // SAFETY: the program was created above, and is destroyed at the end.
+    unsafe {
+        let compiled = nvrtc::result::compile_program(program, &[option]);
+        let log = nvrtc::result::get_program_log(program)?;
+        let log: Vec<u8> = log.into_iter().map(|byte| byte as u8).take_while(|byte| *byte != 0).collect();
+        if let Err(error) = compiled {
+            bail!("{file} for {architecture}: {error}\n{}", String::from_utf8_lossy(&log));
+        }
+        let mut bytes = 0;
+        nvrtc::sys::nvrtcGetCUBINSize(program, &raw mut bytes).result()?;
+        let mut binary = vec![0u8; bytes];
+        nvrtc::sys::nvrtcGetCUBIN(program, binary.as_mut_ptr().cast()).result()?;
+        nvrtc::result::destroy_program(program)?;
+        Ok(binary)
+    }
+}
+
+/// Compiles all kernels for an architecture, and finds the functions of cuBLAS that are called; no GPU is needed.
+///
+/// # Errors
+/// If a library is missing, or NVRTC finds something wrong.
+pub fn check(architecture: &str) -> Result<()> {
+    // SAFETY: it looks for a library.
+    ensure!(unsafe { nvrtc::sys::is_culib_present() }, "libnvrtc is not found");
+    for (file, text) in SOURCES.1 {
+        let binary = compile(file, &[SOURCES.0[0], SOURCES.0[1], text].concat(), architecture)?;
+        ensure!(!binary.is_empty(), "{file} for {architecture}: nothing was compiled");
+    }
+    // SAFETY: it looks for a library, and for names in it.
+    unsafe {
+        ensure!(cublas::sys::is_culib_present(), "libcublas is not found");
+        for name in ["cublasCreate_v2", "cublasSetStream_v2", "cublasGemmEx"] {
+            let found = cublas::sys::culib().get::<*const c_void>(name.as_bytes());
+            ensure!(found.is_ok(), "libcublas has no {name}");
+        }
+    }
+    Ok(())
+}

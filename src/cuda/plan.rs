@@ -1,0 +1,112 @@
+//! What a run takes of a GPU's memory: the terms that the decoder allocates, by the functions that size them there.
+
+use std::fmt;
+use std::sync::Arc;
+
+use super::decoder::{CHOOSING, CHUNK, Keys, ROWS};
+use super::device::{Gpu, Purpose};
+use super::factors::PARTS;
+use super::kernels::STRETCHES;
+use crate::model::Architecture;
+use crate::ops::keys::padded;
+
+/// The largest of each kind of work.
+#[derive(Clone, Copy, Debug)]
+pub struct Work {
+    /// Rows of the sampler's keys and values.
+    pub stored_rows: usize,
+    /// Rows of a forward call of the sampler.
+    pub forward_rows: usize,
+    /// Tokens that are chosen at once.
+    pub rollouts: usize,
+    /// Rows of a micro-batch, and those of its keys.
+    pub micro_rows: usize,
+    /// As above.
+    pub key_rows: usize,
+    /// Tokens that a micro-batch predicts.
+    pub targets: usize,
+    /// Whether sampler and learner compute at once.
+    pub together: bool,
+}
+
+/// The memory of a run on a GPU, in bytes.
+#[derive(Clone, Debug)]
+pub struct Memory {
+    name: String,
+    free: usize,
+    /// By [`Purpose`].
+    terms: [usize; 5],
+}
+
+/// Bytes of a number in bf16 and in f32.
+const HALF: usize = 2;
+const FLOAT: usize = 4;
+
+impl Memory {
+    /// Of a model whose weights take `base` bytes, and `unpacked` more while a packed layer is used, with `versions` adapters of so
+    /// many `numbers`.
+    pub fn of(
+        gpu: &Arc<Gpu>,
+        architecture: &Architecture,
+        [base, unpacked]: [usize; 2],
+        [numbers, versions]: [usize; 2],
+        work: &Work,
+    ) -> Self {
+        // The gradient, and one version on its way.
+        let adapter = numbers * (PARTS * HALF * versions + 2 * FLOAT);
+        let activations = match work.together {
+            true => work.sampling(architecture) + work.learning(architecture),
+            false => work.sampling(architecture).max(work.learning(architecture)),
+        };
+        let choosing = work.rollouts.min((CHOOSING / architecture.vocabulary).max(1));
+        let logits = choosing * (architecture.vocabulary + STRETCHES) * FLOAT;
+        let blocks = work.targets.min(ROWS) * CHUNK.min(architecture.vocabulary) * (FLOAT + HALF);
+        let keys = padded(work.stored_rows) * Keys::row_bytes(architecture);
+        let free = gpu.device().room().map_or(0, |room| room.free + room.slack);
+        let terms = [base, adapter, keys, unpacked + activations, logits.max(blocks)];
+        Self { name: gpu.device().name().to_string(), free, terms }
+    }
+
+    /// The most that is used at once.
+    pub fn peak(&self) -> usize {
+        self.terms.iter().sum()
+    }
+}
+
+impl Work {
+    /// A layer's forward pass of the sampler: residual stream, what attention is given and returns, and the feed-forward block.
+    fn sampling(&self, architecture: &Architecture) -> usize {
+        let Architecture { hidden, intermediate, .. } = *architecture;
+        let width = FLOAT * (4 * hidden + architecture.attention_width()) + (2 * FLOAT + HALF) * intermediate;
+        self.forward_rows * width
+    }
+
+    /// The backward pass of the last layer: every layer's input, the gradient, and one layer's work; hidden states of targets.
+    fn learning(&self, architecture: &Architecture) -> usize {
+        let Architecture { hidden, intermediate, key_value_heads, head_dim, ref layers, .. } = *architecture;
+        let inner = (3 * FLOAT + FLOAT + 3 * HALF) * intermediate;
+        let outer = FLOAT * (9 * hidden + 3 * architecture.attention_width());
+        let rows = self.micro_rows * (FLOAT * layers.len() * hidden + inner.max(outer) + outer);
+        let keys = self.key_rows * 2 * HALF * key_value_heads * head_dim;
+        rows + keys + self.targets * hidden * (2 * FLOAT + HALF)
+    }
+}
+
+impl fmt::Display for Memory {
+    /// As TOML comments.
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        let gigabytes = |bytes: usize| bytes as f64 / 1e9;
+        writeln!(f, "# memory of {} at its fullest (GB)", self.name)?;
+        for ((_, name), bytes) in Purpose::ALL.into_iter().zip(self.terms) {
+            writeln!(f, "#   {name:<26}{:>7.2}", gigabytes(bytes))?;
+        }
+        writeln!(f, "#   {:<26}{:>7.2}  free {:.2}", "peak", gigabytes(self.peak()), gigabytes(self.free))?;
+        let largest = Purpose::ALL.into_iter().zip(self.terms).max_by_key(|(_, bytes)| *bytes);
+        match largest {
+            Some(((purpose, name), _)) if self.free < self.peak() => {
+                writeln!(f, "# that is more than is free, and most goes to {name}: {}", purpose.remedy())
+            }
+            _ => Ok(()),
+        }
+    }
+}
