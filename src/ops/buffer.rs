@@ -23,6 +23,9 @@ macro_rules! pooled {
 
 pooled!(f32 u16 i8);
 
+/// What is held may be more by one part in so many than was ever used at once.
+pub const SPARE: usize = 8;
+
 /// Memory of one type that was asked for once.
 pub struct Pool<T> {
     /// What nobody uses, from the longest unused on.
@@ -51,11 +54,11 @@ impl<T: Pooled> Pool<T> {
         values
     }
 
-    /// New memory. What is held may be a quarter more than was ever used at once: beyond that the longest unused goes, or every change of
-    /// sizes would add to it.
+    /// New memory. What is held may be a little more than was ever used at once: beyond that the longest unused goes, or every change
+    /// of sizes would add to it.
     fn add(&mut self, room: usize) -> Vec<T> {
         let most = self.most.max(self.used + room);
-        while self.held + room > most + most / 4 && !self.unused.is_empty() {
+        while self.held + room > most + most / SPARE && !self.unused.is_empty() {
             self.held -= self.unused.remove(0).len();
         }
         self.held += room;
