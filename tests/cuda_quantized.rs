@@ -2,7 +2,7 @@
 
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{Device, Tensor};
-use candor::ops::nf4::{Blocks, Nf4, SCALES, VALUES};
+use candor::ops::nf4::{Blocks, Nf4, tables};
 
 use crate::cuda_on_host::{File, Kernels, TURNS, Turns, blocks, numbers, rounded, run};
 use crate::ops::floats;
@@ -20,13 +20,13 @@ fn normal_floats_are_the_same_bits() {
         let packed = Nf4::new(vec![Blocks::of(&numbers(1, count))]);
         let mut want = vec![0.0; count];
         packed.unpack(&mut want);
-        let (codes, scales, nested, offset) = packed.parts();
+        let ((codes, scales, nested, offset), (of_codes, of_scales)) = (packed.parts(), tables());
         check(|kernels, turns| {
             let mut out = vec![0u16; count];
             run!(
                 kernels,
                 blocks(3, 256, turns),
-                unpack_nf4(codes, scales, nested, offset, &VALUES[..], &SCALES[..], &mut out[..], count as i64)
+                unpack_nf4(codes, scales, nested, offset, of_codes, of_scales, &mut out[..], count as i64)
             );
             assert_eq!(out, rounded(&want), "{count} values");
         });

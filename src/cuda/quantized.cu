@@ -2,8 +2,7 @@
 // ops/quantized.rs and ops/nf4.rs. Values are computed in f32 and rounded once.
 //
 //   unpack_nf4(codes, scales, nested, offset, code_values, scale_values, out, n) (spread over n; 256)
-//       The parts of an Nf4, and what its 16 codes and the 256 codes of its scales stand for (ops/nf4.rs: VALUES,
-//       SCALES).
+//       The parts of an Nf4, and what its 16 codes and the 256 codes of its scales stand for (nf4::tables).
 //   unpack_q4_0, unpack_q4_1, unpack_q5_0, unpack_q5_1, unpack_q8_0, unpack_q2_k, unpack_q3_k, unpack_q4_k,
 //           unpack_q5_k,
 //   unpack_q6_k(blocks, out, n) (spread over n; 256)

@@ -11,7 +11,7 @@ pub const BLOCK: usize = 64;
 const NESTED: usize = 256;
 
 /// What the sixteen codes stand for: quantiles of the normal distribution, with an exact zero.
-pub const VALUES: [f32; 16] = [
+const VALUES: [f32; 16] = [
     -1.0,
     -0.696_192_8,
     -0.525_073_05,
@@ -43,7 +43,7 @@ const PAIRS: [[f32; 2]; 256] = {
 
 /// What the 8-bit codes of scales stand for: seven decades, each with twice the steps of the one below (Dettmers et al.
 /// 2022, 8-bit optimizers, dynamic tree quantization).
-pub const SCALES: [f32; 256] = {
+const SCALES: [f32; 256] = {
     const POWERS: [f32; 7] = [1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0];
     let mut scales = [0.0; 256];
     scales[255] = 1.0;
