@@ -137,13 +137,19 @@ fn shapes(sources: &[Source], chosen: &[Choice], tokenizer: &Tokenizer) -> Resul
 
 /// The largest of each kind of work that is met.
 #[derive(Default)]
-struct Work {
-    stored_rows: usize,
-    forward_rows: usize,
-    rollouts: usize,
-    micro_rows: usize,
-    key_rows: usize,
-    targets: usize,
+pub(crate) struct Work {
+    /// Rows of the sampler's keys and values.
+    pub stored_rows: usize,
+    /// Rows of a forward call of the sampler.
+    pub forward_rows: usize,
+    /// Tokens that are chosen at once.
+    pub rollouts: usize,
+    /// Rows of a micro-batch, and those of its keys.
+    pub micro_rows: usize,
+    /// As above.
+    pub key_rows: usize,
+    /// Tokens that a micro-batch predicts.
+    pub targets: usize,
 }
 
 impl Work {
@@ -206,12 +212,10 @@ impl Work {
         let reference = inputs.has_reference(config)? && config.reference() == Reference::Start;
         let copies = 4 + usize::from(reference) + config.sampling.async_level;
         let Footprint { resident, layer, unpacked } = inputs.model.footprint;
-        let blocks = rows::scratch(block_width(architecture), self.micro_rows);
+        let (blocks, together) = (rows::scratch(block_width(architecture), self.micro_rows), config.level() > 0);
         if let Some(gpu) = &inputs.model.place.gpu {
-            let &Self { stored_rows, forward_rows, rollouts, micro_rows, key_rows, targets } = self;
-            let together = config.level() > 0;
-            let work = plan::Work { stored_rows, forward_rows, rollouts, micro_rows, key_rows, targets, together };
-            let memory = plan::Memory::of(gpu, architecture, [resident, unpacked], [adapter, copies - 3], &work);
+            let (weights, adapters) = ([resident, unpacked], [adapter, copies - 3]);
+            let memory = plan::Memory::of(gpu, architecture, weights, adapters, self, together);
             // The table of embeddings is rounded here before it goes to the GPU.
             let loading = reading_bytes() + 2 * architecture.vocabulary * architecture.hidden;
             let adapter = FLOAT * (copies + 1) * adapter;
@@ -228,7 +232,7 @@ impl Work {
             learning: FLOAT * (self.learning(architecture) + blocks),
             head: FLOAT * 3 * self.targets * architecture.hidden + head::bytes(self.targets, architecture.hidden),
             loading: reading_bytes(),
-            together: config.level() > 0,
+            together,
         };
         Ok((memory, None))
     }

@@ -69,7 +69,8 @@ pub struct Prepared {
 
 /// What is dropped of the adapters' inputs.
 struct Dropped {
-    share: f64,
+    bound: u64,
+    scale: f32,
     keys: View<u64>,
 }
 
@@ -134,7 +135,11 @@ impl Prepared {
             adapters: adapters.collect::<Result<_>>()?,
             rotations,
             kinds: architecture.layers.clone(),
-            dropped: dropout.map(|dropout| Dropped { share: dropout.share, keys: at(&sent, &keys) }),
+            dropped: dropout.map(|dropout| Dropped {
+                bound: dropout.bound(),
+                scale: dropout.scale(),
+                keys: at(&sent, &keys),
+            }),
             _parcel: sent,
         })
     }
@@ -146,10 +151,8 @@ impl Prepared {
 
     /// What is dropped of the inputs of a projection for rows from `first` on, and what the rest is multiplied with.
     pub fn mask(&self, first: usize, layer: usize, projection: Projection) -> Option<(Mask, f32)> {
-        self.dropped.as_ref().map(|Dropped { share, keys }| {
-            let bound = (share * 2f64.powi(64)) as u64;
-            let mask = Mask { keys: keys.from(first), bound, layer, projection: projection as usize };
-            (mask, (1.0 / (1.0 - share)) as f32)
+        self.dropped.as_ref().map(|&Dropped { bound, scale, keys }| {
+            (Mask { keys: keys.from(first), bound, layer, projection: projection as usize }, scale)
         })
     }
 }

@@ -31,7 +31,7 @@ pub(super) fn int(count: usize) -> i32 {
 }
 
 /// Blocks for elements that any number of blocks may share.
-pub fn spread(n: usize) -> [usize; 3] {
+fn spread(n: usize) -> [usize; 3] {
     [n.div_ceil(256).min(65535), 1, 1]
 }
 
@@ -67,6 +67,22 @@ pub fn rope_tables(
 
 pub fn round_rows(gpu: &Gpu, x: View<f32>, out: View<u16>, n: usize) -> Result<()> {
     gpu.launch("round_rows", spread(n), 256, arguments![x, out, n as u64])
+}
+
+pub fn unpack_nf4(
+    gpu: &Gpu,
+    ([codes, scales], nested, offset): ([View<u8>; 2], View<f32>, f32),
+    [of_codes, of_scales]: [View<f32>; 2],
+    out: View<u16>,
+    n: usize,
+) -> Result<()> {
+    let values = arguments![codes, scales, nested, offset, of_codes, of_scales, out, n as u64];
+    gpu.launch("unpack_nf4", spread(n), 256, values)
+}
+
+/// With the kernel of a type of GGUF.
+pub fn unpack_blocks(gpu: &Gpu, kernel: &str, blocks: View<u8>, out: View<u16>, n: usize) -> Result<()> {
+    gpu.launch(kernel, spread(n), 256, arguments![blocks, out, n as u64])
 }
 
 pub fn split_parts(gpu: &Gpu, x: View<f32>, high: View<u16>, low: View<u16>, n: usize) -> Result<()> {

@@ -9,25 +9,7 @@ use super::factors::PARTS;
 use super::kernels::STRETCHES;
 use crate::model::Architecture;
 use crate::ops::keys::padded;
-
-/// The largest of each kind of work.
-#[derive(Clone, Copy, Debug)]
-pub struct Work {
-    /// Rows of the sampler's keys and values.
-    pub stored_rows: usize,
-    /// Rows of a forward call of the sampler.
-    pub forward_rows: usize,
-    /// Tokens that are chosen at once.
-    pub rollouts: usize,
-    /// Rows of a micro-batch, and those of its keys.
-    pub micro_rows: usize,
-    /// As above.
-    pub key_rows: usize,
-    /// Tokens that a micro-batch predicts.
-    pub targets: usize,
-    /// Whether sampler and learner compute at once.
-    pub together: bool,
-}
+use crate::plan::Work;
 
 /// The memory of a run on a GPU, in bytes.
 #[derive(Clone, Debug)]
@@ -45,19 +27,18 @@ const FLOAT: usize = 4;
 impl Memory {
     /// Of a model whose weights take `base` bytes, and `unpacked` more while a packed layer is used, with `versions` adapters of so
     /// many `numbers`.
-    pub fn of(
+    pub(crate) fn of(
         gpu: &Arc<Gpu>,
         architecture: &Architecture,
         [base, unpacked]: [usize; 2],
         [numbers, versions]: [usize; 2],
         work: &Work,
+        together: bool,
     ) -> Self {
         // The gradient, and one version on its way.
         let adapter = numbers * (PARTS * HALF * versions + 2 * FLOAT);
-        let activations = match work.together {
-            true => work.sampling(architecture) + work.learning(architecture),
-            false => work.sampling(architecture).max(work.learning(architecture)),
-        };
+        let (sampling, learning) = (sampling(work, architecture), learning(work, architecture));
+        let activations = if together { sampling + learning } else { sampling.max(learning) };
         let choosing = work.rollouts.min((CHOOSING / architecture.vocabulary).max(1));
         let logits = choosing * (architecture.vocabulary + STRETCHES) * FLOAT;
         let blocks = work.targets.min(ROWS) * CHUNK.min(architecture.vocabulary) * (FLOAT + HALF);
@@ -73,23 +54,21 @@ impl Memory {
     }
 }
 
-impl Work {
-    /// A layer's forward pass of the sampler: residual stream, what attention is given and returns, and the feed-forward block.
-    fn sampling(&self, architecture: &Architecture) -> usize {
-        let Architecture { hidden, intermediate, .. } = *architecture;
-        let width = FLOAT * (4 * hidden + architecture.attention_width()) + (2 * FLOAT + HALF) * intermediate;
-        self.forward_rows * width
-    }
+/// A layer's forward pass of the sampler: residual stream, what attention is given and returns, and the feed-forward block.
+fn sampling(work: &Work, architecture: &Architecture) -> usize {
+    let Architecture { hidden, intermediate, .. } = *architecture;
+    let width = FLOAT * (4 * hidden + architecture.attention_width()) + (2 * FLOAT + HALF) * intermediate;
+    work.forward_rows * width
+}
 
-    /// The backward pass of the last layer: every layer's input, the gradient, and one layer's work; hidden states of targets.
-    fn learning(&self, architecture: &Architecture) -> usize {
-        let Architecture { hidden, intermediate, key_value_heads, head_dim, ref layers, .. } = *architecture;
-        let inner = (3 * FLOAT + FLOAT + 3 * HALF) * intermediate;
-        let outer = FLOAT * (9 * hidden + 3 * architecture.attention_width());
-        let rows = self.micro_rows * (FLOAT * layers.len() * hidden + inner.max(outer) + outer);
-        let keys = self.key_rows * 2 * HALF * key_value_heads * head_dim;
-        rows + keys + self.targets * hidden * (2 * FLOAT + HALF)
-    }
+/// The backward pass of the last layer: every layer's input, the gradient, and one layer's work; hidden states of targets.
+fn learning(work: &Work, architecture: &Architecture) -> usize {
+    let Architecture { hidden, intermediate, key_value_heads, head_dim, ref layers, .. } = *architecture;
+    let inner = (3 * FLOAT + FLOAT + 3 * HALF) * intermediate;
+    let outer = FLOAT * (9 * hidden + 3 * architecture.attention_width());
+    let rows = work.micro_rows * (FLOAT * layers.len() * hidden + inner.max(outer) + outer);
+    let keys = work.key_rows * 2 * HALF * key_value_heads * head_dim;
+    rows + keys + work.targets * hidden * (2 * FLOAT + HALF)
 }
 
 impl fmt::Display for Memory {

@@ -79,33 +79,21 @@ impl Codes {
 impl Weight {
     /// The weight as products want it.
     pub fn unpacked(&self, gpu: &Arc<Gpu>, tables: &Codes) -> Result<Unpacked<'_>> {
-        let (len, room) = match self {
+        let room = |len: usize| gpu.array::<u16>(Purpose::Activations, len);
+        Ok(Unpacked::Temporary(match self {
             Self::Plain(weight) => return Ok(Unpacked::Resident(weight)),
-            Self::Nf4 { len, .. } | Self::Blocks { len, .. } => (*len, gpu.array(Purpose::Activations, *len)?),
-        };
-        let (grid, to) = (kernels::spread(len), room.view());
-        match self {
-            Self::Plain(_) => {}
-            Self::Nf4 { codes, scales, nested, offset, .. } => gpu.launch(
-                "unpack_nf4",
-                grid,
-                256,
-                &[
-                    codes.view().into(),
-                    scales.view().into(),
-                    nested.view().into(),
-                    (*offset).into(),
-                    tables.values.view().into(),
-                    tables.scales.view().into(),
-                    to.into(),
-                    (len as u64).into(),
-                ],
-            )?,
-            Self::Blocks { bytes, kernel, .. } => {
-                gpu.launch(kernel, grid, 256, &[bytes.view().into(), to.into(), (len as u64).into()])?;
+            Self::Nf4 { codes, scales, nested, offset, len } => {
+                let (to, tables) = (room(*len)?, [&tables.values, &tables.scales].map(Array::view));
+                let packed = ([codes.view(), scales.view()], nested.view(), *offset);
+                kernels::unpack_nf4(gpu, packed, tables, to.view(), *len)?;
+                to
             }
-        }
-        Ok(Unpacked::Temporary(room))
+            Self::Blocks { bytes, kernel, len } => {
+                let to = room(*len)?;
+                kernels::unpack_blocks(gpu, kernel, bytes.view(), to.view(), *len)?;
+                to
+            }
+        }))
     }
 }
 

@@ -22,7 +22,9 @@ pub struct Dropout {
 /// What is dropped of the inputs of one projection, for some rows.
 #[derive(Clone, Copy, Debug)]
 pub struct Mask<'a> {
-    share: f64,
+    /// As [`Dropout::bound`] and [`Dropout::scale`].
+    bound: u64,
+    scale: f32,
     rows: &'a [u64],
     layer: usize,
     projection: usize,
@@ -31,14 +33,24 @@ pub struct Mask<'a> {
 impl Dropout {
     /// The mask of some of the call's rows.
     pub fn mask(&self, rows: Range<usize>, layer: usize, projection: usize) -> Mask<'_> {
-        Mask { share: self.share, rows: &self.rows[rows], layer, projection }
+        Mask { bound: self.bound(), scale: self.scale(), rows: &self.rows[rows], layer, projection }
+    }
+
+    /// 64 bits are below it with probability p.
+    pub fn bound(&self) -> u64 {
+        (self.share * 2f64.powi(64)) as u64
+    }
+
+    /// What is kept is multiplied by this.
+    pub fn scale(&self) -> f32 {
+        (1.0 / (1.0 - self.share)) as f32
     }
 }
 
 impl Mask<'_> {
     /// What is kept is multiplied by this.
     pub fn scale(&self) -> f32 {
-        (1.0 / (1.0 - self.share)) as f32
+        self.scale
     }
 
     /// Sets to zero what is dropped of some channels, which lie in rows `stride` values apart.
@@ -56,9 +68,7 @@ impl Mask<'_> {
     /// Whether channels of row number `row` are dropped.
     #[inline(always)]
     pub fn row(&self, row: usize) -> impl Fn(usize) -> bool + use<> {
-        // 64 bits are below it with probability p.
-        let bound = (self.share * 2f64.powi(64)) as u64;
-        let counters = [self.layer as u64, self.projection as u64];
+        let (bound, counters) = (self.bound, [self.layer as u64, self.projection as u64]);
         let stream = SplitMix64::new(random::key(self.rows[row], Purpose::Dropout, &counters));
         #[inline(always)]
         move |channel| stream.nth(channel as u64) < bound

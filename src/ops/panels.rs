@@ -28,6 +28,16 @@ pub enum Threads {
     All,
 }
 
+impl Threads {
+    /// How many.
+    pub fn count(self) -> usize {
+        match self {
+            Self::One => 1,
+            Self::All => rayon::current_num_threads(),
+        }
+    }
+}
+
 /// A frozen weight [wide, narrow], packed.
 pub struct Panels {
     kernel: Kernel,

@@ -78,7 +78,7 @@ pub fn multiply<const N: usize>(x: &Left, products: [Product; N], threads: Threa
         Shared { weight, then, outputs, to, add }
     });
     let panels = products.iter().map(|product| product.panels().len()).sum::<usize>();
-    let parts = if threads == Threads::All { rayon::current_num_threads().min(panels) } else { 1 };
+    let parts = threads.count().min(panels);
     let part = |part: usize| {
         let mut before = 0;
         for product in &products {

@@ -53,7 +53,7 @@ pub const WIDTH: usize = 2 * PANEL;
 
 /// Calls `f` for the columns of a matrix so wide, WIDTH at a time or what is left; each of the threads takes a part of them.
 pub fn in_columns(wide: usize, threads: Threads, f: impl Fn(Range<usize>) + Sync) {
-    let (all, parts) = (wide.div_ceil(WIDTH), if threads == Threads::All { rayon::current_num_threads() } else { 1 });
+    let (all, parts) = (wide.div_ceil(WIDTH), threads.count());
     in_parts(parts, |part| {
         let columns = (all * part / parts..all * (part + 1) / parts).map(|number| number * WIDTH);
         columns.for_each(|start| f(start..(start + WIDTH).min(wide)));
