@@ -11,6 +11,7 @@ use rayon::prelude::*;
 use super::buffer::Buffer;
 use super::left::Left;
 use super::panels::{Panels, Threads};
+use super::rows::{in_blocks, scratch};
 use super::{exp, vectorized};
 
 /// How logits are made from `weight · hidden`.
@@ -22,37 +23,12 @@ pub struct Logits {
     pub temperature: f32,
 }
 
-/// Rows whose logits are computed together, and how many tokens of the vocabulary at a time.
-const ROWS: usize = 1024;
-const CHUNK: usize = 2048;
-/// What a backward pass over so many rows takes beside the hidden states, in bytes: a block of logits, also in half precision, and
-/// a part of the weight as it is there.
+/// Tokens of the vocabulary whose logits exist at once for a block of rows: together they stay in the second-level cache.
+const CHUNK: usize = 1024;
+/// What so many rows take beside their hidden states, in bytes: blocks of logits, also in half precision, and a part of the weight as
+/// it is there, also transposed.
 pub fn bytes(rows: usize, hidden: usize) -> usize {
-    6 * rows.min(ROWS) * CHUNK + 4 * CHUNK * hidden
-}
-
-/// Calls `visit(rows, tokens, logits)` for every block of `hidden` [rows, width] against `weight` [vocabulary, width], in a
-/// fixed order: for each block of rows, the vocabulary from first to last token. `logits` is [rows, tokens].
-fn walk(
-    hidden: &[f32],
-    weight: &Panels,
-    logits: Logits,
-    mut visit: impl FnMut(Range<usize>, Range<usize>, &mut [f32]),
-) {
-    let (vocabulary, width) = weight.dims();
-    let all_rows = hidden.len() / width;
-    let mut buffer = Buffer::new(ROWS.min(all_rows) * CHUNK.min(vocabulary));
-    for first_row in (0..all_rows).step_by(ROWS) {
-        let rows = first_row..(first_row + ROWS).min(all_rows);
-        let left = Left::new(&hidden[rows.start * width..rows.end * width], width, weight.kernel());
-        for first in (0..vocabulary).step_by(CHUNK) {
-            let tokens = first..(first + CHUNK).min(vocabulary);
-            let block = &mut buffer[..rows.len() * tokens.len()];
-            weight.multiply(&left, tokens.clone(), block, tokens.len(), false, Threads::All);
-            block.par_chunks_mut(tokens.len()).for_each(|row| logits.scale(row));
-            visit(rows.clone(), tokens, block);
-        }
-    }
+    6 * scratch(CHUNK, rows) + 4 * CHUNK * hidden
 }
 
 impl Logits {
@@ -185,17 +161,56 @@ pub fn log_probabilities(
         anyhow::bail!("head: token {target} is outside the vocabulary of {vocabulary}");
     }
     let mut seen = vec![Seen { tally: Tally::EMPTY, target: 0.0 }; rows];
-    walk(hidden, weight, logits, |rows, tokens, block| {
-        let place = |&target: &u32| tokens.contains(&(target as usize)).then(|| target as usize - tokens.start);
-        let own = seen[rows.clone()].par_iter_mut().zip(&targets[rows.clone()]);
-        let own = own.zip(block.par_chunks_mut(tokens.len()));
-        let Some(others) = &mut others else {
-            return own.for_each(|((row, target), stretch)| row.add(stretch, place(target), |z, _| z));
+    for first in (0..vocabulary).step_by(CHUNK) {
+        let tokens = first..(first + CHUNK).min(vocabulary);
+        let chunk = Chunk {
+            weight,
+            transposed: others.is_some().then(|| weight.transposed(tokens.clone(), Threads::All)),
+            tokens,
+            logits,
         };
-        let others = &mut others[rows.start * width..rows.end * width];
-        own.zip(others.par_chunks_mut(width)).for_each(|(((row, target), stretch), others)| {
-            let (target, before) = (place(target), row.tally.max);
-            row.add(stretch, target, |z, e| e * logits.slope(z));
+        let others = others.as_deref_mut().map_or((&mut [][..], 0), |others| (others, width));
+        let parts = in_blocks(rows, [others], Vec::new, |parts, rows, [others], threads| {
+            let hidden = &hidden[rows.start * width..rows.end * width];
+            parts.push(chunk.see(hidden, &targets[rows.clone()], seen[rows].to_vec(), others, threads));
+        });
+        seen = parts.concat().concat();
+    }
+    Ok(LogProbabilities { logprobs: seen.iter().map(Seen::logprob).collect(), rows: seen })
+}
+
+/// Some tokens of the vocabulary.
+struct Chunk<'a> {
+    weight: &'a Panels,
+    tokens: Range<usize>,
+    /// Their part of the weight, if something is summed up for a backward pass.
+    transposed: Option<Panels>,
+    logits: Logits,
+}
+
+impl Chunk<'_> {
+    /// What is known of a block of rows with these tokens too, and `others` likewise.
+    fn see(
+        &self,
+        hidden: &[f32],
+        targets: &[u32],
+        mut seen: Vec<Seen>,
+        others: &mut [f32],
+        threads: Threads,
+    ) -> Vec<Seen> {
+        let (kernel, (_, width), count) = (self.weight.kernel(), self.weight.dims(), self.tokens.len());
+        let mut block = Buffer::new(targets.len() * count);
+        self.weight.multiply(&Left::new(hidden, width, kernel), self.tokens.clone(), &mut block, count, false, threads);
+        let mut others_of = others.chunks_exact_mut(width);
+        for ((row, &target), stretch) in seen.iter_mut().zip(targets).zip(block.chunks_exact_mut(count)) {
+            let target = self.tokens.contains(&(target as usize)).then(|| target as usize - self.tokens.start);
+            self.logits.scale(stretch);
+            let Some(others) = others_of.next() else {
+                row.add(stretch, target, |z, _| z);
+                continue;
+            };
+            let before = row.tally.max;
+            row.add(stretch, target, |z, e| e * self.logits.slope(z));
             if let Some(target) = target {
                 stretch[target] = 0.0;
             }
@@ -204,12 +219,12 @@ pub fn log_probabilities(
             if shift < 1.0 {
                 others.iter_mut().for_each(|other| *other *= shift);
             }
-        });
-        let transposed = weight.transposed(tokens.clone(), Threads::All);
-        let left = Left::new(block, tokens.len(), weight.kernel());
-        transposed.multiply(&left, 0..width, others, width, true, Threads::All);
-    });
-    Ok(LogProbabilities { logprobs: seen.iter().map(Seen::logprob).collect(), rows: seen })
+        }
+        if let Some(transposed) = &self.transposed {
+            transposed.multiply(&Left::new(&block, count, kernel), 0..width, others, width, true, threads);
+        }
+        seen
+    }
 }
 
 /// Turns what [`log_probabilities`] summed up of `others` into the gradient of `hidden`, given that of every log-probability,

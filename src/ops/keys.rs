@@ -118,8 +118,10 @@ impl Keys {
                     if lane == 0 {
                         to_keys.fill(0);
                     }
-                    for (to, pair) in to_keys.chunks_exact_mut(2 * BLOCK).zip(keys.chunks(2)) {
-                        to[2 * lane..].iter_mut().zip(pair).for_each(|(to, key)| *to = to_bf16(*key));
+                    for (to, keys) in to_keys.chunks_exact_mut(PANEL * BLOCK).zip(keys.chunks(PANEL)) {
+                        for (to, pair) in to.chunks_exact_mut(2 * BLOCK).zip(rounded(keys).as_chunks::<2>().0) {
+                            to[2 * lane..][..2].copy_from_slice(pair);
+                        }
                     }
                     for (panel, values) in values.chunks(PANEL).enumerate() {
                         let index = (head * panels + panel) * blocks + block;
@@ -128,8 +130,10 @@ impl Keys {
                         if lane == 0 {
                             to_values.fill(0);
                         }
-                        let pairs = to_values[lane / 2 * 2 * PANEL..].iter_mut().skip(lane % 2).step_by(2);
-                        pairs.zip(values).for_each(|(to, value)| *to = to_bf16(*value));
+                        let pairs = &mut to_values[lane / 2 * 2 * PANEL..][..2 * PANEL];
+                        for (to, value) in pairs.as_chunks_mut::<2>().0.iter_mut().zip(rounded(values)) {
+                            to[lane % 2] = value;
+                        }
                     }
                 });
             }
@@ -242,6 +246,16 @@ fn pair_rows(y: &[f32], m: usize, stride: usize, panel: &mut [u16]) {
             },
         );
     }
+}
+
+/// Up to 32 values in bf16, and zeros.
+fn rounded(values: &[f32]) -> [u16; PANEL] {
+    let mut rounded = [0; PANEL];
+    super::vectorized(
+        #[inline(always)]
+        || rounded.iter_mut().zip(values).for_each(|(to, value)| *to = to_bf16(*value)),
+    );
+    rounded
 }
 
 /// Calls `f(row of the call, row of the keys, head)` for all of them, one store after the other.
