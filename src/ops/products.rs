@@ -176,7 +176,10 @@ pub(super) fn bf16_panel(
             Some(tiles) => {
                 let two = rows - row > TILE_ROWS;
                 let height = if two { 2 * TILE_ROWS } else { TILE_ROWS };
-                c.fetch(row + height..row + 2 * height);
+                c.fetch(row + height..row + 2 * height, false);
+                if row == 0 {
+                    c.fetch(0..height, true);
+                }
                 // SAFETY: by the assert above, all tiles of `height` rows are there, and all inputs of the panels; `whole` gives
                 // room for as many rows of 32, all of which are written. The first rows find their panel in memory, the others in the cache.
                 unsafe {

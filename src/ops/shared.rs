@@ -77,17 +77,22 @@ pub struct Columns<'a> {
     borrowed: PhantomData<&'a mut [f32]>,
 }
 
-/// Asks for memory that will be needed soon.
+/// Asks for memory that will be written soon, or at once.
 #[inline]
-fn fetch<T>(values: &[T]) {
+fn fetch<T>(values: &[T], at_once: bool) {
     #[cfg(target_arch = "x86_64")]
     for line in values.chunks(64 / size_of::<T>()) {
-        use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+        use std::arch::x86_64::{_MM_HINT_ET0, _MM_HINT_T1, _mm_prefetch};
         // SAFETY: an address inside the slice, of which nothing is read.
-        unsafe { _mm_prefetch::<_MM_HINT_T1>(line.as_ptr().cast()) };
+        unsafe {
+            match at_once {
+                true => _mm_prefetch::<_MM_HINT_ET0>(line.as_ptr().cast()),
+                false => _mm_prefetch::<_MM_HINT_T1>(line.as_ptr().cast()),
+            }
+        };
     }
     #[cfg(not(target_arch = "x86_64"))]
-    let _ = values;
+    let _ = (values, at_once);
 }
 
 /// Columns that tiles have.
@@ -144,12 +149,13 @@ impl Columns<'_> {
         }
     }
 
-    /// Asks for the memory of some rows, as far as they are there: tiles that are stored where nothing is in the cache wait for it.
+    /// Asks for the memory of some rows, as far as they are there, that will be written soon, or at once: tiles that are stored where
+    /// nothing is in the cache wait for it.
     #[inline]
-    pub fn fetch(&self, rows: Range<usize>) {
+    pub fn fetch(&self, rows: Range<usize>, at_once: bool) {
         for row in rows.start..rows.end.min(self.rows) {
             // SAFETY: `row` is one of ours, and its columns are inside the matrix and ours alone.
-            fetch(unsafe { std::slice::from_raw_parts(self.start.add(row * self.stride), self.width) });
+            fetch(unsafe { std::slice::from_raw_parts(self.start.add(row * self.stride), self.width) }, at_once);
         }
     }
 
