@@ -21,7 +21,7 @@
 //   store_heads(queries, keys, values, query_gain_or_null, key_gain_or_null, epsilon, cosines, sines, to_row,
 //           key_store, value_store, rows, query_heads, key_heads, dim) (rows; 256)
 //       The same after what comes before: normalizes each head of queries and keys if there is a gain [dim], and
-//       rotates it. Queries are replaced, keys only stored.
+//       rotates it. Queries are replaced, keys only stored, unless to_row is -1.
 //   attention_rows(queries, key_store, value_store, row_span, spans, out_or_null, out_rounded_or_null,
 //           log_sums_or_null, rows, query_heads, key_heads, dim, scale, soft_cap, window) (rows, key_heads, ceil(group
 //           / 8); 256)
@@ -67,7 +67,8 @@ extern "C" __global__ void store_heads(float *queries, const float *keys, const 
                                        bf16 *value_store, int rows, int query_heads, int key_heads, int dim) {
     long long row = blockIdx.x, to = (long long)to_row[row] * key_heads * dim;
     const float *cosine = cosines + row * (dim / 2), *sine = sines + row * (dim / 2);
-    for (int head = WARP; head < query_heads + 2 * key_heads; head += blockDim.x / LANES) {
+    int heads = to_row[row] < 0 ? query_heads : query_heads + 2 * key_heads;
+    for (int head = WARP; head < heads; head += blockDim.x / LANES) {
         int key_head = head < query_heads ? 0 : (head - query_heads) % key_heads;
         const float *key = keys + (row * key_heads + key_head) * dim,
                     *value = values + (row * key_heads + key_head) * dim;

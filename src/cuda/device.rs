@@ -7,6 +7,8 @@ use std::sync::{Arc, Mutex};
 
 use anyhow::{Result, bail};
 
+use super::graph::Command;
+
 /// A device. All that is asked of it, by whichever thread, happens in the order in which it is asked: there is one stream.
 pub trait Device: Send + Sync {
     /// Its name and number.
@@ -48,6 +50,18 @@ pub trait Device: Send + Sync {
     /// # Errors
     /// If the device fails.
     fn multiply(&self, product: &Product) -> Result<()>;
+    /// Makes commands, which are not started, into a graph; its number.
+    ///
+    /// # Errors
+    /// If the device cannot do that, or fails.
+    fn record(&self, commands: &[Command]) -> Result<u64>;
+    /// Starts a graph: what its commands do, in their order.
+    ///
+    /// # Errors
+    /// If the device fails.
+    fn replay(&self, graph: u64) -> Result<()>;
+    /// Gives a graph back once what was asked before is done.
+    fn forget(&self, graph: u64);
 }
 
 /// How a device's memory is used, in bytes.
@@ -210,6 +224,7 @@ pub struct Gpu {
     used: [(AtomicUsize, AtomicUsize); 5],
     /// All together at most so far.
     most: AtomicUsize,
+    replays: AtomicUsize,
     /// The plan of the run, for messages.
     plan: Mutex<Option<String>>,
 }
@@ -217,7 +232,8 @@ pub struct Gpu {
 impl Gpu {
     /// Around a device.
     pub fn new(device: Box<dyn Device>) -> Arc<Self> {
-        Arc::new(Self { device, used: Default::default(), most: AtomicUsize::new(0), plan: Mutex::default() })
+        let (most, replays) = Default::default();
+        Arc::new(Self { device, used: Default::default(), most, replays, plan: Mutex::default() })
     }
 
     /// What computes.
@@ -245,7 +261,7 @@ impl Gpu {
         Ok(shares.chain([("slack", self.device.room()?.slack)]).collect())
     }
 
-    /// What its memory is used for, in bytes: now and at most so far, and what is free or held ready.
+    /// What its memory is used for, in bytes: now and at most so far, and what is free or held ready; and [`Gpu::replays`].
     ///
     /// # Errors
     /// If the device fails.
@@ -257,6 +273,7 @@ impl Gpu {
             all[name] = serde_json::json!({ "now": now, "most": most });
         }
         all["most"] = serde_json::json!(self.most.load(Ordering::Relaxed));
+        all["replays"] = serde_json::json!(self.replays());
         Ok(all)
     }
 
@@ -312,7 +329,7 @@ impl Gpu {
     /// As [`Gpu::array`].
     pub fn upload<T: Number>(self: &Arc<Self>, purpose: Purpose, values: &[T]) -> Result<Array<T>> {
         let array = self.array(purpose, values.len())?;
-        self.device.write(array.address, bytes_of(values))?;
+        array.write(values)?;
         Ok(array)
     }
 
@@ -347,6 +364,17 @@ impl Gpu {
             return Ok(());
         }
         self.device.multiply(product)
+    }
+
+    /// Starts a graph.
+    pub(super) fn replay(&self, graph: u64) -> Result<()> {
+        self.replays.fetch_add(1, Ordering::Relaxed);
+        self.device.replay(graph)
+    }
+
+    /// How many graphs were started so far.
+    pub fn replays(&self) -> usize {
+        self.replays.load(Ordering::Relaxed)
     }
 }
 
@@ -430,6 +458,15 @@ impl<T: Number> Array<T> {
         let mut values = vec![T::default(); self.len];
         self.gpu.device.read(self.address, bytes_of_mut(&mut values))?;
         Ok(values)
+    }
+
+    /// Replaces all values.
+    ///
+    /// # Errors
+    /// If the device fails.
+    pub fn write(&self, values: &[T]) -> Result<()> {
+        assert_eq!(values.len(), self.len, "one value for each");
+        self.gpu.device.write(self.address, bytes_of(values))
     }
 
     /// Sets all to zero.

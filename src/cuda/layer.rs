@@ -61,12 +61,12 @@ struct Middle {
 impl<'a> Work<'a> {
     pub fn new(decoder: &'a Decoder, index: usize, call: &'a Prepared) -> Result<Self> {
         let layer = &decoder.tensors.layers[index];
-        let weights = layer.projections.iter().map(|(weight, _)| weight.unpacked(&decoder.gpu, &decoder.codes));
+        let weights = layer.projections.iter().map(|(weight, _)| weight.unpacked(&call.gpu, &decoder.codes));
         Ok(Self { decoder, layer, index, call, weights: weights.collect::<Result<_>>()? })
     }
 
     fn gpu(&self) -> &Arc<Gpu> {
-        &self.decoder.gpu
+        &self.call.gpu
     }
 
     fn room<T: Number>(&self, width: usize) -> Result<Array<T>> {

@@ -8,6 +8,7 @@
 //! * [`tensors`], [`factors`]: the frozen weights, and an adapter
 //! * [`call`]: the rows of a forward call
 //! * [`layer`], [`decoder`]: forward, backward, log-probabilities and choices
+//! * [`graph`], [`steps`]: decoding steps that are started as one
 
 mod attention;
 mod call;
@@ -16,9 +17,11 @@ pub mod device;
 #[cfg(feature = "cuda")]
 pub mod driver;
 pub(crate) mod factors;
+pub mod graph;
 pub(crate) mod kernels;
 mod layer;
 pub mod plan;
+mod steps;
 pub(crate) mod tensors;
 
 use std::collections::BTreeMap;
