@@ -23,6 +23,7 @@ mod cuda_elementwise;
 mod cuda_head;
 mod cuda_on_host;
 mod cuda_quantized;
+mod cuda_steps;
 mod dropout;
 mod evaluation;
 mod evaluation_identities;

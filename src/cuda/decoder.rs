@@ -207,7 +207,7 @@ impl Decoder {
         ensure!(choices.len() == predicting.len(), "head: {} choices for {} rows", choices.len(), predicting.len());
         let (rows, wanted) = (call.ids.len(), predicting.len());
         // One token of every sequence.
-        let decoding = wanted == rows && call.spans.len() == rows;
+        let decoding = [wanted, call.spans.len()] == [rows; 2] && call.spans.iter().all(|span| span.queries.len() == 1);
         let more = if decoding { filled(rows) - rows } else { 0 };
         let mut packed = Packed::new(&self.architecture, (call, None), false, rows + more)?;
         let place = |choice: &Choice| match choice {
