@@ -92,6 +92,14 @@ impl Device for OnHost {
         Ok(())
     }
 
+    fn copy(&self, from: u64, to: u64, bytes: usize) -> Result<()> {
+        self.inside(from, bytes)?;
+        self.inside(to, bytes)?;
+        // SAFETY: inside arrays by the checks.
+        unsafe { std::ptr::copy(from as *const u8, to as *mut u8, bytes) };
+        Ok(())
+    }
+
     fn zero(&self, at: u64, bytes: usize) -> Result<()> {
         self.inside(at, bytes)?;
         // SAFETY: inside an array by the check.

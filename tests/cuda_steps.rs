@@ -1,6 +1,7 @@
 //! Decoding steps in graphs: the same to the bit as without, and graphs that end with what they use.
 
-use std::path::PathBuf;
+use std::ops::Range;
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
@@ -9,17 +10,12 @@ use candor::cuda::device::{Argument, Device, Gpu, Launch, Product, Purpose, Room
 use candor::cuda::graph::{Command, Graph};
 use candor::model::{Call, KeyValueStore, Model, Weights};
 use candor::ops::attention::Span;
-use candor::ops::head::{Choice, Chosen};
+use candor::ops::head::Choice;
 use candor::ops::keys::Store;
 use candor::policy::Adapter;
-use candor::sampler::local::LocalSampler;
-use candor::sampler::{PolicyFeed, Settings};
-use candor::tokenizer::Tokenizer;
 
 use crate::cuda_device::gpu;
-use crate::learner::golden_adapters;
 use crate::model::adapter;
-use crate::sampler::{all, request, settings};
 use crate::{check, toy};
 
 /// A device whose graphs are counted, and which can refuse to make them.
@@ -72,6 +68,10 @@ impl Device for Watched {
         self.inner.device().read(from, bytes)
     }
 
+    fn copy(&self, from: u64, to: u64, bytes: usize) -> Result<()> {
+        self.inner.device().copy(from, to, bytes)
+    }
+
     fn zero(&self, at: u64, bytes: usize) -> Result<()> {
         self.inner.device().zero(at, bytes)
     }
@@ -103,63 +103,75 @@ impl Device for Watched {
     }
 }
 
-/// A model of the toy's shape on a watched device, and two adapters of it.
-fn open(folder: &PathBuf) -> Option<(Model, Arc<Graphs>)> {
+fn open(folder: &Path) -> Option<(Model, Arc<Graphs>)> {
     let (gpu, graphs) = watched()?;
     Some((Model::load_on(&gpu, &Weights::open(folder).unwrap(), None).unwrap(), graphs))
 }
 
-/// Another adapter for every group that is admitted.
-struct Alternating(Mutex<Vec<Arc<Adapter>>>);
+/// Rows of the store for one sequence.
+const ROWS: usize = 32;
 
-impl PolicyFeed for Alternating {
-    fn newest(&self) -> Option<Arc<Adapter>> {
-        let mut adapters = self.0.lock().unwrap();
-        adapters.rotate_left(1);
-        adapters.first().cloned()
-    }
+/// Which adapter applies to which sequences.
+type Adapters<'a> = &'a [(Range<usize>, Option<&'a Adapter>)];
 
-    fn stopped(&self) -> bool {
-        false
-    }
+/// What sequences choose after the token at a position, as a sampler would ask: bits of tokens and log-probabilities.
+fn step(
+    model: &Model,
+    store: &mut KeyValueStore,
+    position: usize,
+    adapters: Adapters,
+    temperature: f64,
+) -> Vec<[u32; 3]> {
+    let count = adapters.last().unwrap().0.end;
+    let start = |sequence: usize| sequence * ROWS;
+    let span = |row: usize| Span { queries: row..row + 1, prefix: 0..0, own: start(row)..start(row) + position + 1 };
+    let store_of = |row: usize| Store { from: row..row + 1, to: start(row) + position };
+    let ids: Vec<u32> = (0..count).map(|row| ((row * 53 + position * 37) % 300 + 4) as u32).collect();
+    let (spans, stores): (Vec<_>, Vec<_>) = (0..count).map(|row| (span(row), store_of(row))).unzip();
+    let positions = vec![position; count];
+    let call = Call { ids: &ids, positions: &positions, spans: &spans, stores: &stores, adapters };
+    let predicting: Vec<u32> = (0..count as u32).collect();
+    let choice = |row: usize| match row % 3 {
+        0 => Choice::Greedy,
+        _ => Choice::Sample((row * 7 + position * 3) as f64 % 10.0 / 10.0),
+    };
+    let choices: Vec<Choice> = (0..count).map(choice).collect();
+    let chosen = model.choose(&call, store, &predicting, &choices, model.logits(temperature)).unwrap();
+    chosen.into_iter().map(|one| [one.token, one.logprob.to_bits(), one.untempered.to_bits()]).collect()
 }
 
-/// Several batches one after the other, of which sequences end at different times, with one adapter and with two at once: catches an
-/// address, a count or a number that a graph keeps from the step that it was made of, and scratch that is read before it is
-/// written.
+/// Steps of fewer and fewer sequences, with one adapter, two at once, another version and none: catches an address, a count or a
+/// number that a graph keeps from the step that it was made of, and scratch that is read before it is written.
 #[test]
 fn steps_in_graphs_choose_what_steps_without_choose() {
-    for (folder, name) in golden_adapters() {
-        let sampled = [false, true].map(|refused| {
+    for folder in [Some(toy::model()), check::golden("tiny/gemma2")].into_iter().flatten() {
+        let chosen = [false, true].map(|refused| {
             let (model, graphs) = open(&folder)?;
             graphs.refused.store(refused, Ordering::Relaxed);
-            let (first, _) = adapter(&model, &folder.join(format!("adapter_{name}")));
-            let second = first.publish(1);
-            let (model, tokenizer) = (Arc::new(model), Arc::new(Tokenizer::from_folder(&folder).unwrap()));
-            let mut sampler = LocalSampler::new(model.clone(), tokenizer);
-            let versions = Alternating(Mutex::new([first, second].map(Arc::new).into()));
-            let requests = [request(1, 12, 3), request(2, 3, 2), request(3, 5, 5)];
-            let of = |step| Settings { step, ..settings(14, 1.1) };
-            let batches = (0..3).map(|step| all(&mut sampler, &requests, &versions, &of(step)).unwrap());
-            let mut sampled: Vec<_> = batches.collect();
-            sampled.push(all(&mut sampler, &requests, &None, &of(3)).unwrap());
-            let replays = model.gpu().unwrap().replays();
-            assert_eq!(replays == 0, refused, "{name}: {replays} graphs were started");
-            let bits = |logprobs: &[f32]| logprobs.iter().map(|logprob| logprob.to_bits()).collect::<Vec<_>>();
-            let one = |one: candor::sampler::Generation| (one.ids, bits(&one.behavior_t), bits(&one.untempered_t));
-            Some(sampled.into_iter().flatten().map(one).collect::<Vec<_>>())
+            let (first, _) = adapter(&model, &folder.join("adapter_lora"));
+            let mut second = first.clone();
+            second.replace(first.tensors().iter().map(|(_, tensor)| (tensor * -1.5).unwrap()).collect());
+            let (one, two) = (Some(&first), Some(&second));
+            let mut store = model.store(10 * ROWS).unwrap();
+            let counts: [(usize, Adapters); 4] = [
+                (4, &[(0..5, one), (5..10, two)]),
+                (3, &[(0..8, one)]),
+                (4, &[(0..3, two)]),
+                (3, &[(0..1, None), (1..2, two)]),
+            ];
+            let shapes = counts.into_iter().flat_map(|(times, adapters)| std::iter::repeat_n(adapters, times));
+            let chosen: Vec<_> = shapes
+                .enumerate()
+                .map(|(position, adapters)| step(&model, &mut store, position, adapters, 1.1))
+                .collect();
+            // The second version takes the first one's place in the graph of eight rows.
+            let (replays, kept) = (model.gpu().unwrap().replays(), graphs.now());
+            assert_eq!((replays, kept), if refused { (0, 0) } else { (3 + 2 + 4 + 2, 3) }, "{}", folder.display());
+            Some(chosen)
         });
-        let [Some(with), Some(without)] = sampled else { return };
-        assert_eq!(with, without, "{} {name}", folder.display());
+        let [Some(with), Some(without)] = chosen else { return };
+        assert_eq!(with, without, "{}", folder.display());
     }
-}
-
-/// What one sequence chooses next, as a sampler would ask.
-fn step(model: &Model, store: &mut KeyValueStore, adapter: Option<&Adapter>, temperature: f64) -> Chosen {
-    let spans = [Span { queries: 0..1, prefix: 0..0, own: 0..1 }];
-    let (stores, adapters) = ([Store { from: 0..1, to: 0 }], [(0..1, adapter)]);
-    let call = Call { ids: &[7], positions: &[0], spans: &spans, stores: &stores, adapters: &adapters };
-    model.choose(&call, store, &[0], &[Choice::Greedy], model.logits(temperature)).unwrap()[0]
 }
 
 /// Graphs of shapes without end: catches a list that only grows.
@@ -169,7 +181,7 @@ fn graphs_never_outnumber_their_bound() {
     let mut store = model.store(1).unwrap();
     for temperature in 1..=40 {
         for _ in 0..2 {
-            step(&model, &mut store, None, f64::from(temperature));
+            step(&model, &mut store, 0, &[(0..1, None)], f64::from(temperature));
         }
     }
     let (now, most) = (graphs.now(), graphs.most.load(Ordering::Relaxed));
@@ -182,24 +194,24 @@ fn graphs_never_outnumber_their_bound() {
 #[test]
 fn graphs_end_with_what_they_read() {
     let Some((model, graphs)) = open(&toy::model()) else { return };
-    let (mut stores, adapter_folder) =
-        ([(); 2].map(|()| model.store(1).unwrap()).into_iter(), toy::model().join("adapter_lora"));
-    let mut store = stores.next().unwrap();
+    let of = |name: &str| adapter(&model, &toy::model().join(name)).0;
+    let (small, large) = (of("adapter_lora"), of("adapter_lora_all_rs"));
+    let mut store = model.store(1).unwrap();
     let twice = |store: &mut KeyValueStore, adapter: Option<&Adapter>| {
-        [(); 2].map(|()| step(&model, store, adapter, 1.0).logprob.to_bits())
+        let [first, second] = [(); 2].map(|()| step(&model, store, 0, &[(0..1, adapter)], 1.0));
+        assert_eq!(first, second);
+        (first, graphs.now())
     };
-    let base = twice(&mut store, None);
-    let adapted = {
-        let (adapter, _) = adapter(&model, &adapter_folder);
-        twice(&mut store, Some(&adapter))
-    };
-    assert_eq!(graphs.now(), 2);
-    assert_ne!(base[0], adapted[0]);
-    assert_eq!(twice(&mut store, None), base);
-    assert_eq!(graphs.now(), 1, "the adapter is gone");
+    let (base, kept) = twice(&mut store, None);
+    assert_eq!(kept, 1);
+    let (adapted, kept) = twice(&mut store, Some(&small));
+    assert_eq!(kept, 2);
+    assert_ne!(base, adapted);
+    assert_eq!(twice(&mut store, Some(&large)).1, 2, "an adapter of another shape takes the place of the last");
+    assert_eq!(twice(&mut store, Some(&small)), (adapted, 2));
     drop(store);
-    let mut store = stores.next().unwrap();
-    assert_eq!(step(&model, &mut store, None, 1.0).logprob.to_bits(), base[0]);
+    let mut store = model.store(1).unwrap();
+    assert_eq!(step(&model, &mut store, 0, &[(0..1, None)], 1.0), base);
     assert_eq!(graphs.now(), 0, "the keys are gone");
 }
 

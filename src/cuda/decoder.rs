@@ -218,6 +218,10 @@ impl Decoder {
         let rows = packed.parcel.add(&[predicting, &vec![0; more]].concat());
         let asked = Asked { rows, places: packed.parcel.add(&places), count: wanted + more, logits };
         let mut adapters = applied(&self.gpu, call)?;
+        let mut steps = decoding.then(|| self.steps.lock().expect("nothing panics while it decodes"));
+        if let Some(steps) = &mut steps {
+            steps.seat(&self.gpu, &mut adapters)?;
+        }
         if let Some((last, _)) = adapters.last_mut() {
             last.end = packed.rows;
         }
@@ -226,13 +230,14 @@ impl Decoder {
             self.choose_from(gpu, &x, &asked, sent, to)
         };
         let input = (&packed.parcel.bytes[..], 3 * asked.count);
-        let chosen = if decoding {
-            let weak = adapters.iter().map(|(rows, factors)| (rows.clone(), factors.as_ref().map(Arc::downgrade)));
-            let shape = Shape { rows: packed.rows, logits, keys: Arc::downgrade(&keys.0), adapters: weak.collect() };
-            let mut steps = self.steps.lock().expect("nothing panics while it decodes");
-            steps.run(&self.gpu, shape, input, &work)?
-        } else {
-            once(&self.gpu, input, &work)?
+        let chosen = match &mut steps {
+            None => once(&self.gpu, input, &work)?,
+            Some(steps) => {
+                let weak = adapters.iter().map(|(rows, factors)| (rows.clone(), factors.as_ref().map(Arc::downgrade)));
+                let shape =
+                    Shape { rows: packed.rows, logits, keys: Arc::downgrade(&keys.0), adapters: weak.collect() };
+                steps.run(&self.gpu, shape, input, &work)?
+            }
         };
         let [tokens, logprobs, untempered] = [0, 1, 2].map(|part| &chosen[part * asked.count..][..wanted]);
         let numbers = |row: usize| [logprobs, untempered].map(|bits| f32::from_bits(bits[row]));

@@ -35,6 +35,11 @@ pub trait Device: Send + Sync {
     /// # Errors
     /// If the device fails, also at something that was asked before.
     fn read(&self, from: u64, bytes: &mut [u8]) -> Result<()>;
+    /// Copies within the device.
+    ///
+    /// # Errors
+    /// If the device fails.
+    fn copy(&self, from: u64, to: u64, bytes: usize) -> Result<()>;
     /// Sets bytes to zero.
     ///
     /// # Errors
@@ -467,6 +472,15 @@ impl<T: Number> Array<T> {
     pub fn write(&self, values: &[T]) -> Result<()> {
         assert_eq!(values.len(), self.len, "one value for each");
         self.gpu.device.write(self.address, bytes_of(values))
+    }
+
+    /// Replaces all values by others of the same device.
+    ///
+    /// # Errors
+    /// If the device fails.
+    pub fn copy_from(&self, other: &Self) -> Result<()> {
+        assert_eq!(other.len, self.len, "one value for each");
+        self.gpu.device.copy(other.address, self.address, self.len * size_of::<T>())
     }
 
     /// Sets all to zero.

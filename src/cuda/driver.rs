@@ -300,6 +300,12 @@ impl Device for Cuda {
         done
     }
 
+    fn copy(&self, from: u64, to: u64, bytes: usize) -> Result<()> {
+        self.bind()?;
+        // SAFETY: the caller's arrays are as long.
+        unsafe { result::memcpy_dtod_async(to, from, bytes, self.stream) }.with_context(|| self.name.clone())
+    }
+
     fn zero(&self, at: u64, bytes: usize) -> Result<()> {
         self.bind()?;
         // SAFETY: the caller's array is as long.

@@ -26,7 +26,7 @@ pub struct Factors {
 }
 
 /// A pair, with the places of its matrices in numbers from the first of the adapter's.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, PartialEq)]
 pub struct Pair {
     /// Its inner dimension.
     pub rank: usize,
@@ -97,5 +97,21 @@ impl Factors {
     /// A [2 · rank, in] and s · Bᵀ [2 · rank, out] of a pair.
     pub fn matrices(&self, pair: &Pair) -> [View<u16>; 2] {
         pair.places().map(|at| self.parts.from(PARTS * at))
+    }
+
+    /// A copy at a place of its own.
+    pub fn copied(&self, gpu: &Arc<Gpu>) -> Result<Self> {
+        let parts = gpu.array(Purpose::Adapter, self.parts.len())?;
+        parts.copy_from(&self.parts)?;
+        Ok(Self { scale: self.scale, pairs: self.pairs.clone(), parts })
+    }
+
+    /// Replaces the matrices of a copy by those of another version, if it is one of the same adapter.
+    pub fn replace(&self, other: &Self) -> Result<bool> {
+        let same = (self.scale, &self.pairs) == (other.scale, &other.pairs);
+        if same {
+            self.parts.copy_from(&other.parts)?;
+        }
+        Ok(same)
     }
 }

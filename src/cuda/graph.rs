@@ -134,6 +134,10 @@ impl Device for Recorder {
         refused("a download")
     }
 
+    fn copy(&self, _: u64, _: u64, _: usize) -> Result<()> {
+        refused("a copy")
+    }
+
     fn zero(&self, _: u64, _: usize) -> Result<()> {
         refused("setting to zero")
     }

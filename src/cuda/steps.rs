@@ -6,6 +6,7 @@ use std::sync::{Arc, Weak};
 
 use anyhow::Result;
 
+use super::call::Applied;
 use super::decoder::KeyStores;
 use super::device::{Array, Gpu, Purpose, View};
 use super::factors::Factors;
@@ -59,16 +60,47 @@ struct Step {
 /// What a step does on a GPU, given where its input and output lie.
 pub type Work<'a> = &'a dyn Fn(&Arc<Gpu>, &Arc<Array<u8>>, View<u32>) -> Result<()>;
 
+/// A copy of an adapter at a place that stays when other versions come, so that graphs serve them all.
+struct Seat {
+    of: Weak<Factors>,
+    copy: Arc<Factors>,
+}
+
 /// Steps that were seen, the latest last, with their graphs from the second time on: the first has loaded the kernels.
 #[derive(Default)]
 pub struct Steps {
     seen: Vec<(Shape, Option<Step>)>,
+    /// For the first adapter of a step, the second, and so on.
+    seats: Vec<Seat>,
     scratch: Option<Arc<Array<u8>>>,
     /// Whether graphs have failed here.
     failed: bool,
 }
 
 impl Steps {
+    /// Replaces the adapters of a step by their copies in the seats.
+    pub fn seat(&mut self, gpu: &Arc<Gpu>, adapters: &mut Applied) -> Result<()> {
+        let mut seated: Vec<Weak<Factors>> = Vec::new();
+        for factors in adapters.iter_mut().filter_map(|(_, factors)| factors.as_mut()) {
+            let of = Arc::downgrade(factors);
+            let place = seated.iter().position(|other| other.ptr_eq(&of)).unwrap_or_else(|| {
+                seated.push(of.clone());
+                seated.len() - 1
+            });
+            let taken = match self.seats.get_mut(place) {
+                None => false,
+                Some(seat) => seat.of.ptr_eq(&of) || seat.copy.replace(factors)?,
+            };
+            if !taken {
+                self.seats.truncate(place);
+                self.seats.push(Seat { of: of.clone(), copy: Arc::new(factors.copied(gpu)?) });
+            }
+            let seat = &mut self.seats[place];
+            (seat.of, *factors) = (of, seat.copy.clone());
+        }
+        Ok(())
+    }
+
     /// Runs a step with an input of these bytes; its output of `count` numbers.
     pub fn run(
         &mut self,
