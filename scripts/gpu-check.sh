@@ -28,7 +28,7 @@ say() { printf '\n== %s (%s s)\n' "$1" "$SECONDS"; }
 
 say "tests on the GPU"
 tests=${TESTS:-cargo test --release --features cuda --test all --}
-CANDOR_TEST_GPU=1 timeout 300 $tests --test-threads 1 cuda_decoder cuda_driver 2>&1 | tee "$out/tests.log" | grep -E '^test |panicked|FAILED'
+CANDOR_TEST_GPU=1 timeout 300 $tests --test-threads 1 cuda_decoder cuda_driver cuda_steps 2>&1 | tee "$out/tests.log" | grep -E '^test |panicked|FAILED'
 grep -q 'test result: ok' "$out/tests.log" || failed=1
 
 if [ "${QUICKSTART:-1}" != 0 ]; then
@@ -72,6 +72,7 @@ if decode := lines.get("decode"):
     # A step reads all weights, and the keys and values of every sequence: a prompt's once for each of its completions.
     floor = rollouts * bandwidth * 1e12 / (base + keys / stored * rollouts * context)
     rows.append(("decode at 64, tokens/s", f"{decode['decode_tokens_per_second']:.0f}", ""))
+    rows.append(("steps that were started as graphs", f"{decode['device']['replays']}", ""))
     rows.append(("share of the bandwidth's floor", f"{100 * decode['decode_tokens_per_second'] / floor:.0f}%", ">= 50%"))
 if step := lines.get("step"):
     # The pool gives nothing back, so that what is not free at the end was the most that was held.
