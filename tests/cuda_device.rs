@@ -7,8 +7,7 @@ use std::sync::{Arc, Mutex};
 use anyhow::{Context, Result, ensure};
 use candor::config::{Device as Where, Dtype};
 use candor::cuda::Place;
-use candor::cuda::device::{Argument, Device, Gpu, Launch, Operand, Product, Room};
-use candor::cuda::graph::Command;
+use candor::cuda::device::{Argument, Command, Device, Gpu, Launch, Operand, Product, Room};
 
 use crate::check;
 use crate::cuda_on_host::{self, File, Kernels, TURNS};

@@ -6,8 +6,8 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
 use anyhow::{Result, bail};
-use candor::cuda::device::{Argument, Device, Gpu, Launch, Product, Purpose, Room};
-use candor::cuda::graph::{Command, Graph};
+use candor::cuda::device::{Argument, Command, Device, Gpu, Launch, Product, Purpose, Room};
+use candor::cuda::graph::Graph;
 use candor::model::{Call, KeyValueStore, Model, Weights};
 use candor::ops::attention::Span;
 use candor::ops::head::Choice;

@@ -4,7 +4,7 @@
 
 use std::sync::{Arc, Mutex};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 
 use super::call::{Applied, Backward, Packed, Place, Prepared, Selected, applied};
 use super::device::{Array, Gpu, Product, Purpose, Room, View};
@@ -230,26 +230,14 @@ impl Decoder {
             self.choose_from(gpu, &x, &asked, sent, to)
         };
         let input = (&packed.parcel.bytes[..], 3 * asked.count);
-        let chosen = match &mut steps {
+        let numbers = match &mut steps {
             None => once(&self.gpu, input, &work)?,
             Some(steps) => {
-                let weak = adapters.iter().map(|(rows, factors)| (rows.clone(), factors.as_ref().map(Arc::downgrade)));
-                let shape =
-                    Shape { rows: packed.rows, logits, keys: Arc::downgrade(&keys.0), adapters: weak.collect() };
+                let shape = Shape::new(packed.rows, logits, &keys.0, &adapters);
                 steps.run(&self.gpu, shape, input, &work)?
             }
         };
-        let [tokens, logprobs, untempered] = [0, 1, 2].map(|part| &chosen[part * asked.count..][..wanted]);
-        let numbers = |row: usize| [logprobs, untempered].map(|bits| f32::from_bits(bits[row]));
-        let one = |row: usize| {
-            let [logprob, untempered] = numbers(row);
-            let chosen = Chosen { token: tokens[row], logprob, untempered };
-            let finite = logprob.is_finite() && untempered.is_finite();
-            finite.then_some(chosen).with_context(|| {
-                format!("head: row {row} has no finite probabilities; the adapter or the weights hold NaN or infinity")
-            })
-        };
-        (0..wanted).map(one).collect()
+        chosen(&numbers, wanted)
     }
 
     /// Tokens, and their log-probabilities with and without temperature, one after the other.
@@ -421,4 +409,18 @@ impl Decoder {
         }
         Ok(())
     }
+}
+
+/// What was chosen for the first `wanted` rows: tokens of all rows, then both log-probabilities.
+fn chosen(numbers: &[u32], wanted: usize) -> Result<Vec<Chosen>> {
+    let count = numbers.len() / 3;
+    let one = |row: usize| {
+        let [logprob, untempered] = [1, 2].map(|part| f32::from_bits(numbers[part * count + row]));
+        ensure!(
+            logprob.is_finite() && untempered.is_finite(),
+            "head: row {row} has no finite probabilities; the adapter or the weights hold NaN or infinity"
+        );
+        Ok(Chosen { token: numbers[row], logprob, untempered })
+    };
+    (0..wanted).map(one).collect()
 }

@@ -15,8 +15,7 @@ use cudarc::driver::{result, sys};
 use cudarc::{cublas, nvrtc};
 use sha2::{Digest, Sha256};
 
-use super::device::{Argument, Device, Launch, Operand, Product, Room};
-use super::graph::Command;
+use super::device::{Argument, Command, Device, Launch, Operand, Product, Room};
 use super::kernels::SOURCES;
 use crate::source::Cache;
 
@@ -325,8 +324,8 @@ impl Device for Cuda {
     fn record(&self, commands: &[Command]) -> Result<u64> {
         self.bind()?;
         let cublas = self.cublas.lock().expect(HELD);
-        direct(*cublas, self.captured, self.workspace)?;
-        let graph = self.capture(*cublas, commands);
+        let directed = direct(*cublas, self.captured, self.workspace);
+        let graph = directed.and_then(|()| self.capture(*cublas, commands));
         direct(*cublas, self.stream, self.workspace)?;
         let graph = graph.with_context(|| format!("{}: a graph of {} commands", self.name, commands.len()))?;
         // SAFETY: the graph is whole, nobody else has it, and what is instantiated does not need it any more.
@@ -351,7 +350,7 @@ impl Device for Cuda {
     }
 }
 
-/// Makes cuBLAS compute on a stream. A new stream takes the workspace from it.
+/// Makes cuBLAS compute on a stream, which it then has to be given its workspace for again.
 fn direct(cublas: cublas::sys::cublasHandle_t, stream: sys::CUstream, workspace: u64) -> Result<()> {
     // SAFETY: the handle, the stream and the workspace are never given back; nobody else uses the handle now.
     unsafe {
@@ -405,6 +404,8 @@ fn keep(path: &std::path::Path, binary: &[u8]) -> Result<()> {
     std::fs::create_dir_all(folder)?;
     let file = tempfile::NamedTempFile::new_in(folder)?;
     std::fs::write(file.path(), binary)?;
+    // A file of this name is believed to be whole.
+    file.as_file().sync_all()?;
     file.persist(path)?;
     Ok(())
 }

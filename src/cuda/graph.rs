@@ -10,16 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 
 use anyhow::{Result, bail, ensure};
 
-use super::device::{Argument, Array, Device, Gpu, Launch, Product, Purpose, Room};
-
-/// What a graph starts.
-#[derive(Clone, Debug)]
-pub enum Command {
-    /// A kernel.
-    Launch(String, Launch, Vec<Argument>),
-    /// A product.
-    Multiply(Product),
-}
+use super::device::{Argument, Array, Command, Device, Gpu, Launch, Product, Purpose, Room};
 
 /// Kernels and products that a device starts as one.
 pub struct Graph {

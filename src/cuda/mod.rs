@@ -3,7 +3,7 @@
 //! All but [`driver`] is compiled in every build: it asks a [`device::Device`] for memory, kernels and products, and tests put one
 //! in its place that runs the same kernels on a processor.
 //!
-//! * [`device`]: what is asked of a device, and arrays in its memory
+//! * [`command`], [`device`]: what is asked of a device, and arrays in its memory
 //! * [`kernels`], [`attention`]: the arguments of every kernel; the kernels are the `.cu` files beside it
 //! * [`tensors`], [`factors`]: the frozen weights, and an adapter
 //! * [`call`]: the rows of a forward call
@@ -12,6 +12,7 @@
 
 mod attention;
 mod call;
+pub mod command;
 pub(crate) mod decoder;
 pub mod device;
 #[cfg(feature = "cuda")]

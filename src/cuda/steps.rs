@@ -24,13 +24,18 @@ pub fn filled(rows: usize) -> usize {
 
 /// What a step's kernels and their arguments follow from. What it does not own may be gone, and nothing that came after is taken for it.
 pub struct Shape {
-    pub rows: usize,
-    pub logits: Logits,
-    pub keys: Weak<KeyStores>,
-    pub adapters: Vec<(Range<usize>, Option<Weak<Factors>>)>,
+    rows: usize,
+    logits: Logits,
+    keys: Weak<KeyStores>,
+    adapters: Vec<(Range<usize>, Option<Weak<Factors>>)>,
 }
 
 impl Shape {
+    pub fn new(rows: usize, logits: Logits, keys: &Arc<KeyStores>, adapters: &Applied) -> Self {
+        let adapters = adapters.iter().map(|(rows, factors)| (rows.clone(), factors.as_ref().map(Arc::downgrade)));
+        Self { rows, logits, keys: Arc::downgrade(keys), adapters: adapters.collect() }
+    }
+
     fn is_same(&self, other: &Self) -> bool {
         let same = |(one, two): (&(Range<usize>, Option<Weak<Factors>>), &(Range<usize>, Option<Weak<Factors>>))| {
             let factors = match (&one.1, &two.1) {
