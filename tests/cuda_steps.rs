@@ -88,9 +88,10 @@ impl Device for Watched {
         if self.graphs.refused.load(Ordering::Relaxed) {
             bail!("no graphs here");
         }
+        let graph = self.inner.device().record(commands)?;
         let now = self.graphs.now.fetch_add(1, Ordering::Relaxed) + 1;
         self.graphs.most.fetch_max(now, Ordering::Relaxed);
-        self.inner.device().record(commands)
+        Ok(graph)
     }
 
     fn replay(&self, graph: u64) -> Result<()> {
