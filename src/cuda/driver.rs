@@ -140,9 +140,11 @@ impl Cuda {
         }
         let c_name = CString::new(name)?;
         // SAFETY: modules are never unloaded.
-        let find = |module: &sys::CUmodule| unsafe { result::module::get_function(*module, c_name.clone()) }.ok();
-        let function = self.modules.iter().find_map(find);
-        let function = function.with_context(|| format!("{}: there is no kernel {name}", self.name))?;
+        let find = |module: &sys::CUmodule| unsafe { result::module::get_function(*module, c_name.clone()) };
+        let elsewhere = |error: &result::DriverError| error.0 == sys::CUresult::CUDA_ERROR_NOT_FOUND;
+        let found = self.modules.iter().map(find).find(|found| !found.as_ref().is_err_and(elsewhere));
+        let function = found.with_context(|| format!("{}: there is no kernel {name}", self.name))?;
+        let function = function.with_context(|| format!("{}: {name}", self.name))?;
         if shared > SHARED {
             let attribute = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
             // SAFETY: the function is one that the driver has returned.
