@@ -1,51 +1,65 @@
 //! The adapter: what is trained, published to the sampler, and saved. The base model never changes.
 
+use std::collections::HashMap;
 use std::sync::{Arc, Mutex, OnceLock};
 
 use anyhow::{Context, Result, ensure};
 use candle_core::{DType, Device, Tensor};
 
 use crate::config::Lora;
-use crate::cuda::device::Gpu;
+use crate::cuda::device::{Gpu, Purpose};
 use crate::cuda::factors::Factors;
 use crate::model::{Architecture, Projection};
 use crate::ops::kernel::Kernel;
 use crate::ops::linear::LowRank;
-use crate::random::{self, Purpose};
+use crate::random::{self, Purpose as Random};
 
-/// A low-rank adapter (LoRA, Hu et al. 2021) over some projections of every layer. Its tensors are never written in place, so
-/// a clone stays what it is while another is trained.
+/// A low-rank adapter (LoRA, Hu et al. 2021) over some projections of every layer. Its numbers are never written in place, so a
+/// clone stays what it is while another is trained.
 #[derive(Clone)]
 pub struct Adapter {
     /// Optimizer steps that went into it.
     pub version: u64,
-    scale: f32,
+    layout: Arc<Layout>,
+    values: Arc<Values>,
+}
+
+/// Which projections an adapter changes, and where its numbers lie: what all versions of it have in common.
+pub(crate) struct Layout {
+    /// s: alpha / rank.
+    pub scale: f32,
     /// Sorted by layer and projection.
-    pairs: Vec<Pair>,
+    pub pairs: Vec<Pair>,
     /// Index into `pairs` by layer · 7 + projection.
     index: Vec<Option<usize>>,
-    /// Its factors on a GPU, from the first use on: one copy for all clones.
-    on_gpu: Arc<Mutex<Option<Arc<Factors>>>>,
 }
 
-#[derive(Clone)]
-struct Pair {
+/// A pair of matrices: A [rank, narrow] and B [wide, rank].
+pub(crate) struct Pair {
     layer: usize,
     projection: Projection,
-    /// [rank, in].
-    a: Tensor,
-    /// [out, rank].
-    b: Tensor,
-    /// Both as the products of each kernel want them, from the first use on.
-    ready: [OnceLock<Arc<LowRank>>; Kernel::ALL.len()],
+    /// Its inner dimension.
+    pub rank: usize,
+    /// Inputs and outputs of its projection.
+    pub narrow: usize,
+    /// As above.
+    pub wide: usize,
+    /// Of A among the numbers of all tensors; B comes after it.
+    start: usize,
 }
 
-impl Pair {
-    /// PEFT's names of the two tensors.
-    fn names(&self) -> [String; 2] {
-        ["lora_A", "lora_B"].map(|part| tensor_name(self.layer, self.projection, part))
-    }
+/// The numbers of one version in the forms that were asked for, for all clones of it.
+struct Values {
+    /// A and B of every pair: from the beginning, or once a version that was made on a GPU is read.
+    tensors: OnceLock<Vec<Tensor>>,
+    /// Every pair as the products of each kernel want it.
+    ready: Vec<[OnceLock<LowRank>; Kernel::ALL.len()]>,
+    /// On a GPU: from the beginning, or once they are used there.
+    factors: Mutex<Option<Arc<Factors>>>,
 }
+
+/// What PEFT calls A and B.
+const NAMES: [&str; 2] = ["lora_A", "lora_B"];
 
 fn tensor_name(layer: usize, projection: Projection, part: &str) -> String {
     format!("base_model.model.model.layers.{layer}.{}.{part}.weight", projection.module())
@@ -55,6 +69,83 @@ fn tensor_name(layer: usize, projection: Projection, part: &str) -> String {
 fn scale(lora: &Lora) -> f32 {
     let rank = lora.rank as f64;
     (lora.alpha / if lora.rslora { rank.sqrt() } else { rank }) as f32
+}
+
+impl Pair {
+    fn shapes(&self) -> [(usize, usize); 2] {
+        [(self.rank, self.narrow), (self.wide, self.rank)]
+    }
+
+    /// Where A and B begin among the numbers of all tensors.
+    pub fn places(&self) -> [usize; 2] {
+        [self.start, self.start + self.rank * self.narrow]
+    }
+
+    fn end(&self) -> usize {
+        self.start + self.rank * (self.narrow + self.wide)
+    }
+}
+
+impl Layout {
+    fn new(architecture: &Architecture, lora: &Lora) -> Self {
+        let layers = architecture.layers.len();
+        let (mut pairs, mut index) = (Vec::<Pair>::new(), vec![None; layers * Projection::ALL.len()]);
+        for layer in 0..layers {
+            for projection in Projection::ALL.into_iter().filter(|projection| lora.targets.contains(projection)) {
+                let (wide, narrow) = architecture.dimensions(projection);
+                index[layer * Projection::ALL.len() + projection as usize] = Some(pairs.len());
+                let start = pairs.last().map_or(0, Pair::end);
+                pairs.push(Pair { layer, projection, rank: lora.rank, narrow, wide, start });
+            }
+        }
+        Self { scale: scale(lora), pairs, index }
+    }
+
+    fn index(&self, layer: usize, projection: Projection) -> Option<usize> {
+        self.index[layer * Projection::ALL.len() + projection as usize]
+    }
+
+    /// The pair of one projection, if it carries one.
+    pub fn pair(&self, layer: usize, projection: Projection) -> Option<&Pair> {
+        self.index(layer, projection).map(|index| &self.pairs[index])
+    }
+
+    /// How many numbers all tensors have.
+    pub fn numbers(&self) -> usize {
+        self.pairs.last().map_or(0, Pair::end)
+    }
+
+    /// The shape of every tensor.
+    pub fn shapes(&self) -> impl Iterator<Item = (usize, usize)> {
+        self.pairs.iter().flat_map(Pair::shapes)
+    }
+
+    /// Numbers of all tensors, one after the other, as tensors.
+    pub fn tensors(&self, numbers: &[f32]) -> Result<Vec<Tensor>> {
+        let mut rest = numbers;
+        let mut next = |shape: (usize, usize)| {
+            let (own, others) = rest.split_at(shape.0 * shape.1);
+            rest = others;
+            Ok(Tensor::from_slice(own, shape, &Device::Cpu)?)
+        };
+        self.shapes().map(&mut next).collect()
+    }
+}
+
+fn floats(tensor: &Tensor) -> Result<Vec<f32>> {
+    Ok(tensor.flatten_all()?.to_vec1()?)
+}
+
+/// The numbers of tensors, one after the other.
+pub(crate) fn numbers(tensors: &[Tensor]) -> Result<Vec<f32>> {
+    Ok(tensors.iter().map(floats).collect::<Result<Vec<_>>>()?.concat())
+}
+
+impl Values {
+    fn new(layout: &Layout) -> Self {
+        let ready = layout.pairs.iter().map(|_| Default::default()).collect();
+        Self { tensors: OnceLock::new(), ready, factors: Mutex::default() }
+    }
 }
 
 impl Adapter {
@@ -69,7 +160,7 @@ impl Adapter {
             }
             let bound = 1.0 / (shape.1 as f64).sqrt();
             let value = |index| {
-                let key = random::key(seed, Purpose::AdapterInit, &[layer as u64, projection as u64, index as u64]);
+                let key = random::key(seed, Random::AdapterInit, &[layer as u64, projection as u64, index as u64]);
                 ((2.0 * random::uniform(key) - 1.0) * bound) as f32
             };
             Ok(Tensor::from_vec((0..shape.0 * shape.1).map(value).collect(), shape, device)?)
@@ -83,7 +174,7 @@ impl Adapter {
     pub fn from_tensors(
         architecture: &Architecture,
         lora: &Lora,
-        mut tensors: std::collections::HashMap<String, Tensor>,
+        mut tensors: HashMap<String, Tensor>,
         device: &Device,
     ) -> Result<Self> {
         let adapter = Self::build(architecture, lora, |layer, projection, part, shape| {
@@ -107,29 +198,25 @@ impl Adapter {
         lora: &Lora,
         mut tensor: impl FnMut(usize, Projection, &str, (usize, usize)) -> Result<Tensor>,
     ) -> Result<Self> {
-        let layers = architecture.layers.len();
-        let (mut pairs, mut index) = (Vec::new(), vec![None; layers * Projection::ALL.len()]);
-        for layer in 0..layers {
-            for projection in Projection::ALL.into_iter().filter(|projection| lora.targets.contains(projection)) {
-                let (wide, narrow) = architecture.dimensions(projection);
-                index[layer * Projection::ALL.len() + projection as usize] = Some(pairs.len());
-                let a = tensor(layer, projection, "lora_A", (lora.rank, narrow))?;
-                let b = tensor(layer, projection, "lora_B", (wide, lora.rank))?;
-                pairs.push(Pair { layer, projection, a, b, ready: Default::default() });
+        let layout = Arc::new(Layout::new(architecture, lora));
+        let mut tensors = Vec::new();
+        for pair in &layout.pairs {
+            for (part, shape) in NAMES.into_iter().zip(pair.shapes()) {
+                tensors.push(tensor(pair.layer, pair.projection, part, shape)?);
             }
         }
-        Ok(Self { version: 0, scale: scale(lora), pairs, index, on_gpu: Default::default() })
+        let mut adapter = Self { version: 0, values: Arc::new(Values::new(&layout)), layout };
+        adapter.replace(tensors);
+        Ok(adapter)
     }
 
-    /// The pair of one projection, if it carries one.
-    pub fn low_rank(&self, layer: usize, projection: Projection, kernel: Kernel) -> Option<&LowRank> {
-        let pair = &self.pairs[self.index[layer * Projection::ALL.len() + projection as usize]?];
-        let floats = |tensor: &Tensor| tensor.flatten_all()?.to_vec1::<f32>();
-        let kernel = kernel.of_adapters();
-        Some(pair.ready[kernel as usize].get_or_init(|| {
-            let (a, b) = (floats(&pair.a), floats(&pair.b));
-            let (a, b) = (a.expect("adapters are f32"), b.expect("adapters are f32"));
-            Arc::new(LowRank::new(a, b, pair.a.dims()[0], self.scale, kernel))
+    /// The pair of one projection, if it carries one. What a GPU made was read before: see [`Adapter::host_tensors`].
+    pub(crate) fn low_rank(&self, layer: usize, projection: Projection, kernel: Kernel) -> Option<&LowRank> {
+        let (index, kernel) = (self.layout.index(layer, projection)?, kernel.of_adapters());
+        Some(self.values.ready[index][kernel as usize].get_or_init(|| {
+            let tensors = self.values.tensors.get().expect("a call's adapters are read before it is computed here");
+            let [a, b] = [0, 1].map(|part| floats(&tensors[2 * index + part]).expect("adapters are f32"));
+            LowRank::new(a, b, self.layout.pairs[index].rank, self.layout.scale, kernel)
         }))
     }
 
@@ -138,14 +225,32 @@ impl Adapter {
     /// # Errors
     /// If the device fails.
     pub(crate) fn on_gpu(&self, gpu: &Arc<Gpu>) -> Result<Arc<Factors>> {
-        let mut held = self.on_gpu.lock().expect("nothing panics while it holds the factors");
+        let mut held = self.values.factors.lock().expect("nothing panics while it holds the factors");
         if let Some(factors) = &*held {
             return Ok(factors.clone());
         }
-        let pairs = self.pairs.iter().map(|Pair { layer, projection, a, b, .. }| (*layer, *projection, a, b));
-        let factors = Arc::new(Factors::new(gpu, self.scale, pairs, self.index.len())?);
+        let upload = || gpu.upload(Purpose::Adapter, &numbers(self.host_tensors()?)?);
+        let factors = Arc::new(Factors::new(gpu, &self.layout, upload)?);
         *held = Some(factors.clone());
         Ok(factors)
+    }
+
+    /// A and B of every pair on this processor. What a GPU made moves here once, whoever asks first.
+    ///
+    /// # Errors
+    /// If the device fails.
+    pub(crate) fn host_tensors(&self) -> Result<&[Tensor]> {
+        if let Some(tensors) = self.values.tensors.get() {
+            return Ok(tensors);
+        }
+        let factors = self.values.factors.lock().expect("nothing panics while it holds the factors").clone();
+        let factors = factors.expect("an adapter's numbers are here or on a GPU");
+        let tensors = self.layout.tensors(&factors.values.download()?)?;
+        Ok(self.values.tensors.get_or_init(|| tensors))
+    }
+
+    pub(crate) fn layout(&self) -> &Arc<Layout> {
+        &self.layout
     }
 
     /// What the pair of one projection adds to its weight, s · B A [out, in], if it carries one.
@@ -153,20 +258,33 @@ impl Adapter {
     /// # Errors
     /// If the device fails.
     pub fn delta(&self, layer: usize, projection: Projection) -> Result<Option<Tensor>> {
-        let Some(index) = self.index[layer * Projection::ALL.len() + projection as usize] else { return Ok(None) };
-        let pair = &self.pairs[index];
-        Ok(Some((pair.b.matmul(&pair.a)? * f64::from(self.scale))?))
+        let Some([a, b]) = self.indices(layer, projection) else { return Ok(None) };
+        let tensors = self.host_tensors()?;
+        Ok(Some((tensors[b].matmul(&tensors[a])? * f64::from(self.layout.scale))?))
     }
 
-    /// Every tensor with PEFT's name for it, always in the same order.
-    pub fn tensors(&self) -> Vec<(String, Tensor)> {
-        let named = |pair: &Pair| pair.names().into_iter().zip([pair.a.clone(), pair.b.clone()]).collect::<Vec<_>>();
-        self.pairs.iter().flat_map(named).collect()
+    /// How many numbers all tensors have.
+    pub fn numbers(&self) -> usize {
+        self.layout.numbers()
+    }
+
+    /// PEFT's name of every tensor, always in the same order.
+    pub fn names(&self) -> Vec<String> {
+        let names = |pair: &Pair| NAMES.map(|part| tensor_name(pair.layer, pair.projection, part));
+        self.layout.pairs.iter().flat_map(names).collect()
+    }
+
+    /// Every tensor with its name, in the order of the names.
+    ///
+    /// # Errors
+    /// If a GPU made them and fails.
+    pub fn tensors(&self) -> Result<Vec<(String, Tensor)>> {
+        Ok(self.names().into_iter().zip(self.host_tensors()?.iter().cloned()).collect())
     }
 
     /// The indices into [`Adapter::tensors`] of A and B of one projection, if it carries them.
     pub fn indices(&self, layer: usize, projection: Projection) -> Option<[usize; 2]> {
-        let pair = self.index[layer * Projection::ALL.len() + projection as usize]?;
+        let pair = self.layout.index(layer, projection)?;
         Some([2 * pair, 2 * pair + 1])
     }
 
@@ -180,14 +298,12 @@ impl Adapter {
     /// # Panics
     /// If there are more or fewer: a mistake of the caller.
     pub fn replace(&mut self, tensors: Vec<Tensor>) {
-        assert_eq!(tensors.len(), 2 * self.pairs.len(), "one tensor for each");
-        let mut tensors = tensors.into_iter();
-        for pair in &mut self.pairs {
-            for tensor in [&mut pair.a, &mut pair.b] {
-                *tensor = tensors.next().expect("there are as many");
-            }
-            pair.ready = Default::default();
-        }
-        self.on_gpu = Default::default();
+        assert_eq!(tensors.len(), 2 * self.layout.pairs.len(), "one tensor for each");
+        self.values = Arc::new(Values { tensors: tensors.into(), ..Values::new(&self.layout) });
+    }
+
+    /// Replaces them by what a GPU made.
+    pub(crate) fn replace_on_gpu(&mut self, factors: Factors) {
+        self.values = Arc::new(Values { factors: Mutex::new(Some(Arc::new(factors))), ..Values::new(&self.layout) });
     }
 }

@@ -5,7 +5,7 @@
 //!
 //! * [`device`]: what is asked of a device, and arrays in its memory
 //! * [`kernels`], [`attention`]: the arguments of every kernel; the kernels are the `.cu` files beside it
-//! * [`tensors`], [`factors`]: the frozen weights, and an adapter
+//! * [`tensors`], [`factors`], [`optimizer`]: the frozen weights, an adapter, and what makes the next version of it
 //! * [`call`]: the rows of a forward call
 //! * [`layer`], [`decoder`]: forward, backward, log-probabilities and choices
 
@@ -18,6 +18,7 @@ pub mod driver;
 pub(crate) mod factors;
 pub(crate) mod kernels;
 mod layer;
+pub(crate) mod optimizer;
 pub mod plan;
 pub(crate) mod tensors;
 
@@ -80,11 +81,11 @@ impl Place {
         Self::choose(Device::Auto, dtype, None)
     }
 
-    /// A line that says what computes.
+    /// What computes, in words.
     pub fn name(&self) -> String {
         match &self.gpu {
-            Some(gpu) => format!("computing on {}", gpu.device().name()),
-            None => format!("computing on this processor ({:?})", self.kernel),
+            Some(gpu) => gpu.device().name().to_string(),
+            None => format!("this processor ({:?})", self.kernel),
         }
     }
 }

@@ -35,8 +35,8 @@ impl Memory {
         work: &Work,
         together: bool,
     ) -> Self {
-        // The gradient, and one version on its way.
-        let adapter = numbers * (PARTS * HALF * versions + 2 * FLOAT);
+        // The gradient and two moments, and one version more while it is made of another.
+        let adapter = numbers * ((PARTS * HALF + FLOAT) * (versions + 1) + 3 * FLOAT);
         let (sampling, learning) = (sampling(work, architecture), learning(work, architecture));
         let activations = if together { sampling + learning } else { sampling.max(learning) };
         let choosing = work.rollouts.min((CHOOSING / architecture.vocabulary).max(1));
