@@ -44,7 +44,7 @@ pub fn save(run: &Path, config: &Config, learner: &Learner, next_step: u64) -> R
     peft::save(&unfinished, &config.lora, &config.model.source, learner.adapter())?;
     let (adapter, optimizer) = (learner.adapter(), &learner.optimizer);
     let moments = MOMENTS.into_iter().zip(optimizer.moments(adapter)?).flat_map(|(kind, moments)| {
-        let names = adapter.names().into_iter().map(move |name| format!("{kind}.{name}"));
+        let names = adapter.names().map(move |name| format!("{kind}.{name}"));
         names.zip(moments)
     });
     tensors::save(&unfinished.join("optimizer.safetensors"), moments.collect())?;

@@ -159,7 +159,7 @@ impl Update {
 /// If one is not finite: the first one's name is told.
 fn norm(gradients: &[Tensor], adapter: &Adapter) -> Result<f64> {
     let mut squares = 0.0;
-    for (name, gradient) in adapter.names().iter().zip(gradients) {
+    for (name, gradient) in adapter.names().zip(gradients) {
         let square = f64::from(gradient.sqr()?.sum_all()?.to_dtype(DType::F32)?.to_scalar::<f32>()?);
         ensure!(square.is_finite(), "the gradient of {name} is not finite; lower learner.learning_rate");
         squares += square;

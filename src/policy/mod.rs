@@ -1,5 +1,7 @@
 //! The adapter: what is trained, published to the sampler, and saved. The base model never changes.
 
+mod layout;
+
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, OnceLock};
 
@@ -12,7 +14,9 @@ use crate::cuda::factors::Factors;
 use crate::model::{Architecture, Projection};
 use crate::ops::kernel::Kernel;
 use crate::ops::linear::LowRank;
-use crate::random::{self, Purpose as Random};
+use crate::random;
+pub(crate) use layout::{Layout, Pair};
+use layout::{NAMES, tensor_name};
 
 /// A low-rank adapter (LoRA, Hu et al. 2021) over some projections of every layer. Its numbers are never written in place, so a
 /// clone stays what it is while another is trained.
@@ -24,30 +28,6 @@ pub struct Adapter {
     values: Arc<Values>,
 }
 
-/// Which projections an adapter changes, and where its numbers lie: what all versions of it have in common.
-pub(crate) struct Layout {
-    /// s: alpha / rank.
-    pub scale: f32,
-    /// Sorted by layer and projection.
-    pub pairs: Vec<Pair>,
-    /// Index into `pairs` by layer · 7 + projection.
-    index: Vec<Option<usize>>,
-}
-
-/// A pair of matrices: A [rank, narrow] and B [wide, rank].
-pub(crate) struct Pair {
-    layer: usize,
-    projection: Projection,
-    /// Its inner dimension.
-    pub rank: usize,
-    /// Inputs and outputs of its projection.
-    pub narrow: usize,
-    /// As above.
-    pub wide: usize,
-    /// Of A among the numbers of all tensors; B comes after it.
-    start: usize,
-}
-
 /// The numbers of one version in the forms that were asked for, for all clones of it.
 struct Values {
     /// A and B of every pair: from the beginning, or once a version that was made on a GPU is read.
@@ -56,80 +36,6 @@ struct Values {
     ready: Vec<[OnceLock<LowRank>; Kernel::ALL.len()]>,
     /// On a GPU: from the beginning, or once they are used there.
     factors: Mutex<Option<Arc<Factors>>>,
-}
-
-/// What PEFT calls A and B.
-const NAMES: [&str; 2] = ["lora_A", "lora_B"];
-
-fn tensor_name(layer: usize, projection: Projection, part: &str) -> String {
-    format!("base_model.model.model.layers.{layer}.{}.{part}.weight", projection.module())
-}
-
-/// alpha / rank, or alpha / √rank when rank-stabilized (Kalajdzievski 2023).
-fn scale(lora: &Lora) -> f32 {
-    let rank = lora.rank as f64;
-    (lora.alpha / if lora.rslora { rank.sqrt() } else { rank }) as f32
-}
-
-impl Pair {
-    fn shapes(&self) -> [(usize, usize); 2] {
-        [(self.rank, self.narrow), (self.wide, self.rank)]
-    }
-
-    /// Where A and B begin among the numbers of all tensors.
-    pub fn places(&self) -> [usize; 2] {
-        [self.start, self.start + self.rank * self.narrow]
-    }
-
-    fn end(&self) -> usize {
-        self.start + self.rank * (self.narrow + self.wide)
-    }
-}
-
-impl Layout {
-    fn new(architecture: &Architecture, lora: &Lora) -> Self {
-        let layers = architecture.layers.len();
-        let (mut pairs, mut index) = (Vec::<Pair>::new(), vec![None; layers * Projection::ALL.len()]);
-        for layer in 0..layers {
-            for projection in Projection::ALL.into_iter().filter(|projection| lora.targets.contains(projection)) {
-                let (wide, narrow) = architecture.dimensions(projection);
-                index[layer * Projection::ALL.len() + projection as usize] = Some(pairs.len());
-                let start = pairs.last().map_or(0, Pair::end);
-                pairs.push(Pair { layer, projection, rank: lora.rank, narrow, wide, start });
-            }
-        }
-        Self { scale: scale(lora), pairs, index }
-    }
-
-    fn index(&self, layer: usize, projection: Projection) -> Option<usize> {
-        self.index[layer * Projection::ALL.len() + projection as usize]
-    }
-
-    /// The pair of one projection, if it carries one.
-    pub fn pair(&self, layer: usize, projection: Projection) -> Option<&Pair> {
-        self.index(layer, projection).map(|index| &self.pairs[index])
-    }
-
-    /// How many numbers all tensors have.
-    pub fn numbers(&self) -> usize {
-        self.pairs.last().map_or(0, Pair::end)
-    }
-
-    /// The shape of every tensor.
-    pub fn shapes(&self) -> impl Iterator<Item = (usize, usize)> {
-        self.pairs.iter().flat_map(Pair::shapes)
-    }
-
-    /// Numbers of all tensors, one after the other, as tensors.
-    pub fn tensors(&self, numbers: &[f32]) -> Result<Vec<Tensor>> {
-        let mut rest = numbers;
-        let mut next = |shape: (usize, usize)| {
-            let (own, others) = rest.split_at(shape.0 * shape.1);
-            rest = others;
-            Ok(Tensor::from_slice(own, shape, &Device::Cpu)?)
-        };
-        self.shapes().map(&mut next).collect()
-    }
 }
 
 fn floats(tensor: &Tensor) -> Result<Vec<f32>> {
@@ -160,7 +66,8 @@ impl Adapter {
             }
             let bound = 1.0 / (shape.1 as f64).sqrt();
             let value = |index| {
-                let key = random::key(seed, Random::AdapterInit, &[layer as u64, projection as u64, index as u64]);
+                let key =
+                    random::key(seed, random::Purpose::AdapterInit, &[layer as u64, projection as u64, index as u64]);
                 ((2.0 * random::uniform(key) - 1.0) * bound) as f32
             };
             Ok(Tensor::from_vec((0..shape.0 * shape.1).map(value).collect(), shape, device)?)
@@ -269,9 +176,8 @@ impl Adapter {
     }
 
     /// PEFT's name of every tensor, always in the same order.
-    pub fn names(&self) -> Vec<String> {
-        let names = |pair: &Pair| NAMES.map(|part| tensor_name(pair.layer, pair.projection, part));
-        self.layout.pairs.iter().flat_map(names).collect()
+    pub fn names(&self) -> impl Iterator<Item = String> {
+        self.layout.names()
     }
 
     /// Every tensor with its name, in the order of the names.
@@ -279,7 +185,7 @@ impl Adapter {
     /// # Errors
     /// If a GPU made them and fails.
     pub fn tensors(&self) -> Result<Vec<(String, Tensor)>> {
-        Ok(self.names().into_iter().zip(self.host_tensors()?.iter().cloned()).collect())
+        Ok(self.names().zip(self.host_tensors()?.iter().cloned()).collect())
     }
 
     /// The indices into [`Adapter::tensors`] of A and B of one projection, if it carries them.
