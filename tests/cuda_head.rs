@@ -110,8 +110,9 @@ fn log_probabilities_entropies_and_gradients() {
         let (raw, name) = (raw(rows, vocabulary, 2.0), format!("head, {rows} rows, {vocabulary} tokens, {logits:?}"));
         let targets: Vec<u32> = (0..rows).map(|row| ((vocabulary - 1) * (row + 1) / rows) as u32).collect();
         let grad = numbers(2, rows);
-        let known = log_probabilities(&raw.hidden, &raw.weight, &targets, logits).unwrap();
-        let want = log_probabilities_backward(&raw.hidden, &raw.weight, &targets, logits, &known, &grad);
+        let mut want = vec![0.0; raw.hidden.len()];
+        let known = log_probabilities(&raw.hidden, &raw.weight, &targets, logits, Some(&mut want)).unwrap();
+        log_probabilities_backward(&mut want, &raw.weight, &targets, logits, &known, &grad);
         for turns in TURNS {
             let launch = blocks(rows, 256, turns);
             let [logprobs, entropies, log_sums] = tally(kernels, &raw, &targets, logits, chunk, launch);

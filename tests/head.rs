@@ -52,7 +52,7 @@ fn log_probabilities_and_entropies() {
             check_op(&name, std::slice::from_ref(&hidden), |x| head(&x[0], packed, targets, logits), chosen);
             let logprobs = slow_logprobs(&hidden, &weight, logits).unwrap();
             let entropies = (logprobs.exp().unwrap() * &logprobs).unwrap().sum(1).unwrap().neg().unwrap();
-            let known = log_probabilities(&floats(&hidden), packed, targets, logits).unwrap();
+            let known = log_probabilities(&floats(&hidden), packed, targets, logits, None).unwrap();
             let got: Vec<f64> = known.entropies().map(f64::from).collect();
             check::all_close(&format!("{name}, entropy"), &got, &values(&entropies), 2e-6);
         }
@@ -65,10 +65,14 @@ fn f32_kernels() -> impl Iterator<Item = Kernel> {
 
 /// Log-probabilities, and the gradient of the hidden states.
 fn head<'a>(hidden: &[f32], weight: &'a Panels, targets: &'a [u32], logits: Logits) -> Computed<'a> {
-    let known = log_probabilities(hidden, weight, targets, logits).unwrap();
-    let (value, hidden) = (known.logprobs.clone(), hidden.to_vec());
-    let backward =
-        move |grad: &[f32]| vec![log_probabilities_backward(&hidden, weight, targets, logits, &known, grad).to_vec()];
+    let mut others = vec![0.0; hidden.len()];
+    let known = log_probabilities(hidden, weight, targets, logits, Some(&mut others)).unwrap();
+    let value = known.logprobs.clone();
+    let backward = move |grad: &[f32]| {
+        let mut others = others.clone();
+        log_probabilities_backward(&mut others, weight, targets, logits, &known, grad);
+        vec![others]
+    };
     Computed { value, backward: Box::new(backward) }
 }
 
@@ -78,7 +82,7 @@ fn an_entropy_does_not_depend_on_the_size_of_the_logits() {
     let weight: Vec<f32> = (0..3000).flat_map(|token| [1.0, (token % 7) as f32 * 0.25]).collect();
     let weight = packed(&weight, 2);
     let entropies = |offset: f32, slope: f32| {
-        log_probabilities(&[offset, slope], &weight, &[0], LOGITS[0]).unwrap().entropies().next().unwrap()
+        log_probabilities(&[offset, slope], &weight, &[0], LOGITS[0], None).unwrap().entropies().next().unwrap()
     };
     for slope in [1.0, 8.0] {
         let want = f64::from(entropies(0.0, slope));
@@ -204,8 +208,8 @@ fn error<T>(result: anyhow::Result<T>) -> String {
 #[test]
 fn targets_and_choices_that_do_not_fit_are_errors() {
     let (x, w, logits) = (floats(&random(1, (2, 5))), packed(&floats(&random(1, (7, 5))), 5), LOGITS[0]);
-    assert!(error(log_probabilities(&x, &w, &[0], logits)).contains("1 targets for 2 rows"));
-    assert!(error(log_probabilities(&x, &w, &[0, 7], logits)).contains("token 7 is outside the vocabulary of 7"));
+    assert!(error(log_probabilities(&x, &w, &[0], logits, None)).contains("1 targets for 2 rows"));
+    assert!(error(log_probabilities(&x, &w, &[0, 7], logits, None)).contains("token 7 is outside the vocabulary of 7"));
     assert!(error(choose(&x, &w, &[Choice::Greedy], logits)).contains("1 choices for 2 rows"));
 }
 
@@ -223,10 +227,11 @@ fn a_row_has_the_same_bits_alone_and_among_others_and_from_both_walks() {
         for logits in LOGITS {
             let chosen = choose(&hidden, &weight, &choices, logits).unwrap();
             let targets: Vec<u32> = chosen.iter().map(|chosen| chosen.token).collect();
-            let known = log_probabilities(&hidden, &weight, &targets, logits).unwrap();
+            let known = log_probabilities(&hidden, &weight, &targets, logits, None).unwrap();
             let name = format!("{kernel:?}, {vocabulary} tokens, {logits:?}");
             check::same_bits(&name, &chosen.iter().map(|chosen| chosen.logprob).collect::<Vec<_>>(), &known.logprobs);
-            let plain = log_probabilities(&hidden, &weight, &targets, Logits { temperature: 1.0, ..logits }).unwrap();
+            let plain =
+                log_probabilities(&hidden, &weight, &targets, Logits { temperature: 1.0, ..logits }, None).unwrap();
             check::same_bits(
                 &name,
                 &chosen.iter().map(|chosen| chosen.untempered).collect::<Vec<_>>(),
@@ -235,7 +240,7 @@ fn a_row_has_the_same_bits_alone_and_among_others_and_from_both_walks() {
             let entropies: Vec<f32> = known.entropies().collect();
             for (start, end) in [(0, 1), (299, 300), (17, 18), (5, 18), (16, 33), (255, 258)] {
                 let hidden = &hidden[start * width..end * width];
-                let some = log_probabilities(hidden, &weight, &targets[start..end], logits).unwrap();
+                let some = log_probabilities(hidden, &weight, &targets[start..end], logits, None).unwrap();
                 check::same_bits(&name, &some.logprobs, &known.logprobs[start..end]);
                 check::same_bits(&name, &some.entropies().collect::<Vec<_>>(), &entropies[start..end]);
                 assert_eq!(

@@ -50,10 +50,11 @@ type LayerInput = (Buffer, Option<Attended>);
 /// What a forward pass keeps for a backward one.
 pub(super) struct Kept {
     inputs: Vec<LayerInput>,
-    /// The output of the last layer, and the rows of it that predict, normed.
+    /// The output of the last layer.
     last: Buffer,
-    hidden: Buffer,
+    /// What the head found, and what it summed up for the gradient.
     head: LogProbabilities,
+    others: Buffer,
 }
 
 impl<'a> LayerCall<'a> {
@@ -195,9 +196,11 @@ impl Decoder {
             x = output;
         }
         let hidden = self.normed(&x, question.predicting);
-        let head = head::log_probabilities(&hidden, &self.head, question.targets, question.logits)?;
+        let mut others = Buffer::zeros(if keep { hidden.len() } else { 0 });
+        let to = keep.then_some(&mut *others);
+        let head = head::log_probabilities(&hidden, &self.head, question.targets, question.logits, to)?;
         let (logprobs, entropies) = (head.logprobs.clone(), head.entropies().collect());
-        let kept = keep.then_some(Kept { inputs, last: x, hidden, head });
+        let kept = keep.then_some(Kept { inputs, last: x, head, others });
         Ok(Traced { logprobs, entropies, kept })
     }
 
@@ -209,10 +212,10 @@ impl Decoder {
         gradients: &mut [Vec<f32>],
         layer_done: LayerDone,
     ) -> Result<()> {
-        let Kept { inputs, last, hidden, head } = kept;
+        let Kept { inputs, last, head, mut others } = kept;
         let Question { targets, logits, .. } = *question;
-        let d_hidden = head::log_probabilities_backward(&hidden, &self.head, targets, logits, &head, coefficients);
-        let mut grad = self.normed_backward(&last, question.predicting, &d_hidden);
+        head::log_probabilities_backward(&mut others, &self.head, targets, logits, &head, coefficients);
+        let mut grad = self.normed_backward(&last, question.predicting, &others);
         let context = LayerCall::new(&self.architecture, call, question.dropout);
         let (mut keys, mut swapped) = (self.keys(call), self.keys(call));
         for (index, input) in inputs.into_iter().enumerate().rev() {

@@ -71,10 +71,10 @@ macro_rules! fetch_ahead {
     };
 }
 
-/// 32 rows: four tiles of sums.
+/// 32 rows: four tiles of sums. `load` brings the first operand.
 #[cfg(target_arch = "x86_64")]
 macro_rules! two_rows {
-    ($first:ident, $then:ident, $c:ident, $c_stride:ident, $keep:ident, $fetch:expr) => {
+    ($first:ident, $then:ident, $c:ident, $c_stride:ident, $keep:ident, $load:literal, $fetch:expr) => {
         std::arch::asm!(
             "test {keep:e}, {keep:e}",
             "jnz 3f",
@@ -85,12 +85,12 @@ macro_rules! two_rows {
             "tileloadd tmm2, [{c2} + {cs}]", "tileloadd tmm3, [{c2} + {cs} + 64]",
             "2:",
             $fetch,
-            "tileloadd tmm4, [{a} + {s}]",
+            concat!($load, " tmm4, [{a} + {s}]"),
             "tileloadd tmm6, [{b} + {s} * 2]",
             "tdpbf16ps tmm0, tmm4, tmm6",
             "tileloadd tmm7, [{b} + {s} * 2 + 64]",
             "tdpbf16ps tmm1, tmm4, tmm7",
-            "tileloadd tmm5, [{a2} + {s}]",
+            concat!($load, " tmm5, [{a2} + {s}]"),
             "tdpbf16ps tmm2, tmm5, tmm6",
             "tdpbf16ps tmm3, tmm5, tmm7",
             "add {a}, 1024", "add {a2}, 1024", "add {b}, 2048",
@@ -197,8 +197,9 @@ impl Tiles {
         // SAFETY: the caller's; tiles are configured as long as `self` lives.
         unsafe {
             match (two, cold) {
-                (true, true) => two_rows!(first, then, c, c_stride, keep, fetch_ahead!()),
-                (true, false) => two_rows!(first, then, c, c_stride, keep, ""),
+                (true, true) => two_rows!(first, then, c, c_stride, keep, "tileloadd", fetch_ahead!()),
+                // The first operand goes by: in the first-level cache stays the second, which the next rows need too.
+                (true, false) => two_rows!(first, then, c, c_stride, keep, "tileloaddt1", ""),
                 (false, true) => one_row!(first, then, c, c_stride, keep, fetch_ahead!()),
                 (false, false) => one_row!(first, then, c, c_stride, keep, ""),
             }

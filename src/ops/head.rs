@@ -56,6 +56,13 @@ fn walk(
 }
 
 impl Logits {
+    /// The slope of the cap where a logit is z after it and the temperature.
+    #[inline(always)]
+    fn slope(&self, z: f32) -> f32 {
+        let capped = self.soft_cap.map_or(0.0, |cap| z * (self.temperature / cap));
+        1.0 - capped * capped
+    }
+
     /// Caps and tempers a row of products.
     fn scale(&self, row: &mut [f32]) {
         let inverse = 1.0 / self.temperature;
@@ -83,15 +90,17 @@ struct Tally {
 impl Tally {
     const EMPTY: Self = Self { max: f32::NEG_INFINITY, sum: 0.0, weighted: 0.0 };
 
+    /// Adds a stretch of logits. Each of them is replaced by what `then` makes of it and of exp(z − m).
     #[inline(always)]
-    fn add(&mut self, logits: &[f32]) {
+    fn add(&mut self, logits: &mut [f32], then: impl Fn(f32, f32) -> f32) {
         let max = logits.iter().copied().fold(self.max, f32::max);
         let (mut sums, mut weighted) = ([0.0f32; 16], [0.0f32; 16]);
-        for chunk in logits.chunks(16) {
-            for ((z, sum), weighted) in chunk.iter().zip(&mut sums).zip(&mut weighted) {
-                let e = exp(z - max);
+        for chunk in logits.chunks_mut(16) {
+            for ((z, sum), weighted) in chunk.iter_mut().zip(&mut sums).zip(&mut weighted) {
+                let e = exp(*z - max);
                 *sum += e;
-                *weighted += e * (z - max);
+                *weighted += e * (*z - max);
+                *z = then(*z, e);
             }
         }
         let total = |lanes: [f32; 16]| lanes.iter().map(|&lane| f64::from(lane)).sum::<f64>();
@@ -116,91 +125,113 @@ impl Tally {
     }
 }
 
+/// What is known of a row after some of the vocabulary: the tally, and the target's logit if it was there.
+#[derive(Clone, Copy)]
+struct Seen {
+    tally: Tally,
+    target: f32,
+}
+
+impl Seen {
+    /// Adds a stretch of logits, with the target's place if it is among them; each is replaced as in [`Tally::add`].
+    fn add(&mut self, logits: &mut [f32], target: Option<usize>, then: impl Fn(f32, f32) -> f32) {
+        if let Some(target) = target {
+            self.target = logits[target];
+        }
+        vectorized(
+            #[inline(always)]
+            || self.tally.add(logits, then),
+        );
+    }
+
+    fn logprob(&self) -> f32 {
+        self.target - self.tally.log_sum()
+    }
+}
+
 /// Log-probabilities of given tokens, and what the backward and the metrics need beside them.
 pub struct LogProbabilities {
     /// log p(target) of every row, [rows].
     pub logprobs: Vec<f32>,
-    tallies: Vec<Tally>,
+    rows: Vec<Seen>,
 }
 
 impl LogProbabilities {
     /// Entropy of every row's distribution in nats, [rows].
     pub fn entropies(&self) -> impl Iterator<Item = f32> + '_ {
-        self.tallies.iter().map(Tally::entropy)
+        self.rows.iter().map(|row| row.tally.entropy())
     }
 }
 
 /// log p(target) for every row of `hidden` [rows, width], the vocabulary's `weight` being [vocabulary, width].
 ///
+/// `others`, if there will be a backward pass, are zeros [rows, width] and become what it needs of all logits, summed up while they
+/// are there: Σ exp(z − m) · slope · weight over all tokens but the target, where m is the largest logit and the slope that of the
+/// cap. As attention sums up values without all scores (Milakov & Gimelshein 2018, algorithm 3; Dao et al. 2022, algorithm 1).
+///
 /// # Errors
 /// If there is not one target per row, or a target is outside the vocabulary.
-pub fn log_probabilities(hidden: &[f32], weight: &Panels, targets: &[u32], logits: Logits) -> Result<LogProbabilities> {
+pub fn log_probabilities(
+    hidden: &[f32],
+    weight: &Panels,
+    targets: &[u32],
+    logits: Logits,
+    mut others: Option<&mut [f32]>,
+) -> Result<LogProbabilities> {
     let (vocabulary, width) = weight.dims();
     let rows = hidden.len() / width;
     ensure!(targets.len() == rows, "head: {} targets for {rows} rows", targets.len());
     if let Some(target) = targets.iter().find(|&&target| target as usize >= vocabulary) {
         anyhow::bail!("head: token {target} is outside the vocabulary of {vocabulary}");
     }
-    let (mut tallies, mut chosen) = (vec![Tally::EMPTY; rows], vec![0.0; rows]);
-    walk(hidden, weight, logits, |rows, tokens, logits| {
-        let own = tallies[rows.clone()].par_iter_mut().zip(chosen[rows.clone()].par_iter_mut());
-        own.zip(&targets[rows]).zip(logits.par_chunks(tokens.len())).for_each(
-            |(((tally, chosen), &target), logits)| {
-                vectorized(
-                    #[inline(always)]
-                    || tally.add(logits),
-                );
-                if tokens.contains(&(target as usize)) {
-                    *chosen = logits[target as usize - tokens.start];
-                }
-            },
-        );
+    let mut seen = vec![Seen { tally: Tally::EMPTY, target: 0.0 }; rows];
+    walk(hidden, weight, logits, |rows, tokens, block| {
+        let place = |&target: &u32| tokens.contains(&(target as usize)).then(|| target as usize - tokens.start);
+        let own = seen[rows.clone()].par_iter_mut().zip(&targets[rows.clone()]);
+        let own = own.zip(block.par_chunks_mut(tokens.len()));
+        let Some(others) = &mut others else {
+            return own.for_each(|((row, target), stretch)| row.add(stretch, place(target), |z, _| z));
+        };
+        let others = &mut others[rows.start * width..rows.end * width];
+        own.zip(others.par_chunks_mut(width)).for_each(|(((row, target), stretch), others)| {
+            let (target, before) = (place(target), row.tally.max);
+            row.add(stretch, target, |z, e| e * logits.slope(z));
+            if let Some(target) = target {
+                stretch[target] = 0.0;
+            }
+            // What was summed up so far, seen from the new maximum.
+            let shift = exp(before - row.tally.max);
+            if shift < 1.0 {
+                others.iter_mut().for_each(|other| *other *= shift);
+            }
+        });
+        let transposed = weight.transposed(tokens.clone(), Threads::All);
+        let left = Left::new(block, tokens.len(), weight.kernel());
+        transposed.multiply(&left, 0..width, others, width, true, Threads::All);
     });
-    let logprobs = chosen.iter().zip(&tallies).map(|(chosen, tally)| chosen - tally.log_sum()).collect();
-    Ok(LogProbabilities { logprobs, tallies })
+    Ok(LogProbabilities { logprobs: seen.iter().map(Seen::logprob).collect(), rows: seen })
 }
 
-/// The gradient of `hidden`, given that of every log-probability, [rows]: with z = logits / temperature, dz = grad ·
-/// (onehot − softmax(z)), then through the cap and the weight.
+/// Turns what [`log_probabilities`] summed up of `others` into the gradient of `hidden`, given that of every log-probability,
+/// [rows]: with z = logits / temperature, dz = grad · (onehot − softmax(z)), then through the cap and the weight.
 pub fn log_probabilities_backward(
-    hidden: &[f32],
+    others: &mut [f32],
     weight: &Panels,
     targets: &[u32],
     logits: Logits,
     known: &LogProbabilities,
     grad: &[f32],
-) -> Buffer {
+) {
     let (_, width) = weight.dims();
-    let Logits { soft_cap, temperature } = logits;
-    let mut d_hidden = Buffer::zeros(hidden.len());
-    walk(hidden, weight, logits, |rows, tokens, logits| {
-        let tallies = &known.tallies[rows.clone()];
-        let own = grad[rows.clone()].par_iter().zip(&targets[rows.clone()]).zip(tallies);
-        logits.par_chunks_mut(tokens.len()).zip(own).for_each(|(logits, ((&grad, &target), tally))| {
-            let target = (target as usize).wrapping_sub(tokens.start);
-            vectorized(
-                #[inline(always)]
-                || logit_gradient(logits, target, grad / temperature, tally.log_sum(), soft_cap, temperature),
-            );
-        });
-        let transposed = weight.transposed(tokens.clone(), Threads::All);
-        let left = Left::new(logits, tokens.len(), weight.kernel());
-        let d_hidden = &mut d_hidden[rows.start * width..rows.end * width];
-        transposed.multiply(&left, 0..width, d_hidden, width, true, Threads::All);
+    let own = known.rows.par_iter().zip(&known.logprobs).zip(targets).zip(grad);
+    others.par_chunks_mut(width).zip(own).for_each(|(others, (((row, logprob), &target), &grad))| {
+        let mut of_target = Buffer::new(width);
+        weight.row(target as usize, &mut of_target);
+        let grad = grad / logits.temperature;
+        let toward = -logprob.exp_m1() * grad * logits.slope(row.target);
+        let away = grad / row.tally.sum as f32;
+        others.iter_mut().zip(&*of_target).for_each(|(other, target)| *other = toward * target - away * *other);
     });
-    d_hidden
-}
-
-/// Replaces tempered logits by the gradient of the raw logits, `grad` being that of the log-probability over the temperature;
-/// `target` may lie outside the chunk.
-#[inline(always)]
-fn logit_gradient(logits: &mut [f32], target: usize, grad: f32, log_sum: f32, soft_cap: Option<f32>, temperature: f32) {
-    let inverse_cap = soft_cap.map_or(0.0, |cap| temperature / cap);
-    for (token, logit) in logits.iter_mut().enumerate() {
-        let chosen = if token == target { 1.0 } else { 0.0 };
-        let capped = *logit * inverse_cap;
-        *logit = grad * (chosen - exp(*logit - log_sum)) * (1.0 - capped * capped);
-    }
 }
 
 /// How the next token is chosen.
@@ -251,13 +282,13 @@ pub fn choose(hidden: &[f32], weight: &Panels, choices: &[Choice], logits: Logit
 }
 
 /// Chooses from untempered logits [vocabulary].
-fn choose_one(logits_v: &[f32], choice: Choice, temperature: f32) -> Option<Chosen> {
-    let log_sum = |logits_v: &[f32]| {
+fn choose_one(logits_v: &mut [f32], choice: Choice, temperature: f32) -> Option<Chosen> {
+    let log_sum = |logits_v: &mut [f32]| {
         let mut tally = Tally::EMPTY;
-        logits_v.chunks(CHUNK).for_each(|chunk| {
+        logits_v.chunks_mut(CHUNK).for_each(|chunk| {
             vectorized(
                 #[inline(always)]
-                || tally.add(chunk),
+                || tally.add(chunk, |z, _| z),
             )
         });
         tally.log_sum()
@@ -280,8 +311,8 @@ fn choose_one(logits_v: &[f32], choice: Choice, temperature: f32) -> Option<Chos
         Choice::Sample(place) => {
             let inverse = 1.0 / temperature;
             let mut tempered_v = Buffer::new(logits_v.len());
-            tempered_v.iter_mut().zip(logits_v).for_each(|(tempered, z)| *tempered = inverse * z);
-            let sum = log_sum(&tempered_v);
+            tempered_v.iter_mut().zip(&*logits_v).for_each(|(tempered, z)| *tempered = inverse * z);
+            let sum = log_sum(&mut tempered_v);
             let token = inverse_cumulative(&tempered_v, sum, place);
             (token, logits_v[token], tempered_v[token], sum)
         }
