@@ -1,6 +1,6 @@
 //! The decoder on a device: one copy of the weights, which sampler, learner and reference share.
 //!
-//! Everything is asked for in one order. The host waits only where it reads: chosen tokens, log-probabilities, gradients.
+//! Everything is asked for in one order. The host waits only where it reads: chosen tokens, log-probabilities, the norm of a gradient.
 
 use std::sync::Arc;
 
