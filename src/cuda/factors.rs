@@ -13,18 +13,24 @@ use crate::policy::{Layout, Pair};
 /// Parts that a number is held in: what bf16 holds of it, and what that leaves.
 pub const PARTS: usize = 2;
 
+/// A version of an adapter.
+pub struct Version {
+    /// The numbers of all tensors in f32, from which the next version is made.
+    pub values: Array<f32>,
+    /// What products are made with.
+    pub factors: Arc<Factors>,
+}
+
 /// All pairs of an adapter.
 pub struct Factors {
     /// What they are, and where.
     pub(super) layout: Arc<Layout>,
-    /// The numbers of all tensors in f32, from which the next version is made.
-    pub values: Array<f32>,
     /// All matrices.
     parts: Array<u16>,
 }
 
-impl Factors {
-    /// Of numbers that are made once there is room for the parts.
+impl Version {
+    /// Of numbers that are made once there is room for the matrices.
     pub(crate) fn new(
         gpu: &Arc<Gpu>,
         layout: &Arc<Layout>,
@@ -36,9 +42,11 @@ impl Factors {
             let ([at, _], &Pair { rank, narrow, wide, .. }) = (pair.places(), pair);
             kernels::adapter_parts(gpu, values.from(at), parts.from(PARTS * at), layout.scale, [rank, narrow, wide])?;
         }
-        Ok(Self { layout: layout.clone(), values, parts })
+        Ok(Self { values, factors: Arc::new(Factors { layout: layout.clone(), parts }) })
     }
+}
 
+impl Factors {
     /// A [2 · rank, in] and s · Bᵀ [2 · rank, out] of a pair.
     pub(super) fn matrices(&self, pair: &Pair) -> [View<u16>; 2] {
         pair.places().map(|at| self.parts.from(PARTS * at))

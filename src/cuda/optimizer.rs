@@ -5,7 +5,7 @@ use std::sync::Arc;
 use anyhow::Result;
 
 use super::device::{Array, Gpu, Purpose};
-use super::factors::Factors;
+use super::factors::Version;
 use super::kernels;
 use crate::learner::optimizer::Update;
 use crate::policy::Adapter;
@@ -46,8 +46,8 @@ impl Moments {
 
     /// Makes the adapter's next version. Nothing of it leaves the device.
     pub(crate) fn update(&self, adapter: &mut Adapter, gradient: &Array<f32>, update: &Update) -> Result<()> {
-        let (gpu, held) = (&self.gpu, adapter.on_gpu(&self.gpu)?);
-        let next = Factors::new(gpu, adapter.layout(), || {
+        let (gpu, held) = (&self.gpu, adapter.version_on_gpu(&self.gpu)?);
+        let next = Version::new(gpu, adapter.layout(), || {
             let values = gpu.array(Purpose::Adapter, gradient.len())?;
             let moments = self.values.each_ref().map(Array::view);
             kernels::adamw(gpu, [held.values.view(), values.view()], moments, gradient.view(), update, values.len())?;

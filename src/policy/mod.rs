@@ -10,7 +10,7 @@ use candle_core::{DType, Device, Tensor};
 
 use crate::config::Lora;
 use crate::cuda::device::{Gpu, Purpose};
-use crate::cuda::factors::Factors;
+use crate::cuda::factors::{Factors, Version};
 use crate::model::{Architecture, Projection};
 use crate::ops::kernel::Kernel;
 use crate::ops::linear::LowRank;
@@ -35,7 +35,7 @@ struct Values {
     /// Every pair as the products of each kernel want it.
     ready: Vec<[OnceLock<LowRank>; Kernel::ALL.len()]>,
     /// On a GPU: from the beginning, or once they are used there.
-    factors: Mutex<Option<Arc<Factors>>>,
+    on_gpu: Mutex<Option<Arc<Version>>>,
 }
 
 fn floats(tensor: &Tensor) -> Result<Vec<f32>> {
@@ -50,7 +50,7 @@ pub(crate) fn numbers(tensors: &[Tensor]) -> Result<Vec<f32>> {
 impl Values {
     fn new(layout: &Layout) -> Self {
         let ready = layout.pairs.iter().map(|_| Default::default()).collect();
-        Self { tensors: OnceLock::new(), ready, factors: Mutex::default() }
+        Self { tensors: OnceLock::new(), ready, on_gpu: Mutex::default() }
     }
 }
 
@@ -127,19 +127,27 @@ impl Adapter {
         }))
     }
 
-    /// The factors on a GPU. They move there once, whoever asks first.
+    /// What products on a GPU are made with.
     ///
     /// # Errors
     /// If the device fails.
     pub(crate) fn on_gpu(&self, gpu: &Arc<Gpu>) -> Result<Arc<Factors>> {
-        let mut held = self.values.factors.lock().expect("nothing panics while it holds the factors");
-        if let Some(factors) = &*held {
-            return Ok(factors.clone());
+        Ok(self.version_on_gpu(gpu)?.factors.clone())
+    }
+
+    /// All that a GPU holds of it. It moves there once, whoever asks first.
+    ///
+    /// # Errors
+    /// If the device fails.
+    pub(crate) fn version_on_gpu(&self, gpu: &Arc<Gpu>) -> Result<Arc<Version>> {
+        let mut held = self.values.on_gpu.lock().expect("nothing panics while it holds the version");
+        if let Some(version) = &*held {
+            return Ok(version.clone());
         }
         let upload = || gpu.upload(Purpose::Adapter, &numbers(self.host_tensors()?)?);
-        let factors = Arc::new(Factors::new(gpu, &self.layout, upload)?);
-        *held = Some(factors.clone());
-        Ok(factors)
+        let version = Arc::new(Version::new(gpu, &self.layout, upload)?);
+        *held = Some(version.clone());
+        Ok(version)
     }
 
     /// A and B of every pair on this processor. What a GPU made moves here once, whoever asks first.
@@ -150,9 +158,9 @@ impl Adapter {
         if let Some(tensors) = self.values.tensors.get() {
             return Ok(tensors);
         }
-        let factors = self.values.factors.lock().expect("nothing panics while it holds the factors").clone();
-        let factors = factors.expect("an adapter's numbers are here or on a GPU");
-        let tensors = self.layout.tensors(&factors.values.download()?)?;
+        let version = self.values.on_gpu.lock().expect("nothing panics while it holds the version").clone();
+        let version = version.expect("an adapter's numbers are here or on a GPU");
+        let tensors = self.layout.tensors(&version.values.download()?)?;
         Ok(self.values.tensors.get_or_init(|| tensors))
     }
 
@@ -209,7 +217,7 @@ impl Adapter {
     }
 
     /// Replaces them by what a GPU made.
-    pub(crate) fn replace_on_gpu(&mut self, factors: Factors) {
-        self.values = Arc::new(Values { factors: Mutex::new(Some(Arc::new(factors))), ..Values::new(&self.layout) });
+    pub(crate) fn replace_on_gpu(&mut self, version: Version) {
+        self.values = Arc::new(Values { on_gpu: Mutex::new(Some(Arc::new(version))), ..Values::new(&self.layout) });
     }
 }
