@@ -255,13 +255,13 @@ fn gates() {
     let gate: Vec<f32> = gate.iter().enumerate().map(|(i, x)| if i % 50 == 0 { 100.0 * x } else { *x }).collect();
     check(|kernels, turns| {
         for (number, activation) in [(0i32, Activation::Silu), (1, Activation::GeluTanh)] {
-            let mut want = vec![0.0; n];
-            activation.forward(&gate, &up, &mut want);
-            let (mut d_gate, mut d_up) = (gate.clone(), up.clone());
-            activation.backward(&grad, &mut d_gate, &mut d_up);
+            let [mut forward, mut backward] = [&vec![0.0; n], &grad].map(|third| [&gate[..], &up, third].concat());
+            activation.forward(&mut forward, n);
+            activation.backward(&mut backward, n);
+            let (want, d_gate, d_up) = (&forward[2 * n..], &backward[..n], &backward[n..2 * n]);
             let mut product = vec![0u16; n];
             run!(kernels, spread(turns), gate(&gate[..], &up[..], &mut product[..], number, n as i64));
-            alike(&format!("{activation:?}"), &widened(&product), &want, 4e-3);
+            alike(&format!("{activation:?}"), &widened(&product), want, 4e-3);
             let [mut got_gate, mut got_up, mut got_product] = [(); 3].map(|()| room(n));
             let [mut gate_bits, mut up_bits] = [(); 2].map(|()| vec![0u16; n]);
             run!(
@@ -280,9 +280,9 @@ fn gates() {
                     n as i64
                 )
             );
-            alike(&format!("{activation:?}, product"), written(&got_product), &want, 1e-6);
-            alike(&format!("{activation:?}, gate"), written(&got_gate), &d_gate, 1e-6);
-            alike(&format!("{activation:?}, up"), written(&got_up), &d_up, 1e-6);
+            alike(&format!("{activation:?}, product"), written(&got_product), want, 1e-6);
+            alike(&format!("{activation:?}, gate"), written(&got_gate), d_gate, 1e-6);
+            alike(&format!("{activation:?}, up"), written(&got_up), d_up, 1e-6);
             assert_eq!((gate_bits, up_bits), (rounded(written(&got_gate)), rounded(written(&got_up))));
             assert_eq!(product, rounded(written(&got_product)));
         }

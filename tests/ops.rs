@@ -288,13 +288,14 @@ fn rope_at_scattered_positions() {
 }
 
 fn gated(gate: &[f32], up: &[f32], activation: Activation) -> Computed<'static> {
-    let (gate, up) = (gate.to_vec(), up.to_vec());
-    let mut value = vec![f32::NAN; gate.len()];
-    activation.forward(&gate, &up, &mut value);
+    let width = gate.len();
+    let mut rows = [gate, up, &vec![f32::NAN; width]].concat();
+    activation.forward(&mut rows, width);
+    let value = rows.split_off(2 * width);
     let backward = move |grad: &[f32]| {
-        let (mut gate, mut up) = (gate.clone(), up.clone());
-        activation.backward(grad, &mut gate, &mut up);
-        vec![gate, up]
+        let mut rows = [&rows[..], grad].concat();
+        activation.backward(&mut rows, width);
+        rows[..2 * width].chunks(width).map(<[f32]>::to_vec).collect()
     };
     Computed { value, backward: Box::new(backward) }
 }

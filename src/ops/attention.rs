@@ -172,21 +172,21 @@ impl Heads {
     /// anything.
     fn scores(&self, block: &Block, rows: &[f32], keys: &Keys) -> Buffer {
         let stride = block.stride();
-        let mut scores = Buffer::new(rows.len() / self.dim * stride);
         let rows = Left::new(rows, self.dim, keys.kernel());
+        let mut scores = Buffer::new(keys.room(rows.rows()) * stride);
         for (blocks, start) in block.context() {
             keys.scores(&rows, block.key_head, blocks, &mut scores[start..], stride);
         }
+        scores.truncate(rows.rows() * stride);
         scores
     }
 
     /// `weights` [len · group, stride] times the values of the block's context: [len · group, dim].
     fn combine(&self, block: &Block, weights: &[f32], keys: &Keys) -> Buffer {
-        let mut combined = Buffer::zeros(block.len * self.group() * self.dim);
         let weights = Left::new(weights, block.stride(), keys.kernel());
-        for (blocks, start) in block.context() {
-            keys.combine(&weights, start, block.key_head, blocks, &mut combined);
-        }
+        let mut combined = Buffer::new(keys.room(weights.rows()) * self.dim);
+        keys.combine(&weights, block.key_head, block.context(), &mut combined);
+        combined.truncate(weights.rows() * self.dim);
         combined
     }
 }

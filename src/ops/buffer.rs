@@ -1,13 +1,17 @@
 //! Memory for activations that is used again: fresh pages cost more than the arithmetic on them.
 
+use std::cell::RefCell;
 use std::cmp::Reverse;
 use std::ops::{Deref, DerefMut};
 use std::sync::{Mutex, MutexGuard};
+use std::thread::LocalKey;
 
 /// What a buffer may hold.
 pub trait Pooled: Copy + Default + Send + Sync + 'static {
     /// The memory of this type.
     fn pool() -> &'static Mutex<Pool<Self>>;
+    /// Small memory that this thread has used, from the longest unused on.
+    fn small() -> &'static LocalKey<RefCell<Vec<Vec<Self>>>>;
 }
 
 macro_rules! pooled {
@@ -16,6 +20,13 @@ macro_rules! pooled {
             fn pool() -> &'static Mutex<Pool<Self>> {
                 static POOL: Mutex<Pool<$kind>> = Mutex::new(Pool::EMPTY);
                 &POOL
+            }
+
+            fn small() -> &'static LocalKey<RefCell<Vec<Vec<Self>>>> {
+                thread_local! {
+                    static SMALL: RefCell<Vec<Vec<$kind>>> = const { RefCell::new(Vec::new()) };
+                }
+                &SMALL
             }
         }
     )*};
@@ -42,8 +53,7 @@ impl<T: Pooled> Pool<T> {
 
     /// Room for so many numbers: what was used last of the smallest that have it and are not much larger, or new memory.
     pub fn take(&mut self, room: usize) -> Vec<T> {
-        let fits = |values: &Vec<T>| values.len() >= room && values.len() / 2 <= room;
-        let fitting = self.unused.iter().enumerate().filter(|(_, values)| fits(values));
+        let fitting = self.unused.iter().enumerate().filter(|(_, values)| fits(values, room));
         let best = fitting.min_by_key(|&(index, values)| (values.len(), Reverse(index))).map(|(index, _)| index);
         let values = match best {
             Some(index) => self.unused.remove(index),
@@ -93,14 +103,16 @@ pub struct Buffer<T: Pooled = f32> {
 /// What buffers start with, in bytes: a line of the cache. A vector or a row of a tile that lies across two lines takes twice as
 /// long to read, and allocators promise no more than 16 bytes.
 const LINE: usize = 64;
-/// Buffers of fewer numbers are left to the allocator, which is quick at that.
+/// Memory of fewer numbers stays with the thread that gives it back, so many pieces of it: a block of attention takes some every few
+/// microseconds.
 const SMALL: usize = 8 * 1024;
+const PIECES: usize = 32;
 
 impl<T: Pooled> Buffer<T> {
     /// Room for `len` numbers. What they are is left over from earlier uses: whoever takes a buffer writes all of it.
     pub fn new(len: usize) -> Self {
         let room = len + LINE / size_of::<T>();
-        let values = if room < SMALL { vec![T::default(); room] } else { lock().take(room) };
+        let values: Vec<T> = if room < SMALL { take_small(room) } else { lock().take(room) };
         let start = values.as_ptr().align_offset(LINE);
         Self { values, start, len }
     }
@@ -110,6 +122,11 @@ impl<T: Pooled> Buffer<T> {
         let mut buffer = Self::new(len);
         buffer.fill(T::default());
         buffer
+    }
+
+    /// Leaves the first `len` numbers.
+    pub fn truncate(&mut self, len: usize) {
+        self.len = self.len.min(len);
     }
 }
 
@@ -132,8 +149,34 @@ impl<T: Pooled> Drop for Buffer<T> {
         let values = std::mem::take(&mut self.values);
         if values.len() >= SMALL {
             lock().give(values);
+        } else {
+            give_small(values);
         }
     }
+}
+
+/// Whether memory may serve for so many numbers.
+fn fits<T>(values: &[T], room: usize) -> bool {
+    values.len() >= room && values.len() / 2 <= room
+}
+
+fn take_small<T: Pooled>(room: usize) -> Vec<T> {
+    let used = T::small().with_borrow_mut(|small| {
+        let last = small.iter().rposition(|values| fits(values, room))?;
+        Some(small.remove(last))
+    });
+    used.unwrap_or_else(|| vec![T::default(); room.next_power_of_two().min(SMALL - 1)])
+}
+
+fn give_small<T: Pooled>(values: Vec<T>) {
+    // While the thread ends there may be no place for it any more.
+    let _ = T::small().try_with(|small| {
+        let mut small = small.borrow_mut();
+        if small.len() == PIECES {
+            small.remove(0);
+        }
+        small.push(values);
+    });
 }
 
 /// The same values again.

@@ -33,18 +33,22 @@ pub struct Inner {
     pub grads: [Option<Buffer>; 2],
 }
 
+/// Numbers of a row while it is computed, and where the product is among them.
+const ROW: usize = 3 * WIDTH;
+const PRODUCT: usize = 2 * WIDTH;
+
 impl Gated<'_> {
     fn wide(&self) -> usize {
         self.gate.weight.dims().0
     }
 
-    /// Gate and what is gated, for some of the inner values: [rows, WIDTH] each.
-    fn pair(&self, x: &Left, downs: [Option<&Down>; 2], inner: Range<usize>) -> [Buffer; 2] {
-        let mut pair = [(); 2].map(|()| Buffer::new(x.rows() * WIDTH));
-        for ((linear, down), values) in [&self.gate, &self.up].into_iter().zip(downs).zip(&mut pair) {
-            linear.apply(x, down, inner.clone(), (values, WIDTH), false, Threads::One);
+    /// Gate and what is gated, for some of the inner values, and room for their product: [rows, 3, WIDTH].
+    fn pair(&self, x: &Left, downs: [Option<&Down>; 2], inner: Range<usize>) -> Buffer {
+        let mut rows = Buffer::new(x.rows() * ROW);
+        for (part, (linear, down)) in [&self.gate, &self.up].into_iter().zip(downs).enumerate() {
+            linear.apply(x, down, inner.clone(), (&mut rows[part * WIDTH..], ROW), false, Threads::One);
         }
-        pair
+        rows
     }
 
     /// `activation(gate(x)) · up(x)` [rows, inner width], for the projection out of the block.
@@ -53,11 +57,10 @@ impl Gated<'_> {
         let mut product = Left::room(x.rows(), wide, self.kernel);
         let shared = product.shared();
         in_columns(wide, threads, |inner| {
-            let [gate, up] = self.pair(x, downs.each_ref().map(Option::as_ref), inner.clone());
-            let mut values = Buffer::new(gate.len());
-            self.activation.forward(&gate, &up, &mut values);
+            let mut rows = self.pair(x, downs.each_ref().map(Option::as_ref), inner.clone());
+            self.activation.forward(&mut rows, WIDTH);
             // SAFETY: each thread has columns of its own, which begin with a tile.
-            unsafe { shared.write(inner, &values, WIDTH) };
+            unsafe { shared.write(inner, &rows[PRODUCT..], ROW) };
         });
         product
     }
@@ -80,21 +83,21 @@ impl Gated<'_> {
         let (shared, product) = (grads.each_mut().map(Left::shared), dense(product, wide));
         let inner_grads = inner_grads.each_mut().map(|to| dense(to, wide));
         in_columns(wide, threads, |part| {
-            let [mut gate, mut up] = self.pair(x, downs, part.clone());
-            let mut values = Buffer::new(gate.len());
+            let mut rows = self.pair(x, downs, part.clone());
             if let Some(product) = &product {
-                self.activation.forward(&gate, &up, &mut values);
+                self.activation.forward(&mut rows, WIDTH);
                 // SAFETY: each thread has columns of its own, here and below; they begin with a tile.
-                unsafe { product.write(part.clone(), &values, WIDTH) };
+                unsafe { product.write(part.clone(), &rows[PRODUCT..], ROW) };
             }
-            out.apply(grad, d_down, part.clone(), (&mut values, WIDTH), false, Threads::One);
-            self.activation.backward(&values, &mut gate, &mut up);
-            for ((shared, inner), grad) in shared.iter().zip(&inner_grads).zip([gate, up]) {
+            out.apply(grad, d_down, part.clone(), (&mut rows[PRODUCT..], ROW), false, Threads::One);
+            self.activation.backward(&mut rows, WIDTH);
+            for (index, (shared, inner)) in shared.iter().zip(&inner_grads).enumerate() {
+                let grad = &rows[index * WIDTH..];
                 // SAFETY: as above.
-                unsafe { shared.write(part.clone(), &grad, WIDTH) };
+                unsafe { shared.write(part.clone(), grad, ROW) };
                 if let Some(inner) = inner {
                     // SAFETY: as above.
-                    unsafe { inner.write(part.clone(), &grad, WIDTH) };
+                    unsafe { inner.write(part.clone(), grad, ROW) };
                 }
             }
         });

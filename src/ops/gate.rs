@@ -32,28 +32,38 @@ impl Activation {
     }
 }
 
+/// Every row holds the gate, what is gated, and their product or its gradient, `width` values each. Side by side, because rows of
+/// several matrices can lie so that the processor takes a value for one that was just written elsewhere (4 KB apart), and waits.
 impl Activation {
-    /// `activation(gate) · up`, element by element.
-    pub fn forward(self, gate: &[f32], up: &[f32], y: &mut [f32]) {
+    /// The product: `activation(gate) · up`.
+    pub fn forward(self, rows: &mut [f32], width: usize) {
         vectorized(
             #[inline(always)]
             || {
-                for ((y, gate), up) in y.iter_mut().zip(gate).zip(up) {
-                    *y = self.value_and_slope(*gate).0 * up;
+                for row in rows.chunks_exact_mut(3 * width) {
+                    let (pair, product) = row.split_at_mut(2 * width);
+                    let (gate, up) = pair.split_at(width);
+                    for ((product, gate), up) in product.iter_mut().zip(gate).zip(up) {
+                        *product = self.value_and_slope(*gate).0 * up;
+                    }
                 }
             },
         );
     }
 
-    /// Replaces `gate` and `up` by their gradients, given that of the product.
-    pub fn backward(self, grad: &[f32], gate: &mut [f32], up: &mut [f32]) {
+    /// The gradients of the gate and of what is gated in their place, given that of the product.
+    pub fn backward(self, rows: &mut [f32], width: usize) {
         vectorized(
             #[inline(always)]
             || {
-                for ((gate, up), grad) in gate.iter_mut().zip(up).zip(grad) {
-                    let (value, slope) = self.value_and_slope(*gate);
-                    *gate = grad * *up * slope;
-                    *up = grad * value;
+                for row in rows.chunks_exact_mut(3 * width) {
+                    let (pair, grad) = row.split_at_mut(2 * width);
+                    let (gate, up) = pair.split_at_mut(width);
+                    for ((gate, up), grad) in gate.iter_mut().zip(up).zip(grad) {
+                        let (value, slope) = self.value_and_slope(*gate);
+                        *gate = *grad * *up * slope;
+                        *up = *grad * value;
+                    }
                 }
             },
         );

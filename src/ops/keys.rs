@@ -9,7 +9,7 @@ use super::amx;
 use super::attention::Heads;
 use super::buffer::Buffer;
 use super::kernel::Kernel;
-use super::left::{Left, to_bf16};
+use super::left::{Left, TILE_ROWS, to_bf16};
 use super::matmul::{Matrix, matmul};
 use super::pages::Held;
 use super::panels::PANEL;
@@ -137,8 +137,13 @@ impl Keys {
         }
     }
 
-    /// `rows` [m, dim] times the keys of one head in some blocks: the first columns of `scores`, whose rows are `stride` values
-    /// apart.
+    /// How many rows products of `m` rows need room for, to be written without a detour.
+    pub(super) fn room(&self, m: usize) -> usize {
+        if self.kernel == Kernel::Amx { m.next_multiple_of(TILE_ROWS) } else { m }
+    }
+
+    /// `rows` [m, dim] times the keys of one head in some blocks: the first columns of `scores`, which has room for their products
+    /// and whose rows are `stride` values apart.
     pub(super) fn scores(&self, rows: &Left, head: usize, blocks: Range<usize>, scores: &mut [f32], stride: usize) {
         let tiles = self.tiles();
         for (number, block) in blocks.enumerate() {
@@ -151,34 +156,45 @@ impl Keys {
                 }
                 Numbers::Bf16(keys) => {
                     let len = padded(self.dim) * BLOCK;
-                    let mut to = Columns::first(to, rows.rows(), BLOCK, stride);
+                    let mut to = Columns::first(to, self.room(rows.rows()), BLOCK, stride);
                     bf16_panel(tiles.as_ref(), (rows.tiles(0, 0), &keys[index * len..][..len]), None, &mut to, false);
                 }
             }
         }
     }
 
-    /// `weights`, from column `from` on, times the values of one head in some blocks, added to `combined` [m, dim].
-    pub(super) fn combine(&self, weights: &Left, from: usize, head: usize, blocks: Range<usize>, combined: &mut [f32]) {
-        if blocks.is_empty() {
-            return;
-        }
+    /// `weights` times the values of one head in some blocks, from a column of the weights on, and in others: `combined`, which has
+    /// room for their products, [m, dim].
+    pub(super) fn combine(
+        &self,
+        weights: &Left,
+        head: usize,
+        context: [(Range<usize>, usize); 2],
+        combined: &mut [f32],
+    ) {
         let (m, dim) = (weights.rows(), self.dim);
+        let mut context = context.into_iter().filter(|(blocks, _)| !blocks.is_empty());
+        let Some(first) = context.next() else { return combined.fill(0.0) };
+        let then = context.next();
         match &self.values {
             Numbers::F32(values) => {
-                let weights = Matrix::new(&weights.f32()[from..], m, blocks.len() * BLOCK, weights.width());
-                let first = (head * self.rows + blocks.start * BLOCK) * dim;
-                let values = Matrix::dense(&values[first..][..blocks.len() * BLOCK * dim], dim);
-                matmul(combined, dim, true, weights, values);
+                for (number, (blocks, from)) in [first].into_iter().chain(then).enumerate() {
+                    let weights = Matrix::new(&weights.f32()[from..], m, blocks.len() * BLOCK, weights.width());
+                    let start = (head * self.rows + blocks.start * BLOCK) * dim;
+                    let values = Matrix::dense(&values[start..][..blocks.len() * BLOCK * dim], dim);
+                    matmul(combined, dim, number > 0, weights, values);
+                }
             }
             Numbers::Bf16(values) => {
                 let (tiles, panels) = (self.tiles(), padded(dim) / PANEL);
                 for panel in 0..panels {
-                    let first = ((head * panels + panel) * self.rows + blocks.start * BLOCK) * PANEL;
-                    let values = &values[first..][..blocks.len() * BLOCK * PANEL];
+                    let walk = |(blocks, from): &(Range<usize>, usize)| {
+                        let start = ((head * panels + panel) * self.rows + blocks.start * BLOCK) * PANEL;
+                        (weights.tiles(0, *from), &values[start..][..blocks.len() * BLOCK * PANEL])
+                    };
                     let columns = PANEL.min(dim - panel * PANEL);
-                    let mut to = Columns::first(&mut combined[panel * PANEL..], m, columns, dim);
-                    bf16_panel(tiles.as_ref(), (weights.tiles(0, from), values), None, &mut to, true);
+                    let mut to = Columns::first(&mut combined[panel * PANEL..], self.room(m), columns, dim);
+                    bf16_panel(tiles.as_ref(), walk(&first), then.as_ref().map(walk), &mut to, false);
                 }
             }
         }

@@ -36,7 +36,7 @@ impl RmsNorm {
                 #[inline(always)]
                 || {
                     let inverse = self.inverse_rms(x);
-                    let projection = sum(x.len(), |i| x[i] * (grad[i] * self.gain[i]));
+                    let projection = sum([x, grad, &self.gain], |[x, grad, gain]| x * (grad * gain));
                     let pull = (projection / width as f64) as f32 * inverse * inverse;
                     for (((dx, x), grad), gain) in dx.iter_mut().zip(x).zip(grad).zip(&self.gain) {
                         *dx += inverse * (grad * gain - x * pull);
@@ -49,22 +49,23 @@ impl RmsNorm {
     /// 1 / sqrt(mean(x²) + ε).
     #[inline(always)]
     fn inverse_rms(&self, x: &[f32]) -> f32 {
-        let squares = sum(x.len(), |i| x[i] * x[i]);
+        let squares = sum([x], |[x]| x * x);
         (1.0 / (squares / x.len() as f64 + self.epsilon).sqrt()) as f32
     }
 }
 
-/// The sum of `term(0..len)`, in strands that the compiler can put side by side. What the strands hold is summed in f64: it decides
-/// every value of the row.
+/// The sum of a term over rows of one length, in strands that the compiler can put side by side. What the strands hold is summed in
+/// f64: it decides every value of the row.
 #[inline(always)]
-fn sum(len: usize, term: impl Fn(usize) -> f32) -> f64 {
+fn sum<const N: usize>(rows: [&[f32]; N], term: impl Fn([f32; N]) -> f32) -> f64 {
     const STRANDS: usize = 64;
     const LANES: usize = 8;
+    let chunks = rows.map(<[f32]>::as_chunks::<STRANDS>);
     let mut strands = [0.0f32; STRANDS];
-    let whole = len / STRANDS * STRANDS;
-    for start in (0..whole).step_by(STRANDS) {
+    for index in 0..chunks[0].0.len() {
+        let chunks = chunks.map(|(whole, _)| &whole[index]);
         for (i, strand) in strands.iter_mut().enumerate() {
-            *strand += term(start + i);
+            *strand += term(chunks.map(|chunk| chunk[i]));
         }
     }
     // Side by side too: one after the other they would take as long as the row.
@@ -72,5 +73,6 @@ fn sum(len: usize, term: impl Fn(usize) -> f32) -> f64 {
     for strands in strands.chunks_exact(LANES) {
         lanes.iter_mut().zip(strands).for_each(|(lane, strand)| *lane += f64::from(*strand));
     }
-    lanes.iter().sum::<f64>() + (whole..len).map(|i| f64::from(term(i))).sum::<f64>()
+    let rest = (0..chunks[0].1.len()).map(|i| f64::from(term(chunks.map(|(_, rest)| rest[i]))));
+    lanes.iter().sum::<f64>() + rest.sum::<f64>()
 }

@@ -41,11 +41,9 @@ impl Rotation {
                 || {
                     for x in x.chunks_exact_mut(2 * half) {
                         let (first, second) = x.split_at_mut(half);
-                        for i in 0..half {
-                            let (cosine, sine) = (cosines[i], sign * sines[i]);
-                            let (a, b) = (first[i], second[i]);
-                            first[i] = a * cosine - b * sine;
-                            second[i] = b * cosine + a * sine;
+                        for ((a, b), (cosine, sine)) in first.iter_mut().zip(second).zip(cosines.iter().zip(sines)) {
+                            let sine = sign * sine;
+                            (*a, *b) = (*a * cosine - *b * sine, *b * cosine + *a * sine);
                         }
                     }
                 },
