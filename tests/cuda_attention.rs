@@ -488,34 +488,3 @@ fn heads_of_any_even_width_by_rows() {
         alike(&format!("{heads:?}"), &by_rows(kernels, &inputs, TURNS[0]).out, &want, 3e-6);
     }
 }
-
-#[test]
-fn keys_are_rounded_into_their_rows() {
-    let Some(kernels) = Kernels::of(File::Attention) else { return };
-    let (width, to_row) = (300, [4i32, 0, 2]);
-    let (keys, values) = (numbers(1, 3 * width), numbers(2, 3 * width));
-    for turns in TURNS {
-        let mut stores = [(); 2].map(|()| vec![7u16; 5 * width]);
-        let [key_store, value_store] = &mut stores;
-        run!(
-            kernels,
-            blocks(3, 256, turns),
-            store_keys(
-                &keys[..],
-                &values[..],
-                &to_row[..],
-                &mut key_store[..],
-                &mut value_store[..],
-                3i32,
-                width as i32
-            )
-        );
-        for (store, from) in stores.iter().zip([&keys, &values]) {
-            let mut want = vec![7u16; 5 * width];
-            for (row, &to) in from.chunks(width).zip(&to_row) {
-                want[to as usize * width..][..width].copy_from_slice(&rounded(row));
-            }
-            assert_eq!(*store, want);
-        }
-    }
-}

@@ -13,7 +13,7 @@ use crate::check;
 use crate::cuda_on_host::{self, File, Kernels, TURNS};
 
 /// Kernels whose elements any number of blocks may share; names that others begin with end in `_`.
-const SHARED: [&str; 7] = ["round_rows", "split_parts", "add", "gate", "gate_backward", "rope_tables", "unpack_"];
+const SHARED: [&str; 7] = ["round_rows", "adapter_parts", "adamw", "gate", "gate_backward", "rope_tables", "unpack_"];
 
 pub struct OnHost {
     files: Vec<&'static Kernels>,

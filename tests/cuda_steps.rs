@@ -151,7 +151,7 @@ fn steps_in_graphs_choose_what_steps_without_choose() {
             graphs.refused.store(refused, Ordering::Relaxed);
             let (first, _) = adapter(&model, &folder.join("adapter_lora"));
             let mut second = first.clone();
-            second.replace(first.tensors().iter().map(|(_, tensor)| (tensor * -1.5).unwrap()).collect());
+            second.replace(first.tensors().unwrap().iter().map(|(_, tensor)| (tensor * -1.5).unwrap()).collect());
             let (one, two) = (Some(&first), Some(&second));
             let mut store = model.store(10 * ROWS).unwrap();
             let counts: [(usize, Adapters); 4] = [

@@ -22,6 +22,7 @@ mod cuda_driver;
 mod cuda_elementwise;
 mod cuda_head;
 mod cuda_on_host;
+mod cuda_optimizer;
 mod cuda_quantized;
 mod cuda_steps;
 mod dropout;

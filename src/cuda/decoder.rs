@@ -1,6 +1,6 @@
 //! The decoder on a device: one copy of the weights, which sampler, learner and reference share.
 //!
-//! Everything is asked for in one order. The host waits only where it reads: chosen tokens, log-probabilities, gradients.
+//! Everything is asked for in one order. The host waits only where it reads: chosen tokens, log-probabilities, the norm of a gradient.
 
 use std::sync::{Arc, Mutex};
 
@@ -61,29 +61,6 @@ pub struct Kept {
     log_sums: Array<f32>,
 }
 
-/// Gradients of all tensors of an adapter, one after the other.
-pub struct Gradients {
-    total: Array<f32>,
-    lengths: Vec<usize>,
-}
-
-impl Gradients {
-    /// The values of each tensor, row by row.
-    pub fn into_values(self) -> Result<Vec<Vec<f32>>> {
-        let values = self.total.download()?;
-        let mut rest = &values[..];
-        Ok(self
-            .lengths
-            .iter()
-            .map(|&len| {
-                let (own, others) = rest.split_at(len);
-                rest = others;
-                own.to_vec()
-            })
-            .collect())
-    }
-}
-
 /// How many tokens' keys and values fit into a third of what weights of so many bytes leave: it must not depend on what is free just
 /// now.
 pub fn stored_tokens(gpu: &Gpu, architecture: &Architecture, base: usize) -> usize {
@@ -129,11 +106,6 @@ impl Decoder {
     /// As [`stored_tokens`].
     pub fn stored_tokens(&self) -> usize {
         stored_tokens(&self.gpu, &self.architecture, self.gpu.used(Purpose::Base).0)
-    }
-
-    /// Zeros for tensors of so many numbers.
-    pub fn gradients(&self, lengths: Vec<usize>) -> Result<Gradients> {
-        Ok(Gradients { total: self.gpu.zeros(Purpose::Adapter, lengths.iter().sum())?, lengths })
     }
 
     /// ε of every norm.
@@ -362,12 +334,13 @@ impl Decoder {
         Ok(((free + slack).saturating_sub(inputs) / 2 / (rows * attention + key_rows * keys).max(1)).min(layers.len()))
     }
 
-    /// From the log-probabilities to the first layer, each computed again from its input.
+    /// From the log-probabilities to the first layer, each computed again from its input; `gradient` is that of the numbers of all
+    /// of the adapter's tensors.
     pub fn backward(
         &self,
         (call, question, kept): (&Call, &Question, Kept),
         coefficients: &[f32],
-        gradients: &mut Gradients,
+        gradient: &Array<f32>,
         layer_done: LayerDone,
     ) -> Result<()> {
         let Kept { prepared, inputs, last, hidden, selected, log_sums } = kept;
@@ -403,7 +376,7 @@ impl Decoder {
         let (backward, key_rows) = (Backward::new(&self.gpu, call)?, call.key_rows());
         for (index, (x, attended)) in inputs.into_iter().enumerate().rev() {
             let work = Work::new(self, index, &prepared)?;
-            let back = Back { work, backward: &backward, gradient: gradients.total.view(), key_rows };
+            let back = Back { work, backward: &backward, gradient: gradient.view(), key_rows };
             back.run(x.view(), attended, grad.view())?;
             layer_done()?;
         }

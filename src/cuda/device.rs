@@ -95,7 +95,7 @@ impl Number for f64 {}
 pub enum Purpose {
     /// Frozen weights.
     Base,
-    /// Adapters, and gradients of one.
+    /// Adapters, and the gradients and moments of one.
     Adapter,
     /// Keys and values of the sampler.
     Keys,

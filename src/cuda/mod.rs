@@ -5,7 +5,7 @@
 //!
 //! * [`command`], [`device`]: what is asked of a device, and arrays in its memory
 //! * [`kernels`], [`attention`]: the arguments of every kernel; the kernels are the `.cu` files beside it
-//! * [`tensors`], [`factors`]: the frozen weights, and an adapter
+//! * [`tensors`], [`factors`], [`optimizer`]: the frozen weights, an adapter, and what makes the next version of it
 //! * [`call`]: the rows of a forward call
 //! * [`layer`], [`decoder`]: forward, backward, log-probabilities and choices
 //! * [`graph`], [`steps`]: decoding steps that are started as one
@@ -21,6 +21,7 @@ pub(crate) mod factors;
 pub mod graph;
 pub(crate) mod kernels;
 mod layer;
+pub(crate) mod optimizer;
 pub mod plan;
 mod steps;
 pub(crate) mod tensors;
@@ -84,11 +85,11 @@ impl Place {
         Self::choose(Device::Auto, dtype, None)
     }
 
-    /// A line that says what computes.
+    /// What computes, in words.
     pub fn name(&self) -> String {
         match &self.gpu {
-            Some(gpu) => format!("computing on {}", gpu.device().name()),
-            None => format!("computing on this processor ({:?})", self.kernel),
+            Some(gpu) => gpu.device().name().to_string(),
+            None => format!("this processor ({:?})", self.kernel),
         }
     }
 }

@@ -36,8 +36,8 @@ impl Memory {
         work: &Work,
         together: bool,
     ) -> Self {
-        // The gradient, and one version on its way; those that are sampled from lie in seats too.
-        let adapter = numbers * (PARTS * HALF * 2 * versions + 2 * FLOAT);
+        // The gradient and two moments, and one version more while it is made of another; what is sampled from lies in seats too.
+        let adapter = numbers * ((PARTS * HALF + FLOAT) * (versions + 1) + PARTS * HALF * versions + 3 * FLOAT);
         let rollouts = filled(work.rollouts);
         let choosing = rollouts.min((CHOOSING / architecture.vocabulary).max(1));
         let logits = choosing * (architecture.vocabulary + STRETCHES) * FLOAT;
