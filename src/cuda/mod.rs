@@ -9,6 +9,10 @@
 //! * [`call`]: the rows of a forward call
 //! * [`layer`], [`decoder`]: forward, backward, log-probabilities and choices
 //! * [`graph`], [`steps`]: decoding steps that are started as one
+//!
+//! A decoding step of a shape that was seen before is one CUDA graph: the decoder runs on a device that writes down its kernels and
+//! products and places what it allocates in one range of memory, which all graphs share. Input, adapters and output have places
+//! that stay, so that a step is then an upload, a start and a download. A graph ends with the store of keys that it writes to.
 
 mod attention;
 mod call;
