@@ -14,7 +14,7 @@ use super::graph::Graph;
 use crate::ops::head::Logits;
 
 /// Shapes that are known at once; those not seen for longest are forgotten.
-pub const KNOWN: usize = 32;
+const KNOWN: usize = 32;
 
 /// Rows of a step of so many sequences: few shapes serve all numbers that are left as sequences end. Weights are read once whatever
 /// the rows are, so that up to an eighth more costs little.
