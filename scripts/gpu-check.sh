@@ -3,7 +3,7 @@
 #
 #   scripts/gpu-check.sh [FOLDER]
 #
-# 1. the tests of the device's decoder, on the GPU: log-probabilities, gradients, samples beside the processor's
+# 1. the tests of the device's decoder and optimizer, on the GPU: log-probabilities, gradients, samples, updates beside the processor's
 # 2. the SmolLM2 quickstart, where its model is in the cache or can be fetched (QUICKSTART=0 leaves it out)
 # 3. a model of Gemma 2 2B's shape with random weights: a GRPO step of 32 prompts x 8 completions x 256 tokens with prompts of 350,
 #    the learner alone, decoding at batch 64, and what share of the GPU's arithmetic and memory bandwidth that is
@@ -28,7 +28,7 @@ say() { printf '\n== %s (%s s)\n' "$1" "$SECONDS"; }
 
 say "tests on the GPU"
 tests=${TESTS:-cargo test --release --features cuda --test all --}
-CANDOR_TEST_GPU=1 timeout 300 $tests --test-threads 1 cuda_decoder cuda_driver 2>&1 | tee "$out/tests.log" | grep -E '^test |panicked|FAILED'
+CANDOR_TEST_GPU=1 timeout 300 $tests --test-threads 1 cuda_decoder cuda_optimizer cuda_driver cuda_steps 2>&1 | tee "$out/tests.log" | grep -E '^test |panicked|FAILED'
 grep -q 'test result: ok' "$out/tests.log" || failed=1
 
 if [ "${QUICKSTART:-1}" != 0 ]; then
@@ -72,6 +72,7 @@ if decode := lines.get("decode"):
     # A step reads all weights, and the keys and values of every sequence: a prompt's once for each of its completions.
     floor = rollouts * bandwidth * 1e12 / (base + keys / stored * rollouts * context)
     rows.append(("decode at 64, tokens/s", f"{decode['decode_tokens_per_second']:.0f}", ""))
+    rows.append(("steps that were started as graphs", f"{decode['device']['replays']}", ""))
     rows.append(("share of the bandwidth's floor", f"{100 * decode['decode_tokens_per_second'] / floor:.0f}%", ">= 50%"))
 if step := lines.get("step"):
     # The pool gives nothing back, so that what is not free at the end was the most that was held.

@@ -248,7 +248,6 @@ impl Bench {
 
     /// Where the peak went, in bytes; activations are what the other terms leave of it.
     fn memory(&self, shape: Shape) -> Value {
-        let adapter: usize = self.adapter.tensors().iter().map(|(_, tensor)| tensor.elem_count()).sum();
         let sampling = self.sampling(shape.new);
         let groups = (0..shape.prompts).map(|_| group_rows(shape.prompt, shape.group, &sampling));
         let keys = KeyValueStore::bytes(
@@ -259,7 +258,7 @@ impl Bench {
         let (base, head, adapter) = (
             self.footprint.resident,
             head::bytes(shape.prompts * shape.group * shape.new, self.model.architecture.hidden),
-            4 * 4 * adapter,
+            4 * 4 * self.adapter.numbers(),
         );
         let known = self.program as usize + base + adapter + keys + head;
         let activations = peak_memory().map(|peak| (peak as usize).saturating_sub(known));

@@ -7,7 +7,6 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
-use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
 
 use crate::config::Config;
@@ -25,6 +24,9 @@ pub struct State {
     pub updates: u64,
 }
 
+/// What the moments of a tensor have before its name.
+const MOMENTS: [&str; 2] = ["first", "second"];
+
 /// Saves a checkpoint and removes all but the newest `checkpoint.keep`.
 ///
 /// # Errors
@@ -40,12 +42,13 @@ pub fn save(run: &Path, config: &Config, learner: &Learner, next_step: u64) -> R
     }
     fs::create_dir_all(&unfinished).with_context(|| format!("{}: cannot create", unfinished.display()))?;
     peft::save(&unfinished, &config.lora, &config.model.source, learner.adapter())?;
-    let names = learner.adapter().tensors().into_iter().map(|(name, _)| name);
-    let moments = names.zip(&learner.optimizer.moments).flat_map(|(name, (first, second))| {
-        [(format!("first.{name}"), first.clone()), (format!("second.{name}"), second.clone())]
+    let (adapter, optimizer) = (learner.adapter(), &learner.optimizer);
+    let moments = MOMENTS.into_iter().zip(optimizer.moments(adapter)?).flat_map(|(kind, moments)| {
+        let names = adapter.names().map(move |name| format!("{kind}.{name}"));
+        names.zip(moments)
     });
     tensors::save(&unfinished.join("optimizer.safetensors"), moments.collect())?;
-    let state = State { next_step, updates: learner.optimizer.updates };
+    let state = State { next_step, updates: optimizer.updates() };
     write_whole(&unfinished.join("state.json"), &serde_json::to_vec_pretty(&state)?)?;
     fs::rename(&unfinished, &path).with_context(|| format!("{}: cannot create", path.display()))?;
     let all = list(run)?;
@@ -108,18 +111,15 @@ pub fn restore_moments(checkpoint: &Path, learner: &mut Learner, state: &State) 
     let path = checkpoint.join("optimizer.safetensors");
     let device = learner.device().clone();
     let mut saved = tensors::load(&path, &device)?;
-    let mut moments = Vec::new();
-    for (name, tensor) in learner.adapter().tensors() {
-        let mut take = |kind: &str| -> Result<Tensor> {
+    let mut moments = [(); 2].map(|()| Vec::new());
+    for (kind, moments) in MOMENTS.into_iter().zip(&mut moments) {
+        for (name, tensor) in learner.adapter().tensors()? {
             let name = format!("{kind}.{name}");
             let moment =
                 saved.remove(&name).with_context(|| format!("{}: tensor {name} is missing", path.display()))?;
             ensure!(moment.dims() == tensor.dims(), "{}: tensor {name} has shape {:?}", path.display(), moment.dims());
-            Ok(moment)
-        };
-        moments.push((take("first")?, take("second")?));
+            moments.push(moment);
+        }
     }
-    learner.optimizer.moments = moments;
-    learner.optimizer.updates = state.updates;
-    Ok(())
+    learner.optimizer.restore(moments, state.updates)
 }

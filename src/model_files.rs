@@ -120,7 +120,7 @@ impl ModelFiles {
         debug!(path = %path.display(), "weights");
         observer(Event::Line(&format!("loading the model {}", path.file_name().unwrap_or(path.as_os_str()).display())));
         let Self { weights, quantization, place, .. } = &self;
-        observer(Event::Line(&place.name()));
+        observer(Event::Line(&format!("computing on {}", place.name())));
         Ok(Arc::new(match &place.gpu {
             Some(gpu) => Model::load_on(gpu, weights, *quantization)?,
             None => Model::load(weights, *quantization, place.kernel, device)?,

@@ -21,7 +21,7 @@ use crate::tensors;
 /// # Errors
 /// If the disk fails.
 pub fn save(folder: &Path, lora: &Lora, base: &str, adapter: &Adapter) -> Result<()> {
-    tensors::save(&folder.join("adapter_model.safetensors"), adapter.tensors())?;
+    tensors::save(&folder.join("adapter_model.safetensors"), adapter.tensors()?)?;
     let repository = hub_repository(base);
     let alpha = if lora.alpha.fract() == 0.0 { json!(lora.alpha as i64) } else { json!(lora.alpha) };
     let config = json!({

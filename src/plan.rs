@@ -218,7 +218,8 @@ impl Work {
             let memory = plan::Memory::of(gpu, architecture, weights, adapters, self, together);
             // The table of embeddings is rounded here before it goes to the GPU.
             let loading = reading_bytes() + 2 * architecture.vocabulary * architecture.hidden;
-            let adapter = FLOAT * (copies + 1) * adapter;
+            // While a checkpoint is saved: the adapter and two moments, and one of them on its way.
+            let adapter = FLOAT * copies * adapter;
             return Ok((Memory { program, adapter, loading, together, ..Memory::default() }, Some(memory)));
         }
         let memory = Memory {

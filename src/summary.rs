@@ -1,6 +1,7 @@
 //! What a run amounts to: held-out tasks before and after, speed and memory.
 //!
-//! It is computed from the run folder alone, so it says the same of a run that was stopped and resumed.
+//! It is computed from the run folder, so it says the same of a run that was stopped and resumed; only the name of what computed is
+//! not there.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -130,6 +131,8 @@ pub struct Comparison {
 /// What a finished run amounts to.
 #[derive(Clone, Debug, Serialize)]
 pub struct Summary {
+    /// What computed at the end: a GPU, or this processor.
+    pub device: String,
     /// One per environment that was evaluated twice.
     pub comparisons: Vec<Comparison>,
     /// Training steps recorded.
@@ -143,11 +146,11 @@ pub struct Summary {
 }
 
 impl Summary {
-    /// Reads a run folder.
+    /// Reads the folder of a run that was computed on `device`.
     ///
     /// # Errors
     /// If a file is missing or a row damaged.
-    pub fn of(run: &Path) -> Result<Self> {
+    pub fn of(run: &Path, device: String) -> Result<Self> {
         let rows: Vec<Row> = all_rows(&run.join(GENERATIONS))?;
         let mut metrics: Vec<Value> = all_rows(&run.join(METRICS))?;
         metrics.retain(|row| row["split"] == "train");
@@ -157,6 +160,7 @@ impl Summary {
         let tokens: f64 = metrics.iter().filter_map(|row| row["tokens/completion"].as_f64()).sum();
         let peaks = metrics.iter().filter_map(|row| Some((row["perf/peak_gib"].as_f64()? * GIB) as u64));
         Ok(Self {
+            device,
             comparisons: compare(&rows)?,
             steps: metrics.len(),
             seconds_per_step: seconds.get(seconds.len() / 2).copied(),

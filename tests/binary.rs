@@ -45,6 +45,7 @@ fn a_run_says_its_progress_on_standard_error_and_its_summary_on_standard_output(
     let summary: Value =
         serde_json::from_str(&fs::read_to_string(place.path("results/tiny/summary.json")).unwrap()).unwrap();
     assert_eq!((&summary["steps"], &summary["comparisons"][0]["after"]["parsed"]), (&3.into(), &0.into()));
+    assert!(summary["device"].as_str().unwrap().starts_with("this processor ("), "{summary}");
 }
 
 #[test]

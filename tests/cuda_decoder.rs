@@ -69,7 +69,7 @@ fn assert_all_near(name: &str, models: [Option<Arc<Model>>; 3], adapter: &Adapte
         gradient(&learner, &trees, shape)
     };
     let gradients = models.each_ref().map(|model| model.as_ref().map(gradients));
-    for (index, (tensor, _)) in adapter.tensors().iter().enumerate() {
+    for (index, (tensor, _)) in adapter.tensors().unwrap().iter().enumerate() {
         let own = gradients.each_ref().map(|gradients| gradients.as_ref().map(|tensors| tensors[index].clone()));
         assert_near(&format!("{name}, {tensor}"), own);
     }

@@ -7,19 +7,20 @@ use std::sync::{Arc, Mutex};
 use anyhow::{Context, Result, ensure};
 use candor::config::{Device as Where, Dtype};
 use candor::cuda::Place;
-use candor::cuda::device::{Argument, Device, Gpu, Launch, Operand, Product, Room};
+use candor::cuda::device::{Argument, Command, Device, Gpu, Launch, Operand, Product, Room};
 
 use crate::check;
 use crate::cuda_on_host::{self, File, Kernels, TURNS};
 
 /// Kernels whose elements any number of blocks may share; names that others begin with end in `_`.
-const SHARED: [&str; 7] = ["round_rows", "split_parts", "add", "gate", "gate_backward", "rope_tables", "unpack_"];
+const SHARED: [&str; 7] = ["round_rows", "adapter_parts", "adamw", "gate", "gate_backward", "rope_tables", "unpack_"];
 
 pub struct OnHost {
     files: Vec<&'static Kernels>,
     /// By address; what is not written yet is no number.
     memory: Mutex<BTreeMap<u64, Vec<u128>>>,
     total: usize,
+    graphs: Mutex<Vec<Option<Vec<Command>>>>,
 }
 
 /// The first GPU where `CANDOR_TEST_GPU` is set, else this processor in place of one.
@@ -38,7 +39,7 @@ pub fn on_host(total: usize) -> Option<Arc<Gpu>> {
     }
     let all = [File::Elementwise, File::Attention, File::AttentionBackward, File::Head, File::Quantized];
     let files = all.map(Kernels::of).into_iter().collect::<Option<Vec<_>>>()?;
-    Some(Gpu::new(Box::new(OnHost { files, memory: Mutex::default(), total })))
+    Some(Gpu::new(Box::new(OnHost { files, memory: Mutex::default(), total, graphs: Mutex::default() })))
 }
 
 impl OnHost {
@@ -90,6 +91,14 @@ impl Device for OnHost {
         Ok(())
     }
 
+    fn copy(&self, from: u64, to: u64, bytes: usize) -> Result<()> {
+        self.inside(from, bytes)?;
+        self.inside(to, bytes)?;
+        // SAFETY: inside arrays by the checks.
+        unsafe { std::ptr::copy(from as *const u8, to as *mut u8, bytes) };
+        Ok(())
+    }
+
     fn zero(&self, at: u64, bytes: usize) -> Result<()> {
         self.inside(at, bytes)?;
         // SAFETY: inside an array by the check.
@@ -136,6 +145,24 @@ impl Device for OnHost {
             }
         }
         Ok(())
+    }
+
+    fn record(&self, commands: &[Command]) -> Result<u64> {
+        let mut graphs = self.graphs.lock().unwrap();
+        graphs.push(Some(commands.to_vec()));
+        Ok(graphs.len() as u64 - 1)
+    }
+
+    fn replay(&self, graph: u64) -> Result<()> {
+        let commands = self.graphs.lock().unwrap()[graph as usize].clone().context("the graph was forgotten")?;
+        commands.iter().try_for_each(|command| match command {
+            Command::Launch(kernel, shape, arguments) => self.launch(kernel, *shape, arguments),
+            Command::Multiply(product) => self.multiply(product),
+        })
+    }
+
+    fn forget(&self, graph: u64) {
+        self.graphs.lock().unwrap()[graph as usize].take().expect("a graph is forgotten once");
     }
 }
 

@@ -1,8 +1,5 @@
 //! The point-wise kernels against what they are the twins of on the CPU, on the processor.
 
-use candle_core::{Device, Tensor};
-use candor::config::Learner as Settings;
-use candor::learner::optimizer::AdamW;
 use candor::ops::dropout::Dropout;
 use candor::ops::gate::Activation;
 use candor::ops::kernel::Kernel;
@@ -11,7 +8,6 @@ use candor::ops::norm::RmsNorm;
 use candor::ops::rope::{Direction, Rotation};
 
 use crate::cuda_on_host::{File, Kernels, TURNS, Turns, alike, blocks, numbers, room, rounded, run, widened, written};
-use crate::ops::floats;
 
 /// Rows and widths that are no multiple of a block, and one that is.
 const SHAPES: [(usize, usize); 6] = [(1, 1), (1, 33), (2, 64), (33, 300), (2, 256), (3, 2305)];
@@ -50,14 +46,18 @@ fn rounding_is_to_the_nearest_even() {
     });
 }
 
+/// Catches a B that is not turned or scaled, and parts in each other's places.
 #[test]
-fn parts_are_what_bf16_holds_and_what_it_leaves() {
-    let x = numbers(1, 777);
-    let want = parts(&x, Kernel::Amx);
+fn an_adapters_parts_are_what_bf16_holds_and_what_it_leaves() {
+    let ([rank, narrow, wide], scale) = ([3, 100, 77], 0.7);
+    let (a, b) = (numbers(1, rank * narrow), numbers(2, wide * rank));
+    let turned = (0..rank).flat_map(|row| b[row..].iter().step_by(rank).map(|b| scale * b)).collect();
+    let want = [a.clone(), turned].iter().flat_map(|matrix| parts(matrix, Kernel::Amx)).collect::<Vec<_>>().concat();
     check(|kernels, turns| {
-        let (mut high, mut low) = (vec![0; x.len()], vec![0; x.len()]);
-        run!(kernels, spread(turns), split_parts(&x[..], &mut high[..], &mut low[..], x.len() as i64));
-        assert_eq!((widened(&high), low), (want[0].clone(), rounded(&want[1])));
+        let (values, mut got) = ([a.clone(), b.clone()].concat(), vec![0; want.len()]);
+        let [rank, narrow, wide] = [rank, narrow, wide].map(|size| size as i32);
+        run!(kernels, spread(turns), adapter_parts(&values[..], &mut got[..], scale, rank, narrow, wide));
+        assert_eq!(got, rounded(&want));
     });
 }
 
@@ -65,11 +65,7 @@ fn parts_are_what_bf16_holds_and_what_it_leaves() {
 fn sums_rows_and_embeddings() {
     check(|kernels, turns| {
         for (rows, width) in SHAPES {
-            let (x, y, bias) = (numbers(1, rows * width), numbers(2, rows * width), numbers(3, width));
-            let mut sum = room(rows * width);
-            run!(kernels, spread(turns), add(&x[..], &y[..], &mut sum[..], (rows * width) as i64));
-            let want: Vec<f32> = x.iter().zip(&y).map(|(x, y)| x + y).collect();
-            assert_eq!(written(&sum), want);
+            let (x, bias) = (numbers(1, rows * width), numbers(3, width));
             let mut sum = [x.clone(), room(0)].concat();
             run!(kernels, blocks(rows, 256, turns), add_bias(&mut sum[..], &bias[..], rows as i32, width as i32));
             let want: Vec<f32> = x.chunks(width).flat_map(|x| x.iter().zip(&bias).map(|(x, bias)| x + bias)).collect();
@@ -389,53 +385,6 @@ fn dropout_drops_the_same() {
             assert_eq!(written(&sum), want);
         });
     }
-}
-
-/// Three updates of AdamW, all tensors as one. Catches constants that were rounded before they were subtracted from 1.
-#[test]
-fn adamw_updates() {
-    let settings = Settings { weight_decay: 0.1, betas: [0.9, 0.999], ..crate::learner::settings() };
-    let (n, rate, clipped) = (1000, 0.01, 0.5);
-    let tensor = |values: &[f32]| Tensor::new(values, &Device::Cpu).unwrap();
-    check(|kernels, turns| {
-        let mut p = numbers(1, n);
-        let (mut m, mut v) = (vec![0.0f32; n], vec![0.0f32; n]);
-        let mut want = vec![tensor(&p)];
-        let mut optimizer = AdamW::new(&want).unwrap();
-        for step in 1..=3 {
-            let g = numbers(10 + step, n);
-            let scaled: Vec<f32> = g.iter().map(|g| clipped as f32 * g).collect();
-            want = optimizer.update(&want, &[tensor(&scaled)], rate, &settings).unwrap();
-            let [beta1, beta2] = settings.betas;
-            let (correction1, correction2) = (1.0 - beta1.powf(step as f64), (1.0 - beta2.powf(step as f64)).sqrt());
-            run!(
-                kernels,
-                spread(turns),
-                adamw(
-                    &mut p[..],
-                    &mut m[..],
-                    &mut v[..],
-                    &g[..],
-                    rate,
-                    beta1,
-                    beta2,
-                    settings.epsilon,
-                    settings.weight_decay,
-                    correction1,
-                    correction2,
-                    clipped,
-                    n as i64
-                )
-            );
-            let name = format!("AdamW, step {step}");
-            alike(&name, &p, &floats(&want[0]), 1e-6);
-            alike(&format!("{name}, first moment"), &m, &floats(&optimizer.moments[0].0), 1e-6);
-            // Relative to its own size, which is far below 0.1.
-            let second = floats(&optimizer.moments[0].1);
-            let second: Vec<f32> = v.iter().zip(&second).map(|(got, want)| got / want).collect();
-            alike(&format!("{name}, second moment"), &second, &vec![1.0; n], 1e-6);
-        }
-    });
 }
 
 #[test]

@@ -71,7 +71,7 @@ fn an_evaluation_finds_what_the_run_found() {
     let results = tempdir().unwrap();
     let config = config("steps = 6\nevaluation.tasks = 5\nlora.alpha = 12.0");
     run(results.path(), &config);
-    let summary = Summary::of(&results.path().join("toy")).unwrap();
+    let summary = Summary::of(&results.path().join("toy"), "a processor".into()).unwrap();
     let (before, after) = (&summary.comparisons[0].before, &summary.comparisons[0].after);
     assert_ne!(before.reward, after.reward);
     let newest = checkpoint::newest(&results.path().join("toy")).unwrap().unwrap();

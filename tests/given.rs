@@ -233,6 +233,7 @@ fn the_gradients_of_given_completions_equal_finite_differences() {
         let loss = |scale: f64| {
             let moved: Vec<(String, Tensor)> = adapter
                 .tensors()
+                .unwrap()
                 .into_iter()
                 .zip(&gradients)
                 .map(|((name, tensor), gradient)| (name, (tensor + (gradient * scale).unwrap()).unwrap()))

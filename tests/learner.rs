@@ -91,7 +91,7 @@ fn golden_gradients_equal_peft() {
         check::all_close(&place, behavior_t(&mut trees[0].branches[0]), &values(&golden["logps_a"]), 1e-4);
         let learner = Learner::new(model.clone(), &adapter, None, &settings()).unwrap();
         let got = gradient(&learner, &trees, &shape());
-        for ((tensor, _), got) in adapter.tensors().iter().zip(&got) {
+        for ((tensor, _), got) in adapter.tensors().unwrap().iter().zip(&got) {
             check::all_close(&format!("{place} {tensor}"), got, &values(&golden[&format!("grad_a.{tensor}")]), 1e-4);
         }
     }
@@ -172,7 +172,7 @@ fn golden_grpo_runs_of_trl() {
             check::close(&place, report.loss, want["loss"].as_f64().unwrap(), 1e-5);
             check::close(&place, report.grad_norm, trace["logs"][step]["grad_norm"].as_f64().unwrap(), 1e-4);
         }
-        for (tensor, value) in learner.adapter().tensors() {
+        for (tensor, value) in learner.adapter().tensors().unwrap() {
             let norm = values(&value).iter().map(|x| x * x).sum::<f64>().sqrt();
             check::close(
                 &format!("{name} {tensor}"),
@@ -226,7 +226,7 @@ pub fn forest(model: &Model, adapter: &Adapter) -> Vec<Tree> {
 }
 
 pub fn assert_same_gradient(name: &str, learner: &Learner, got: &[Vec<f64>], want: &[Vec<f64>]) {
-    for ((tensor, _), (got, want)) in learner.adapter().tensors().iter().zip(got.iter().zip(want)) {
+    for ((tensor, _), (got, want)) in learner.adapter().tensors().unwrap().iter().zip(got.iter().zip(want)) {
         let norm = want.iter().map(|x| x * x).sum::<f64>().sqrt();
         let difference = got.iter().zip(want).map(|(a, b)| (a - b).powi(2)).sum::<f64>().sqrt();
         assert!(difference <= 1e-5 * (norm + 1e-3), "{name}: {tensor} differs by {difference:.3e} of {norm:.3e}");
@@ -286,6 +286,7 @@ pub fn assert_finite_differences(shape: &StepShape) {
         let loss = |scale: f64| {
             let moved = adapter
                 .tensors()
+                .unwrap()
                 .into_iter()
                 .zip(&gradients)
                 .map(|((name, tensor), gradient)| (name, (tensor + (gradient * scale).unwrap()).unwrap()));
@@ -347,7 +348,7 @@ fn the_gradient_in_bf16_is_near_that_in_f32() {
 #[test]
 fn a_gradient_that_is_not_finite_is_an_error() {
     let Some((model, adapter)) = tiny("llama") else { return };
-    let tensors = adapter.tensors().into_iter().map(|(name, tensor)| {
+    let tensors = adapter.tensors().unwrap().into_iter().map(|(name, tensor)| {
         let broken = name.contains("layers.2.mlp.up_proj.lora_B");
         let tensor = if broken { (tensor * f64::INFINITY).unwrap() } else { tensor };
         (name, tensor)
@@ -355,9 +356,10 @@ fn a_gradient_that_is_not_finite_is_an_error() {
     let broken = like_tiny(&model, tensors);
     let trees = forest(&model, &adapter);
     let mut learner = Learner::new(model, &broken, None, &settings()).unwrap();
-    let before: Vec<Tensor> = learner.adapter().tensors().into_iter().map(|(_, t)| t.copy().unwrap()).collect();
+    let before: Vec<Tensor> =
+        learner.adapter().tensors().unwrap().into_iter().map(|(_, t)| t.copy().unwrap()).collect();
     assert!(learner.step(&[Portion::sampled(trees.to_vec())], &shape(), &mut |_, _| Ok(())).is_err());
-    for ((name, after), before) in learner.adapter().tensors().iter().zip(before) {
+    for ((name, after), before) in learner.adapter().tensors().unwrap().iter().zip(before) {
         assert!(
             values(after).iter().zip(values(&before)).all(|(a, b)| a.to_bits() == b.to_bits()),
             "{name} was updated"

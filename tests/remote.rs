@@ -45,7 +45,7 @@ fn adapter(tiny: &Tiny, version: u64) -> Arc<Adapter> {
     let lora = toy::config("").lora;
     let mut adapter = Adapter::initialize(&tiny.model.architecture, &lora, version, &Device::Cpu).unwrap();
     let moved = |(_, tensor): (String, Tensor)| (tensor + 0.01 * (version + 1) as f64).unwrap();
-    let tensors = adapter.tensors().into_iter().map(moved).collect();
+    let tensors = adapter.tensors().unwrap().into_iter().map(moved).collect();
     adapter.replace(tensors);
     Arc::new(adapter.publish(version))
 }

@@ -218,7 +218,7 @@ fn the_learner_recomputes_the_sampled_log_probabilities() {
     {
         let Tiny { model, mut sampler, adapter, .. } = open(&folder, kernel);
         // What an adapter adds must be the same bits too, and it must be there to be compared.
-        assert!(adapter.tensors().iter().all(|(_, tensor)| values(tensor).iter().any(|x| *x != 0.0)));
+        assert!(adapter.tensors().unwrap().iter().all(|(_, tensor)| values(tensor).iter().any(|x| *x != 0.0)));
         // More tokens than one call reads prompts of, and more completions than a call of the learner has room for.
         let requests = [request(0, 9, 4), request(1, 40, 3), request(2, 1, 2), request(3, 70, 5), request(4, 33, 1)];
         for (adapter, temperature) in [(None, 1.0), (Some(&adapter), 1.0), (Some(&adapter), 0.7), (Some(&adapter), 1.3)]
@@ -302,7 +302,8 @@ impl Changing {
     fn new(adapter: &Adapter, versions: u64, stops_at: usize) -> Self {
         let scaled = |version: u64| {
             let mut scaled = adapter.publish(version);
-            let tensors = adapter.tensors().into_iter().map(|(_, tensor)| (tensor * (0.5 * version as f64)).unwrap());
+            let tensors =
+                adapter.tensors().unwrap().into_iter().map(|(_, tensor)| (tensor * (0.5 * version as f64)).unwrap());
             scaled.replace(tensors.collect());
             Arc::new(scaled)
         };

@@ -265,7 +265,7 @@ fn train_and_sum_up(run: &mut Run, options: &Options, console: &Arc<Console>) ->
     if train(run, options.observer, &INTERRUPTED)? == Outcome::Interrupted {
         return Ok(None);
     }
-    let summary = Summary::of(&run.folder.path)?;
+    let summary = Summary::of(&run.folder.path, run.learner.place().name())?;
     write_whole(&run.folder.path.join(SUMMARY), &serde_json::to_vec_pretty(&summary)?)?;
     Ok(Some(summary))
 }

@@ -16,12 +16,10 @@
 // struct Tile { int span, first; } `first` counts from the span's query_start, a multiple of 64. Longest contexts first
 //                                    keep all multiprocessors busy to the end.
 //
-//   store_keys(keys, values, to_row, key_store, value_store, rows, width) (rows; 256)
-//       Rounds rows of a call [rows, width] into rows to_row[i] of the stores; width = key_heads * dim.
 //   store_heads(queries, keys, values, query_gain_or_null, key_gain_or_null, epsilon, cosines, sines, to_row,
 //           key_store, value_store, rows, query_heads, key_heads, dim) (rows; 256)
-//       The same after what comes before: normalizes each head of queries and keys if there is a gain [dim], and
-//       rotates it. Queries are replaced, keys only stored.
+//       Normalizes each head of queries and keys if there is a gain [dim], and rotates it. Queries are replaced; keys
+//       and values [rows, key_heads * dim] are rounded into rows to_row[i] of the stores, unless that is -1.
 //   attention_rows(queries, key_store, value_store, row_span, spans, out_or_null, out_rounded_or_null,
 //           log_sums_or_null, rows, query_heads, key_heads, dim, scale, soft_cap, window) (rows, key_heads, ceil(group
 //           / 8); 256)
@@ -31,15 +29,6 @@
 //           log_sums_or_null, query_heads, key_heads, dim, scale, soft_cap, window) (tiles, query_heads; 128; dynamic
 //           shared memory 256 * (D + 8) bytes)
 //       queries and out [rows, query_heads * dim] in f32, out also rounded; log_sums [rows, query_heads].
-
-extern "C" __global__ void store_keys(const float *keys, const float *values, const int *to_row, bf16 *key_store,
-                                      bf16 *value_store, int rows, int width) {
-    long long from = (long long)blockIdx.x * width, to = (long long)to_row[blockIdx.x] * width;
-    for (int i = threadIdx.x; i < width; i += blockDim.x) {
-        key_store[to + i] = round_bf16(keys[from + i]);
-        value_store[to + i] = round_bf16(values[from + i]);
-    }
-}
 
 // Normalizes a head if there is a gain, and rotates it: a warp calls write(channel, value).
 template <typename Write> __device__ void turn_head(const float *x, const float *gain_or_null, float epsilon,
@@ -67,7 +56,8 @@ extern "C" __global__ void store_heads(float *queries, const float *keys, const 
                                        bf16 *value_store, int rows, int query_heads, int key_heads, int dim) {
     long long row = blockIdx.x, to = (long long)to_row[row] * key_heads * dim;
     const float *cosine = cosines + row * (dim / 2), *sine = sines + row * (dim / 2);
-    for (int head = WARP; head < query_heads + 2 * key_heads; head += blockDim.x / LANES) {
+    int heads = to_row[row] < 0 ? query_heads : query_heads + 2 * key_heads;
+    for (int head = WARP; head < heads; head += blockDim.x / LANES) {
         int key_head = head < query_heads ? 0 : (head - query_heads) % key_heads;
         const float *key = keys + (row * key_heads + key_head) * dim,
                     *value = values + (row * key_heads + key_head) * dim;

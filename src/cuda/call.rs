@@ -1,6 +1,7 @@
 //! A call on the device: its integers in one upload, what decides which kernels run, and the adapters of its rows.
 
 use std::collections::BTreeMap;
+use std::marker::PhantomData;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -13,77 +14,74 @@ use super::kernels::{self, Mask, Segments};
 use crate::model::{Architecture, Call, Projection};
 use crate::ops::attention::Span;
 use crate::ops::dropout::Dropout;
+use crate::policy::Adapter;
 
 /// Spans of fewer queries are computed row by row: a tile would be mostly empty.
 const FEW: usize = 8;
 
 /// Arrays of numbers that travel together.
 #[derive(Default)]
-struct Parcel {
-    bytes: Vec<u8>,
+pub struct Parcel {
+    pub bytes: Vec<u8>,
 }
 
 /// Where an array lies in a parcel.
-struct Place(usize);
+pub struct Place<T>(usize, PhantomData<T>);
 
 impl Parcel {
-    fn add<T: Number>(&mut self, values: &[T]) -> Place {
+    pub fn add<T: Number>(&mut self, values: &[T]) -> Place<T> {
         self.bytes.resize(self.bytes.len().next_multiple_of(16), 0);
-        let place = Place(self.bytes.len());
+        let place = Place(self.bytes.len(), PhantomData);
         self.bytes.extend_from_slice(bytes_of(values));
         place
     }
 
-    fn send(&self, gpu: &Arc<Gpu>) -> Result<Array<u8>> {
-        gpu.upload(Purpose::Activations, &self.bytes)
+    pub fn send(&self, gpu: &Arc<Gpu>) -> Result<Arc<Array<u8>>> {
+        gpu.upload(Purpose::Activations, &self.bytes).map(Arc::new)
     }
 }
 
-fn at<T>(parcel: &Array<u8>, place: &Place) -> View<T> {
-    parcel.from(place.0).cast()
+impl<T> Place<T> {
+    /// The array, where the parcel was sent to.
+    pub fn of(&self, sent: &Array<u8>) -> View<T> {
+        sent.from(self.0).cast()
+    }
 }
 
-/// What every layer of a call needs beside its input.
-pub struct Prepared {
-    /// Rows of the call.
+/// Which adapter applies to which rows.
+pub type Applied = Vec<(Range<usize>, Option<Arc<Factors>>)>;
+
+/// The adapters of a call on the device.
+pub fn applied(gpu: &Arc<Gpu>, call: &Call) -> Result<Applied> {
+    let on_gpu = |adapter: &Adapter| adapter.on_gpu(gpu);
+    call.adapters.iter().map(|(range, adapter)| Ok((range.clone(), adapter.map(on_gpu).transpose()?))).collect()
+}
+
+/// A call before it is on the device: its integers in one parcel, and what decides which kernels run.
+pub struct Packed {
+    /// Rows that are computed.
     pub rows: usize,
-    /// Token of every row.
-    pub ids: View<u32>,
-    /// Where keys and values go.
-    pub to_row: View<i32>,
-    /// [spans, 6]: first row and number of the queries, and of the keys that come first and follow.
-    pub spans: View<i32>,
-    /// The span of every row that is computed by itself, if there are any, else −1.
-    pub row_span: Option<View<i32>>,
-    /// Queries that are computed together.
-    pub tiles: Tiles,
-    /// Which adapter applies to which rows.
-    pub adapters: Vec<(Range<usize>, Option<Arc<Factors>>)>,
-    /// Cosines and sines by kind of attention, [rows, dim / 2] each.
-    rotations: Vec<[Array<f32>; 2]>,
-    kinds: Vec<usize>,
-    dropped: Option<Dropped>,
-    /// What the views above look at.
-    _parcel: Array<u8>,
+    pub parcel: Parcel,
+    ids: Place<u32>,
+    positions: Place<u32>,
+    to_row: Place<i32>,
+    spans: Place<i32>,
+    tiles: (Place<i32>, usize),
+    row_span: Option<Place<i32>>,
+    /// What is dropped: the bound, what the rest is multiplied with, and a key for every row.
+    dropped: Option<(u64, f32, Place<u64>)>,
 }
 
-/// What is dropped of the adapters' inputs.
-struct Dropped {
-    bound: u64,
-    scale: f32,
-    keys: View<u64>,
-}
-
-impl Prepared {
-    /// Brings a call to the device. `together` computes all queries in tiles, as a backward pass does.
+impl Packed {
+    /// `together` computes all queries in tiles, as a backward pass does. Rows beyond those of the call, of which each is then a span,
+    /// see nothing and are stored nowhere.
     pub fn new(
-        gpu: &Arc<Gpu>,
         architecture: &Architecture,
-        frequencies: &[Array<f32>],
         (call, dropout): (&Call, Option<&Dropout>),
         together: bool,
+        rows: usize,
     ) -> Result<Self> {
-        let (rows, dim) = (call.ids.len(), architecture.head_dim);
+        let (own, dim) = (call.ids.len(), architecture.head_dim);
         ensure!(
             dim <= LARGEST_HEAD,
             "heads of {dim} are not on the GPU yet, only up to {LARGEST_HEAD}; use device = \"cpu\""
@@ -94,7 +92,7 @@ impl Prepared {
             "heads of {dim} cannot be trained on the GPU yet, only multiples of {HEAD_UNIT}; use device = \"cpu\""
         );
         let alone = |span: &Span| !tiled || (!together && span.queries.len() < FEW);
-        let mut to_row = vec![-1; rows];
+        let mut to_row = vec![-1; own];
         for store in call.stores {
             to_row[store.from.clone()].iter_mut().zip(store.to..).for_each(|(to, row)| *to = row as i32);
         }
@@ -104,43 +102,95 @@ impl Prepared {
             row_span[span.queries.clone()].fill(index as i32);
         }
         let tiles = tiles(call.spans, |span| if alone(span) { 0 } else { span.queries.len() });
+        let (mut ids, mut spans) = (call.ids.to_vec(), flat(call.spans));
+        let mut positions: Vec<u32> = call.positions.iter().map(|&position| position as u32).collect();
+        ids.resize(rows, 0);
+        positions.resize(rows, 0);
+        to_row.resize(rows, -1);
+        spans.resize(spans.len() + SPAN * (rows - own), 0);
         let mut parcel = Parcel::default();
-        let positions: Vec<u32> = call.positions.iter().map(|&position| position as u32).collect();
-        let (ids, positions) = (parcel.add(call.ids), parcel.add(&positions));
-        let (to_row, spans, tile_list) = (parcel.add(&to_row), parcel.add(&flat(call.spans)), parcel.add(&tiles));
-        let any_alone = row_span.iter().any(|span| *span >= 0);
-        let (row_span, keys) = (parcel.add(&row_span), parcel.add(dropout.map_or(&[][..], |dropout| &dropout.rows)));
-        let sent = parcel.send(gpu)?;
+        Ok(Self {
+            rows,
+            ids: parcel.add(&ids),
+            positions: parcel.add(&positions),
+            to_row: parcel.add(&to_row),
+            spans: parcel.add(&spans),
+            tiles: (parcel.add(&tiles), tiles.len() / 2),
+            row_span: row_span.iter().any(|span| *span >= 0).then(|| parcel.add(&row_span)),
+            dropped: dropout.map(|dropout| (dropout.bound(), dropout.scale(), parcel.add(&dropout.rows))),
+            parcel,
+        })
+    }
+}
+
+/// What every layer of a call needs beside its input.
+pub struct Prepared {
+    /// What computes it.
+    pub gpu: Arc<Gpu>,
+    /// Rows of the call.
+    pub rows: usize,
+    /// Token of every row.
+    pub ids: View<u32>,
+    /// Where keys and values go, or −1.
+    pub to_row: View<i32>,
+    /// [spans, 6]: first row and number of the queries, and of the keys that come first and follow.
+    pub spans: View<i32>,
+    /// The span of every row that is computed by itself, if there are any, else −1.
+    pub row_span: Option<View<i32>>,
+    /// Queries that are computed together.
+    pub tiles: Tiles,
+    pub adapters: Applied,
+    /// Cosines and sines by kind of attention, [rows, dim / 2] each.
+    rotations: Vec<[Array<f32>; 2]>,
+    kinds: Vec<usize>,
+    dropped: Option<Dropped>,
+    /// What the views above look at.
+    _parcel: Arc<Array<u8>>,
+}
+
+/// What is dropped of the adapters' inputs.
+struct Dropped {
+    bound: u64,
+    scale: f32,
+    keys: View<u64>,
+}
+
+impl Prepared {
+    /// Of a call whose parcel was sent to the device.
+    pub fn new(
+        gpu: &Arc<Gpu>,
+        architecture: &Architecture,
+        frequencies: &[Array<f32>],
+        (packed, sent): (&Packed, &Arc<Array<u8>>),
+        adapters: Applied,
+    ) -> Result<Self> {
+        let rows = packed.rows;
         let rotations = frequencies.iter().map(|frequencies| {
             let half = frequencies.len();
             let tables = [(); 2].map(|()| gpu.array(Purpose::Activations, rows * half));
             let [cosines, sines] = tables;
             let (cosines, sines) = (cosines?, sines?);
             let to = [cosines.view(), sines.view()];
-            kernels::rope_tables(gpu, at(&sent, &positions), frequencies.view(), to, [rows, half])?;
+            kernels::rope_tables(gpu, packed.positions.of(sent), frequencies.view(), to, [rows, half])?;
             Ok([cosines, sines])
         });
-        let rotations = rotations.collect::<Result<_>>()?;
-        let adapters = call
-            .adapters
-            .iter()
-            .map(|(range, adapter)| Ok((range.clone(), adapter.map(|adapter| adapter.on_gpu(gpu)).transpose()?)));
         Ok(Self {
+            gpu: gpu.clone(),
             rows,
-            ids: at(&sent, &ids),
-            to_row: at(&sent, &to_row),
-            spans: at(&sent, &spans),
-            row_span: any_alone.then(|| at(&sent, &row_span)),
-            tiles: (at(&sent, &tile_list), tiles.len() / 2),
-            adapters: adapters.collect::<Result<_>>()?,
-            rotations,
+            ids: packed.ids.of(sent),
+            to_row: packed.to_row.of(sent),
+            spans: packed.spans.of(sent),
+            row_span: packed.row_span.as_ref().map(|place| place.of(sent)),
+            tiles: (packed.tiles.0.of(sent), packed.tiles.1),
+            adapters,
+            rotations: rotations.collect::<Result<_>>()?,
             kinds: architecture.layers.clone(),
-            dropped: dropout.map(|dropout| Dropped {
-                bound: dropout.bound(),
-                scale: dropout.scale(),
-                keys: at(&sent, &keys),
+            dropped: packed.dropped.as_ref().map(|(bound, scale, keys)| Dropped {
+                bound: *bound,
+                scale: *scale,
+                keys: keys.of(sent),
             }),
-            _parcel: sent,
+            _parcel: sent.clone(),
         })
     }
 
@@ -156,6 +206,9 @@ impl Prepared {
         })
     }
 }
+
+/// Numbers of a span as kernels read it.
+const SPAN: usize = 6;
 
 /// Spans as kernels read them.
 fn flat(spans: &[Span]) -> Vec<i32> {
@@ -180,7 +233,7 @@ pub struct Backward {
     pub tiles: Tiles,
     /// Who sees them.
     pub readers: Readers,
-    _parcel: Array<u8>,
+    _parcel: Arc<Array<u8>>,
 }
 
 impl Backward {
@@ -201,8 +254,8 @@ impl Backward {
         let (tiles, mut parcel) = (tiles(call.spans, |span| span.own.len()), Parcel::default());
         let (tile_list, start, readers) = (parcel.add(&tiles), parcel.add(&start), parcel.add(&readers));
         let sent = parcel.send(gpu)?;
-        let readers = Readers { start: at(&sent, &start), spans: at(&sent, &readers) };
-        Ok(Self { tiles: (at(&sent, &tile_list), tiles.len() / 2), readers, _parcel: sent })
+        let readers = Readers { start: start.of(&sent), spans: readers.of(&sent) };
+        Ok(Self { tiles: (tile_list.of(&sent), tiles.len() / 2), readers, _parcel: sent })
     }
 }
 
@@ -214,7 +267,7 @@ pub struct Selected {
     pub segments: Segments,
     /// What each of them predicts.
     pub targets: View<u32>,
-    _parcel: Array<u8>,
+    _parcel: Arc<Array<u8>>,
 }
 
 impl Selected {
@@ -230,7 +283,7 @@ impl Selected {
         let (at_rows, order, start) = (parcel.add(rows), parcel.add(&order), parcel.add(&start));
         let targets = parcel.add(targets);
         let sent = parcel.send(gpu)?;
-        let segments = Segments { at: at(&sent, &at_rows), order: at(&sent, &order), start: at(&sent, &start), count };
-        Ok(Self { count: rows.len(), segments, targets: at(&sent, &targets), _parcel: sent })
+        let segments = Segments { at: at_rows.of(&sent), order: order.of(&sent), start: start.of(&sent), count };
+        Ok(Self { count: rows.len(), segments, targets: targets.of(&sent), _parcel: sent })
     }
 }

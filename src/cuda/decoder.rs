@@ -1,15 +1,16 @@
 //! The decoder on a device: one copy of the weights, which sampler, learner and reference share.
 //!
-//! Everything is asked for in one order. The host waits only where it reads: chosen tokens, log-probabilities, gradients.
+//! Everything is asked for in one order. The host waits only where it reads: chosen tokens, log-probabilities, the norm of a gradient.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 
-use super::call::{Backward, Prepared, Selected};
+use super::call::{Applied, Backward, Packed, Place, Prepared, Selected, applied};
 use super::device::{Array, Gpu, Product, Purpose, Room, View};
 use super::kernels::{self, Block, Norm, STRETCHES, Tallies};
 use super::layer::{Attended, Back, Work};
+use super::steps::{Shape, Steps, filled, once};
 use super::tensors::{Codes, Reading, Weight};
 use crate::config::Quantization;
 use crate::model::parts::Tensors;
@@ -31,10 +32,23 @@ pub struct Decoder {
     pub(super) codes: Codes,
     /// Rotary frequencies by kind of attention.
     frequencies: Vec<Array<f32>>,
+    /// Whoever decodes holds it for a whole step.
+    steps: Mutex<Steps>,
 }
 
 /// Keys and values of every layer, [key rows, key heads · dim] each.
-pub struct Keys(Vec<[Array<u16>; 2]>);
+pub type KeyStores = Vec<[Array<u16>; 2]>;
+
+/// The same, which graphs may outlive.
+pub struct Keys(Arc<KeyStores>);
+
+/// What tokens are chosen from and with: the rows that predict and a random number for each, where a call was sent to.
+struct Asked {
+    rows: Place<u32>,
+    places: Place<f64>,
+    count: usize,
+    logits: Logits,
+}
 
 /// What a forward pass keeps for a backward one.
 pub struct Kept {
@@ -45,29 +59,6 @@ pub struct Kept {
     hidden: Array<u16>,
     selected: Selected,
     log_sums: Array<f32>,
-}
-
-/// Gradients of all tensors of an adapter, one after the other.
-pub struct Gradients {
-    total: Array<f32>,
-    lengths: Vec<usize>,
-}
-
-impl Gradients {
-    /// The values of each tensor, row by row.
-    pub fn into_values(self) -> Result<Vec<Vec<f32>>> {
-        let values = self.total.download()?;
-        let mut rest = &values[..];
-        Ok(self
-            .lengths
-            .iter()
-            .map(|&len| {
-                let (own, others) = rest.split_at(len);
-                rest = others;
-                own.to_vec()
-            })
-            .collect())
-    }
 }
 
 /// How many tokens' keys and values fit into a third of what weights of so many bytes leave: it must not depend on what is free just
@@ -97,14 +88,15 @@ impl Decoder {
             gpu.upload(Purpose::Base, &frequencies)
         });
         let (frequencies, codes) = (frequencies.collect::<Result<_>>()?, Codes::new(gpu)?);
-        Ok(Self { gpu: gpu.clone(), architecture: architecture.clone(), tensors, codes, frequencies })
+        let (gpu, architecture, steps) = (gpu.clone(), architecture.clone(), Mutex::default());
+        Ok(Self { gpu, architecture, tensors, codes, frequencies, steps })
     }
 
     /// Room for the keys and values of so many rows.
     pub fn keys(&self, rows: usize) -> Result<Keys> {
         let Architecture { key_value_heads, head_dim, ref layers, .. } = *self.architecture;
         let store = || self.gpu.zeros(Purpose::Keys, padded(rows) * key_value_heads * head_dim);
-        Ok(Keys(layers.iter().map(|_| Ok([store()?, store()?])).collect::<Result<_>>()?))
+        Ok(Keys(Arc::new(layers.iter().map(|_| Ok([store()?, store()?])).collect::<Result<_>>()?)))
     }
 
     pub fn gpu(&self) -> &Arc<Gpu> {
@@ -114,11 +106,6 @@ impl Decoder {
     /// As [`stored_tokens`].
     pub fn stored_tokens(&self) -> usize {
         stored_tokens(&self.gpu, &self.architecture, self.gpu.used(Purpose::Base).0)
-    }
-
-    /// Zeros for tensors of so many numbers.
-    pub fn gradients(&self, lengths: Vec<usize>) -> Result<Gradients> {
-        Ok(Gradients { total: self.gpu.zeros(Purpose::Adapter, lengths.iter().sum())?, lengths })
     }
 
     /// ε of every norm.
@@ -132,39 +119,51 @@ impl Decoder {
 
     fn embed(&self, call: &Prepared) -> Result<Array<f32>> {
         let (hidden, scale) = (self.architecture.hidden, self.architecture.embedding_scale as f32);
-        let x = self.gpu.array(Purpose::Activations, call.rows * hidden)?;
-        kernels::embed(&self.gpu, call.ids, self.tensors.embedding.view(), scale, x.view(), [call.rows, hidden])?;
+        let x = call.gpu.array(Purpose::Activations, call.rows * hidden)?;
+        kernels::embed(&call.gpu, call.ids, self.tensors.embedding.view(), scale, x.view(), [call.rows, hidden])?;
         Ok(x)
     }
 
     /// The final norm of some rows of the last layer's output, rounded, and as it is if that is wanted.
-    fn normed(&self, x: &Array<f32>, rows: View<u32>, to: Option<View<f32>>, count: usize) -> Result<Array<u16>> {
+    fn normed(
+        &self,
+        gpu: &Arc<Gpu>,
+        x: &Array<f32>,
+        rows: View<u32>,
+        to: Option<View<f32>>,
+        count: usize,
+    ) -> Result<Array<u16>> {
         let hidden = self.architecture.hidden;
-        let selected: Array<f32> = self.gpu.array(Purpose::Activations, count * hidden)?;
-        kernels::select_rows(&self.gpu, x.view(), rows, selected.view(), [count, hidden])?;
-        let rounded = self.gpu.array(Purpose::Activations, count * hidden)?;
+        let selected: Array<f32> = gpu.array(Purpose::Activations, count * hidden)?;
+        kernels::select_rows(gpu, x.view(), rows, selected.view(), [count, hidden])?;
+        let rounded = gpu.array(Purpose::Activations, count * hidden)?;
         let (norm, shape) = (self.norm(&self.tensors.norm), [count, hidden]);
-        kernels::rms_norm(&self.gpu, selected.view(), norm, to, Some(rounded.view()), shape)?;
+        kernels::rms_norm(gpu, selected.view(), norm, to, Some(rounded.view()), shape)?;
         Ok(rounded)
     }
 
+    /// A call that was sent to the device.
+    fn prepared(&self, gpu: &Arc<Gpu>, sent: (&Packed, &Arc<Array<u8>>), adapters: Applied) -> Result<Prepared> {
+        Prepared::new(gpu, &self.architecture, &self.frequencies, sent, adapters)
+    }
+
     /// All layers, for a sampler.
-    fn layers(&self, call: &Call, keys: &Keys) -> Result<Array<f32>> {
-        let prepared = Prepared::new(&self.gpu, &self.architecture, &self.frequencies, (call, None), false)?;
-        let mut x = self.embed(&prepared)?;
+    fn layers(&self, call: &Prepared, keys: &Keys) -> Result<Array<f32>> {
+        let mut x = self.embed(call)?;
         for (index, stores) in keys.0.iter().enumerate() {
-            let stores = stores.each_ref().map(Array::view);
-            x = Work::new(self, index, &prepared)?.forward(x.view(), stores)?;
+            x = Work::new(self, index, call)?.forward(x.view(), stores.each_ref().map(Array::view))?;
         }
         Ok(x)
     }
 
     /// All layers: the normed last hidden states of selected rows.
     pub fn forward(&self, call: &Call, keys: &Keys, rows: &[u32]) -> Result<Vec<f32>> {
-        let x = self.layers(call, keys)?;
-        let selected = self.gpu.upload(Purpose::Activations, rows)?;
-        let normed = self.gpu.array(Purpose::Activations, rows.len() * self.architecture.hidden)?;
-        self.normed(&x, selected.view(), Some(normed.view()), rows.len())?;
+        let mut packed = Packed::new(&self.architecture, (call, None), false, call.ids.len())?;
+        let selected = packed.parcel.add(rows);
+        let (gpu, sent) = (&self.gpu, packed.parcel.send(&self.gpu)?);
+        let x = self.layers(&self.prepared(gpu, (&packed, &sent), applied(gpu, call)?)?, keys)?;
+        let normed = gpu.array(Purpose::Activations, rows.len() * self.architecture.hidden)?;
+        self.normed(gpu, &x, selected.of(&sent), Some(normed.view()), rows.len())?;
         normed.download()
     }
 
@@ -178,51 +177,78 @@ impl Decoder {
         logits: Logits,
     ) -> Result<Vec<Chosen>> {
         ensure!(choices.len() == predicting.len(), "head: {} choices for {} rows", choices.len(), predicting.len());
-        let (x, count) = (self.layers(call, keys)?, predicting.len());
-        let rows = self.gpu.upload(Purpose::Activations, predicting)?;
-        let hidden = self.normed(&x, rows.view(), None, count)?;
+        let (rows, wanted) = (call.ids.len(), predicting.len());
+        // One token of every sequence.
+        let decoding = [wanted, call.spans.len()] == [rows; 2] && call.spans.iter().all(|span| span.queries.len() == 1);
+        let more = if decoding { filled(rows) - rows } else { 0 };
+        let mut packed = Packed::new(&self.architecture, (call, None), false, rows + more)?;
         let place = |choice: &Choice| match choice {
             Choice::Greedy => -1.0,
             Choice::Sample(place) => *place,
         };
-        let places: Vec<f64> = choices.iter().map(place).collect();
-        let places = self.gpu.upload(Purpose::Activations, &places)?;
-        let chosen: Array<u32> = self.gpu.array(Purpose::Activations, 3 * count)?;
+        let places: Vec<f64> = choices.iter().map(place).chain(std::iter::repeat_n(-1.0, more)).collect();
+        let rows = packed.parcel.add(&[predicting, &vec![0; more]].concat());
+        let asked = Asked { rows, places: packed.parcel.add(&places), count: wanted + more, logits };
+        let mut adapters = applied(&self.gpu, call)?;
+        let mut steps = decoding.then(|| self.steps.lock().expect("nothing panics while it decodes"));
+        if let Some(steps) = &mut steps {
+            steps.seat(&self.gpu, &mut adapters)?;
+        }
+        if let Some((last, _)) = adapters.last_mut() {
+            last.end = packed.rows;
+        }
+        let work = |gpu: &Arc<Gpu>, sent: &Arc<Array<u8>>, to: View<u32>| {
+            let x = self.layers(&self.prepared(gpu, (&packed, sent), adapters.clone())?, keys)?;
+            self.choose_from(gpu, &x, &asked, sent, to)
+        };
+        let input = (&packed.parcel.bytes[..], 3 * asked.count);
+        let numbers = match &mut steps {
+            None => once(&self.gpu, input, &work)?,
+            Some(steps) => {
+                let shape = Shape::new(packed.rows, logits, &keys.0, &adapters);
+                steps.run(&self.gpu, shape, input, &work)?
+            }
+        };
+        chosen(&numbers, wanted)
+    }
+
+    /// Tokens, and their log-probabilities with and without temperature, one after the other.
+    fn choose_from(
+        &self,
+        gpu: &Arc<Gpu>,
+        x: &Array<f32>,
+        asked: &Asked,
+        sent: &Array<u8>,
+        to: View<u32>,
+    ) -> Result<()> {
+        let &Asked { ref rows, ref places, count, logits } = asked;
         let Architecture { vocabulary, hidden: width, .. } = *self.architecture;
+        let (hidden, places) = (self.normed(gpu, x, rows.of(sent), None, count)?, places.of(sent));
         let together = (CHOOSING / vocabulary).max(1);
         for first in (0..count).step_by(together) {
             let rows = together.min(count - first);
-            let block = self.logits(hidden.from(first * width), rows, 0..vocabulary, logits)?;
+            let block = self.logits(gpu, hidden.from(first * width), rows, 0..vocabulary, logits)?;
             let to = kernels::Chosen {
-                tokens: chosen.from(first),
-                logprobs: chosen.from(count + first).cast(),
-                untempered: chosen.from(2 * count + first).cast(),
+                tokens: to.from(first),
+                logprobs: to.from(count + first).cast(),
+                untempered: to.from(2 * count + first).cast(),
             };
-            let stretches: Array<f32> = self.gpu.array(Purpose::Head, rows * STRETCHES)?;
-            kernels::choose(&self.gpu, block.1, stretches.view(), places.from(first), to)?;
+            let stretches: Array<f32> = gpu.array(Purpose::Head, rows * STRETCHES)?;
+            kernels::choose(gpu, block.1, stretches.view(), places.from(first), to)?;
         }
-        let chosen = chosen.download()?;
-        let number = |index: usize| f32::from_bits(chosen[index]);
-        let one = |row: usize| {
-            let chosen =
-                Chosen { token: chosen[row], logprob: number(count + row), untempered: number(2 * count + row) };
-            let finite = chosen.logprob.is_finite() && chosen.untempered.is_finite();
-            finite.then_some(chosen).with_context(|| {
-                format!("head: row {row} has no finite probabilities; the adapter or the weights hold NaN or infinity")
-            })
-        };
-        (0..count).map(one).collect()
+        Ok(())
     }
 
     /// A block of logits: some rows of hidden states times some of the vocabulary.
     fn logits(
         &self,
+        gpu: &Arc<Gpu>,
         hidden: View<u16>,
         rows: usize,
         tokens: std::ops::Range<usize>,
         logits: Logits,
     ) -> Result<(Array<f32>, Block)> {
-        let (width, values) = (self.architecture.hidden, self.gpu.array(Purpose::Head, rows * tokens.len())?);
+        let (width, values) = (self.architecture.hidden, gpu.array(Purpose::Head, rows * tokens.len())?);
         let product = Product {
             a: hidden.plain(),
             b: self.tensors.head.from(tokens.start * width).t(),
@@ -232,7 +258,7 @@ impl Decoder {
             k: width,
             ..Product::NONE
         };
-        self.gpu.multiply(&product)?;
+        gpu.multiply(&product)?;
         let Logits { soft_cap, temperature } = logits;
         let soft_cap = soft_cap.unwrap_or(0.0);
         let block =
@@ -253,7 +279,7 @@ impl Decoder {
             let rows = ROWS.min(count - first);
             for token in (0..vocabulary).step_by(CHUNK) {
                 let tokens = token..(token + CHUNK).min(vocabulary);
-                let (_values, block) = self.logits(hidden.from(first * width), rows, tokens, logits)?;
+                let (_values, block) = self.logits(&self.gpu, hidden.from(first * width), rows, tokens, logits)?;
                 visit(first, block)?;
             }
         }
@@ -268,8 +294,9 @@ impl Decoder {
         if let Some(target) = question.targets.iter().find(|&&target| target as usize >= vocabulary) {
             anyhow::bail!("head: token {target} is outside the vocabulary of {vocabulary}");
         }
-        let with_dropout = (call, question.dropout);
-        let prepared = Prepared::new(&self.gpu, &self.architecture, &self.frequencies, with_dropout, true)?;
+        let packed = Packed::new(&self.architecture, (call, question.dropout), true, call.ids.len())?;
+        let (sent, adapters) = (packed.parcel.send(&self.gpu)?, applied(&self.gpu, call)?);
+        let prepared = self.prepared(&self.gpu, (&packed, &sent), adapters)?;
         let kept = if keep { self.kept_layers(call.ids.len(), key_rows)? } else { 0 };
         let (mut x, mut inputs) = (self.embed(&prepared)?, Vec::new());
         for index in 0..self.tensors.layers.len() {
@@ -280,7 +307,7 @@ impl Decoder {
             x = output;
         }
         let selected = Selected::new(&self.gpu, question.predicting, question.targets)?;
-        let hidden = self.normed(&x, selected.segments.at, None, count)?;
+        let hidden = self.normed(&self.gpu, &x, selected.segments.at, None, count)?;
         let floats = || self.gpu.array::<f32>(Purpose::Head, count);
         let (max, chosen, log_sums) = (floats()?, floats()?, floats()?);
         let sums: Array<f64> = self.gpu.array(Purpose::Head, 2 * count)?;
@@ -307,12 +334,13 @@ impl Decoder {
         Ok(((free + slack).saturating_sub(inputs) / 2 / (rows * attention + key_rows * keys).max(1)).min(layers.len()))
     }
 
-    /// From the log-probabilities to the first layer, each computed again from its input.
+    /// From the log-probabilities to the first layer, each computed again from its input; `gradient` is that of the numbers of all
+    /// of the adapter's tensors.
     pub fn backward(
         &self,
         (call, question, kept): (&Call, &Question, Kept),
         coefficients: &[f32],
-        gradients: &mut Gradients,
+        gradient: &Array<f32>,
         layer_done: LayerDone,
     ) -> Result<()> {
         let Kept { prepared, inputs, last, hidden, selected, log_sums } = kept;
@@ -348,10 +376,24 @@ impl Decoder {
         let (backward, key_rows) = (Backward::new(&self.gpu, call)?, call.key_rows());
         for (index, (x, attended)) in inputs.into_iter().enumerate().rev() {
             let work = Work::new(self, index, &prepared)?;
-            let back = Back { work, backward: &backward, gradient: gradients.total.view(), key_rows };
+            let back = Back { work, backward: &backward, gradient: gradient.view(), key_rows };
             back.run(x.view(), attended, grad.view())?;
             layer_done()?;
         }
         Ok(())
     }
+}
+
+/// What was chosen for the first `wanted` rows: tokens of all rows, then both log-probabilities.
+fn chosen(numbers: &[u32], wanted: usize) -> Result<Vec<Chosen>> {
+    let count = numbers.len() / 3;
+    let one = |row: usize| {
+        let [logprob, untempered] = [1, 2].map(|part| f32::from_bits(numbers[part * count + row]));
+        ensure!(
+            logprob.is_finite() && untempered.is_finite(),
+            "head: row {row} has no finite probabilities; the adapter or the weights hold NaN or infinity"
+        );
+        Ok(Chosen { token: numbers[row], logprob, untempered })
+    };
+    (0..wanted).map(one).collect()
 }

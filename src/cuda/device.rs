@@ -7,6 +7,8 @@ use std::sync::{Arc, Mutex};
 
 use anyhow::{Result, bail};
 
+pub use super::command::{Argument, Command, Launch, Operand, Product};
+
 /// A device. All that is asked of it, by whichever thread, happens in the order in which it is asked: there is one stream.
 pub trait Device: Send + Sync {
     /// Its name and number.
@@ -33,6 +35,11 @@ pub trait Device: Send + Sync {
     /// # Errors
     /// If the device fails, also at something that was asked before.
     fn read(&self, from: u64, bytes: &mut [u8]) -> Result<()>;
+    /// Copies within the device.
+    ///
+    /// # Errors
+    /// If the device fails.
+    fn copy(&self, from: u64, to: u64, bytes: usize) -> Result<()>;
     /// Sets bytes to zero.
     ///
     /// # Errors
@@ -48,6 +55,18 @@ pub trait Device: Send + Sync {
     /// # Errors
     /// If the device fails.
     fn multiply(&self, product: &Product) -> Result<()>;
+    /// Makes commands, which are not started, into a graph; its number.
+    ///
+    /// # Errors
+    /// If the device cannot do that, or fails.
+    fn record(&self, commands: &[Command]) -> Result<u64>;
+    /// Starts a graph: what its commands do, in their order.
+    ///
+    /// # Errors
+    /// If the device fails.
+    fn replay(&self, graph: u64) -> Result<()>;
+    /// Gives a graph back once what was asked before is done.
+    fn forget(&self, graph: u64);
 }
 
 /// How a device's memory is used, in bytes.
@@ -59,102 +78,6 @@ pub struct Room {
     pub free: usize,
     /// What this process holds ready beyond what it uses.
     pub slack: usize,
-}
-
-/// How many threads run a kernel.
-#[derive(Clone, Copy, Debug)]
-pub struct Launch {
-    /// Blocks in three dimensions.
-    pub grid: [usize; 3],
-    /// Threads of a block.
-    pub block: usize,
-    /// Shared memory of a block beyond what the kernel declares, in bytes.
-    pub shared: usize,
-}
-
-/// What a kernel is given.
-#[derive(Clone, Copy, Debug)]
-pub enum Argument {
-    /// Where an array lies, or null.
-    Pointer(u64),
-    /// 64 bits.
-    Long(u64),
-    /// 32 bits.
-    Int(i32),
-    /// A single-precision number.
-    Float(f32),
-    /// A double-precision number.
-    Double(f64),
-}
-
-macro_rules! argument {
-    ($($kind:ty: $value:ident => $argument:expr;)*) => {$(
-        impl From<$kind> for Argument {
-            fn from($value: $kind) -> Self {
-                $argument
-            }
-        }
-    )*};
-}
-
-argument! {
-    u64: value => Self::Long(value);
-    i32: value => Self::Int(value);
-    f32: value => Self::Float(value);
-    f64: value => Self::Double(value);
-}
-
-impl<T> From<View<T>> for Argument {
-    fn from(view: View<T>) -> Self {
-        Self::Pointer(view.address)
-    }
-}
-
-impl<T> From<Option<View<T>>> for Argument {
-    /// Nothing is the null pointer.
-    fn from(view: Option<View<T>>) -> Self {
-        Self::Pointer(view.map_or(0, |view| view.address))
-    }
-}
-
-/// `c = scale · a · b`, or that is added to `c`: row-major, sums in f32.
-#[derive(Clone, Copy, Debug)]
-pub struct Product {
-    /// [m, k].
-    pub a: Operand,
-    /// [k, n].
-    pub b: Operand,
-    /// [m, n] in f32, dense.
-    pub c: u64,
-    /// Rows of the product.
-    pub m: usize,
-    /// Columns of the product.
-    pub n: usize,
-    /// Terms of each sum.
-    pub k: usize,
-    /// Whether it is added.
-    pub add: bool,
-    /// What it is multiplied with.
-    pub scale: f32,
-    /// Whether `a` and `b` are f32, else bf16.
-    pub floats: bool,
-}
-
-impl Product {
-    /// A product of no bf16 numbers, which replaces what was there.
-    pub const NONE: Self = {
-        let nothing = Operand { address: 0, transposed: false };
-        Self { a: nothing, b: nothing, c: 0, m: 0, n: 0, k: 0, add: false, scale: 1.0, floats: false }
-    };
-}
-
-/// A dense matrix.
-#[derive(Clone, Copy, Debug)]
-pub struct Operand {
-    /// Where it starts.
-    pub address: u64,
-    /// Whether it lies there with rows and columns exchanged.
-    pub transposed: bool,
 }
 
 /// Numbers that a device holds.
@@ -172,7 +95,7 @@ impl Number for f64 {}
 pub enum Purpose {
     /// Frozen weights.
     Base,
-    /// Adapters, and gradients of one.
+    /// Adapters, and the gradients and moments of one.
     Adapter,
     /// Keys and values of the sampler.
     Keys,
@@ -210,6 +133,7 @@ pub struct Gpu {
     used: [(AtomicUsize, AtomicUsize); 5],
     /// All together at most so far.
     most: AtomicUsize,
+    replays: AtomicUsize,
     /// The plan of the run, for messages.
     plan: Mutex<Option<String>>,
 }
@@ -217,7 +141,8 @@ pub struct Gpu {
 impl Gpu {
     /// Around a device.
     pub fn new(device: Box<dyn Device>) -> Arc<Self> {
-        Arc::new(Self { device, used: Default::default(), most: AtomicUsize::new(0), plan: Mutex::default() })
+        let (most, replays) = Default::default();
+        Arc::new(Self { device, used: Default::default(), most, replays, plan: Mutex::default() })
     }
 
     /// What computes.
@@ -245,7 +170,7 @@ impl Gpu {
         Ok(shares.chain([("slack", self.device.room()?.slack)]).collect())
     }
 
-    /// What its memory is used for, in bytes: now and at most so far, and what is free or held ready.
+    /// What its memory is used for, in bytes: now and at most so far, and what is free or held ready; and [`Gpu::replays`].
     ///
     /// # Errors
     /// If the device fails.
@@ -257,6 +182,7 @@ impl Gpu {
             all[name] = serde_json::json!({ "now": now, "most": most });
         }
         all["most"] = serde_json::json!(self.most.load(Ordering::Relaxed));
+        all["replays"] = serde_json::json!(self.replays());
         Ok(all)
     }
 
@@ -312,7 +238,7 @@ impl Gpu {
     /// As [`Gpu::array`].
     pub fn upload<T: Number>(self: &Arc<Self>, purpose: Purpose, values: &[T]) -> Result<Array<T>> {
         let array = self.array(purpose, values.len())?;
-        self.device.write(array.address, bytes_of(values))?;
+        array.write(values)?;
         Ok(array)
     }
 
@@ -347,6 +273,17 @@ impl Gpu {
             return Ok(());
         }
         self.device.multiply(product)
+    }
+
+    /// Starts a graph.
+    pub(super) fn replay(&self, graph: u64) -> Result<()> {
+        self.replays.fetch_add(1, Ordering::Relaxed);
+        self.device.replay(graph)
+    }
+
+    /// How many graphs were started so far.
+    pub fn replays(&self) -> usize {
+        self.replays.load(Ordering::Relaxed)
     }
 }
 
@@ -430,6 +367,24 @@ impl<T: Number> Array<T> {
         let mut values = vec![T::default(); self.len];
         self.gpu.device.read(self.address, bytes_of_mut(&mut values))?;
         Ok(values)
+    }
+
+    /// Replaces all values.
+    ///
+    /// # Errors
+    /// If the device fails.
+    pub fn write(&self, values: &[T]) -> Result<()> {
+        assert_eq!(values.len(), self.len, "one value for each");
+        self.gpu.device.write(self.address, bytes_of(values))
+    }
+
+    /// Replaces all values by others of the same device.
+    ///
+    /// # Errors
+    /// If the device fails.
+    pub fn copy_from(&self, other: &Self) -> Result<()> {
+        assert_eq!(other.len, self.len, "one value for each");
+        self.gpu.device.copy(other.address, self.address, self.len * size_of::<T>())
     }
 
     /// Sets all to zero.

@@ -2,7 +2,8 @@
 //! them.
 //!
 //! One stream of our own, which threads share: what they ask for happens in the order of their calls. Memory comes from the device's
-//! pool in the same order. Kernels are compiled for this very GPU, once: what NVRTC makes of them is kept on disk.
+//! pool in the same order. Kernels are compiled for this very GPU, once: what NVRTC makes of them is kept on disk. Graphs are
+//! captured on another stream, on which nothing ever runs, so that other threads go on meanwhile.
 
 use std::collections::HashMap;
 use std::ffi::{CString, c_int, c_void};
@@ -14,7 +15,7 @@ use cudarc::driver::{result, sys};
 use cudarc::{cublas, nvrtc};
 use sha2::{Digest, Sha256};
 
-use super::device::{Argument, Device, Launch, Operand, Product, Room};
+use super::device::{Argument, Command, Device, Launch, Operand, Product, Room};
 use super::kernels::SOURCES;
 use crate::source::Cache;
 
@@ -23,14 +24,23 @@ const SHARED: usize = 48 * 1024;
 /// The compute capability that kernels need at least: bf16 on tensor cores.
 const CAPABILITY: (i32, i32) = (8, 0);
 
+/// What cuBLAS may use on the way, in bytes: as much as its documentation recommends for Hopper. It is ours, because cuBLAS would
+/// allocate another one for every graph, and because the kernels that it chooses depend on the size.
+const WORKSPACE: usize = 32 << 20;
+
+const HELD: &str = "nothing panics while it holds cuBLAS";
+
 /// A GPU.
 struct Cuda {
     name: String,
     context: sys::CUcontext,
     stream: sys::CUstream,
+    /// Where graphs are captured.
+    captured: sys::CUstream,
     pool: sys::CUmemoryPool,
-    /// Not for several threads at once.
+    /// Not for several threads at once, and on the other stream while a graph is captured.
     cublas: Mutex<cublas::sys::cublasHandle_t>,
+    workspace: u64,
     modules: Vec<sys::CUmodule>,
     kernels: Mutex<HashMap<String, sys::CUfunction>>,
 }
@@ -92,7 +102,7 @@ impl Cuda {
         let name = format!("cuda:{index} ({})", result::device::get_name(device)?);
         ensure!(capability >= CAPABILITY, "{name} has compute capability {capability:?}, less than {CAPABILITY:?}");
         // SAFETY: the context is never released, so that all handles stay valid as long as the program runs.
-        let (context, pool, stream, cublas) = unsafe {
+        let (context, pool, [stream, captured], cublas, workspace) = unsafe {
             let context = result::primary_ctx::retain(device)?;
             result::ctx::set_current(context)?;
             let pool = result::device::get_default_mem_pool(device)?;
@@ -100,11 +110,12 @@ impl Cuda {
             let mut keep = u64::MAX;
             let attribute = sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
             result::mem_pool::set_attribute(pool, attribute, (&raw mut keep).cast())?;
-            let stream = result::stream::create(result::stream::StreamKind::NonBlocking)?;
-            let cublas = cublas::result::create_handle()?;
-            cublas::result::set_stream(cublas, stream.cast())?;
-            (context, pool, stream, cublas)
+            let stream = || result::stream::create(result::stream::StreamKind::NonBlocking);
+            let streams = [stream()?, stream()?];
+            let workspace = result::malloc_async(streams[0], WORKSPACE)?;
+            (context, pool, streams, cublas::result::create_handle()?, workspace)
         };
+        direct(cublas, stream, workspace)?;
         let architecture = format!("sm_{}{}", capability.0, capability.1);
         let load = |(file, text): &(&str, &str)| {
             let binary = compiled(file, text, &architecture)?;
@@ -112,7 +123,8 @@ impl Cuda {
             unsafe { result::module::load_data(binary.as_ptr().cast()) }.with_context(|| file.to_string())
         };
         let modules = SOURCES.1.iter().map(load).collect::<Result<_>>()?;
-        Ok(Self { name, context, stream, pool, cublas: Mutex::new(cublas), modules, kernels: Mutex::default() })
+        let (cublas, kernels) = (Mutex::new(cublas), Mutex::default());
+        Ok(Self { name, context, stream, captured, pool, cublas, workspace, modules, kernels })
     }
 
     /// Makes this thread's calls go to this GPU.
@@ -128,9 +140,11 @@ impl Cuda {
         }
         let c_name = CString::new(name)?;
         // SAFETY: modules are never unloaded.
-        let find = |module: &sys::CUmodule| unsafe { result::module::get_function(*module, c_name.clone()) }.ok();
-        let function = self.modules.iter().find_map(find);
-        let function = function.with_context(|| format!("{}: there is no kernel {name}", self.name))?;
+        let find = |module: &sys::CUmodule| unsafe { result::module::get_function(*module, c_name.clone()) };
+        let elsewhere = |error: &result::DriverError| error.0 == sys::CUresult::CUDA_ERROR_NOT_FOUND;
+        let found = self.modules.iter().map(find).find(|found| !found.as_ref().is_err_and(elsewhere));
+        let function = found.with_context(|| format!("{}: there is no kernel {name}", self.name))?;
+        let function = function.with_context(|| format!("{}: {name}", self.name))?;
         if shared > SHARED {
             let attribute = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
             // SAFETY: the function is one that the driver has returned.
@@ -139,6 +153,81 @@ impl Cuda {
         }
         kernels.insert(name.to_string(), function);
         Ok(function)
+    }
+
+    /// On a stream, whose context is current.
+    fn launch_on(&self, stream: sys::CUstream, kernel: &str, shape: Launch, arguments: &[Argument]) -> Result<()> {
+        let Launch { grid: [x, y, z], block, shared } = shape;
+        let function = self.kernel(kernel, shared)?;
+        // Each in eight bytes, of which the driver reads as many as the kernel declares.
+        let mut values: Vec<u64> = arguments.iter().copied().map(bits).collect();
+        let mut pointers: Vec<*mut c_void> = values.iter_mut().map(|value| std::ptr::from_mut(value).cast()).collect();
+        let grid = (x as u32, y as u32, z as u32);
+        // SAFETY: `kernels.rs` gives each kernel the arguments that it declares; the driver copies them before it returns.
+        let launched = unsafe {
+            result::launch_kernel(function, grid, (block as u32, 1, 1), shared as u32, stream, &mut pointers)
+        };
+        launched.with_context(|| format!("{}: {kernel}", self.name))
+    }
+
+    /// By a handle that is nobody else's now.
+    fn multiply_by(&self, cublas: cublas::sys::cublasHandle_t, product: &Product) -> Result<()> {
+        use cublas::sys::cublasComputeType_t::{CUBLAS_COMPUTE_32F, CUBLAS_COMPUTE_32F_FAST_TF32};
+        use cublas::sys::cudaDataType_t::{CUDA_R_16BF, CUDA_R_32F};
+        let Product { a, b, c, m, n, k, add, scale, floats } = *product;
+        let (kind, compute) =
+            if floats { (CUDA_R_32F, CUBLAS_COMPUTE_32F_FAST_TF32) } else { (CUDA_R_16BF, CUBLAS_COMPUTE_32F) };
+        // cuBLAS counts columns first: it is given the transposed product, c' = b' a'.
+        let (op_b, stride_b) = operation(b, [k, n]);
+        let (op_a, stride_a) = operation(a, [m, k]);
+        let (alpha, beta) = (scale, if add { 1.0f32 } else { 0.0 });
+        // SAFETY: the caller's arrays have these shapes; the handle is never destroyed.
+        let multiplied = unsafe {
+            cublas::result::gemm_ex(
+                cublas,
+                op_b,
+                op_a,
+                n as c_int,
+                m as c_int,
+                k as c_int,
+                (&raw const alpha).cast(),
+                b.address as *const c_void,
+                kind,
+                stride_b,
+                a.address as *const c_void,
+                kind,
+                stride_a,
+                (&raw const beta).cast(),
+                c as *mut c_void,
+                CUDA_R_32F,
+                n as c_int,
+                compute,
+                cublas::sys::cublasGemmAlgo_t::CUBLAS_GEMM_DEFAULT,
+            )
+        };
+        multiplied.with_context(|| format!("{}: {product:?}", self.name))
+    }
+
+    /// The graph of commands. All of it happens here, so that nothing but them can come between.
+    fn capture(&self, cublas: cublas::sys::cublasHandle_t, commands: &[Command]) -> Result<sys::CUgraph> {
+        // Other modes refuse what a kernel may need that is loaded when it is first used.
+        let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
+        // SAFETY: the stream is never destroyed.
+        unsafe { result::stream::begin_capture(self.captured, mode) }?;
+        let captured = commands.iter().try_for_each(|command| match command {
+            Command::Launch(kernel, shape, arguments) => self.launch_on(self.captured, kernel, *shape, arguments),
+            Command::Multiply(product) => self.multiply_by(cublas, product),
+        });
+        // SAFETY: as above. A capture ends also if something has failed: the stream is of no use before.
+        let graph = unsafe { result::stream::end_capture(self.captured) };
+        if let (Err(_), Ok(part)) = (&captured, &graph)
+            && !part.is_null()
+        {
+            // SAFETY: nobody else has it.
+            unsafe { result::graph::destroy(*part) }?;
+        }
+        captured?;
+        Ok(graph?)
     }
 
     fn try_allocate(&self, bytes: usize) -> Result<Option<u64>> {
@@ -212,6 +301,12 @@ impl Device for Cuda {
         done
     }
 
+    fn copy(&self, from: u64, to: u64, bytes: usize) -> Result<()> {
+        self.bind()?;
+        // SAFETY: the caller's arrays are as long.
+        unsafe { result::memcpy_dtod_async(to, from, bytes, self.stream) }.with_context(|| self.name.clone())
+    }
+
     fn zero(&self, at: u64, bytes: usize) -> Result<()> {
         self.bind()?;
         // SAFETY: the caller's array is as long.
@@ -220,56 +315,49 @@ impl Device for Cuda {
 
     fn launch(&self, kernel: &str, shape: Launch, arguments: &[Argument]) -> Result<()> {
         self.bind()?;
-        let Launch { grid: [x, y, z], block, shared } = shape;
-        let function = self.kernel(kernel, shared)?;
-        // Each in eight bytes, of which the driver reads as many as the kernel declares.
-        let mut values: Vec<u64> = arguments.iter().copied().map(bits).collect();
-        let mut pointers: Vec<*mut c_void> = values.iter_mut().map(|value| std::ptr::from_mut(value).cast()).collect();
-        let grid = (x as u32, y as u32, z as u32);
-        // SAFETY: `kernels.rs` gives each kernel the arguments that it declares; the driver copies them before it returns.
-        let launched = unsafe {
-            result::launch_kernel(function, grid, (block as u32, 1, 1), shared as u32, self.stream, &mut pointers)
-        };
-        launched.with_context(|| format!("{}: {kernel}", self.name))
+        self.launch_on(self.stream, kernel, shape, arguments)
     }
 
     fn multiply(&self, product: &Product) -> Result<()> {
-        use cublas::sys::cublasComputeType_t::{CUBLAS_COMPUTE_32F, CUBLAS_COMPUTE_32F_FAST_TF32};
-        use cublas::sys::cudaDataType_t::{CUDA_R_16BF, CUDA_R_32F};
         self.bind()?;
-        let Product { a, b, c, m, n, k, add, scale, floats } = *product;
-        let (kind, compute) =
-            if floats { (CUDA_R_32F, CUBLAS_COMPUTE_32F_FAST_TF32) } else { (CUDA_R_16BF, CUBLAS_COMPUTE_32F) };
-        // cuBLAS counts columns first: it is given the transposed product, c' = b' a'.
-        let (op_b, stride_b) = operation(b, [k, n]);
-        let (op_a, stride_a) = operation(a, [m, k]);
-        let (alpha, beta) = (scale, if add { 1.0f32 } else { 0.0 });
-        let handle = self.cublas.lock().expect("nothing panics while it holds cuBLAS");
-        // SAFETY: the caller's arrays have these shapes; the handle is never destroyed.
-        let multiplied = unsafe {
-            cublas::result::gemm_ex(
-                *handle,
-                op_b,
-                op_a,
-                n as c_int,
-                m as c_int,
-                k as c_int,
-                (&raw const alpha).cast(),
-                b.address as *const c_void,
-                kind,
-                stride_b,
-                a.address as *const c_void,
-                kind,
-                stride_a,
-                (&raw const beta).cast(),
-                c as *mut c_void,
-                CUDA_R_32F,
-                n as c_int,
-                compute,
-                cublas::sys::cublasGemmAlgo_t::CUBLAS_GEMM_DEFAULT,
-            )
-        };
-        multiplied.with_context(|| format!("{}: {product:?}", self.name))
+        self.multiply_by(*self.cublas.lock().expect(HELD), product)
+    }
+
+    fn record(&self, commands: &[Command]) -> Result<u64> {
+        self.bind()?;
+        let cublas = self.cublas.lock().expect(HELD);
+        let directed = direct(*cublas, self.captured, self.workspace);
+        let graph = directed.and_then(|()| self.capture(*cublas, commands));
+        direct(*cublas, self.stream, self.workspace)?;
+        let graph = graph.with_context(|| format!("{}: a graph of {} commands", self.name, commands.len()))?;
+        // SAFETY: the graph is whole, nobody else has it, and what is instantiated does not need it any more.
+        unsafe {
+            let executable = result::graph::instantiate(graph, sys::CUgraphInstantiate_flags(0));
+            result::graph::destroy(graph)?;
+            Ok(executable? as u64)
+        }
+    }
+
+    fn replay(&self, graph: u64) -> Result<()> {
+        self.bind()?;
+        // SAFETY: the graph is one that `record` returned, and was not forgotten.
+        let launched = unsafe { result::graph::launch(graph as sys::CUgraphExec, self.stream) };
+        launched.with_context(|| format!("{}: a graph", self.name))
+    }
+
+    fn forget(&self, graph: u64) {
+        drop(self.bind());
+        // SAFETY: as above, and it is forgotten once. A graph that is running is destroyed when it is done.
+        let _ = unsafe { result::graph::exec_destroy(graph as sys::CUgraphExec) };
+    }
+}
+
+/// Makes cuBLAS compute on a stream, which it then has to be given its workspace for again.
+fn direct(cublas: cublas::sys::cublasHandle_t, stream: sys::CUstream, workspace: u64) -> Result<()> {
+    // SAFETY: the handle, the stream and the workspace are never given back; nobody else uses the handle now.
+    unsafe {
+        cublas::result::set_stream(cublas, stream.cast())?;
+        Ok(cublas::sys::cublasSetWorkspace_v2(cublas, workspace as *mut c_void, WORKSPACE).result()?)
     }
 }
 
@@ -318,6 +406,8 @@ fn keep(path: &std::path::Path, binary: &[u8]) -> Result<()> {
     std::fs::create_dir_all(folder)?;
     let file = tempfile::NamedTempFile::new_in(folder)?;
     std::fs::write(file.path(), binary)?;
+    // A file of this name is believed to be whole.
+    file.as_file().sync_all()?;
     file.persist(path)?;
     Ok(())
 }
@@ -361,7 +451,7 @@ pub fn check(architecture: &str) -> Result<()> {
     // SAFETY: it looks for a library, and for names in it.
     unsafe {
         ensure!(cublas::sys::is_culib_present(), "libcublas is not found");
-        for name in ["cublasCreate_v2", "cublasSetStream_v2", "cublasGemmEx"] {
+        for name in ["cublasCreate_v2", "cublasSetStream_v2", "cublasSetWorkspace_v2", "cublasGemmEx"] {
             let found = cublas::sys::culib().get::<*const c_void>(name.as_bytes());
             ensure!(found.is_ok(), "libcublas has no {name}");
         }

@@ -7,8 +7,9 @@
 //   embed(ids, table, scale, out, rows, width) (rows; 256) out = scale * table[ids]
 //   rope_tables(positions, frequencies, cosines, sines, rows, half) (spread over rows * half; 256)
 //   round_rows(x, out, n) (spread; 256)
-//   split_parts(x, high, low, n) (spread; 256) x = high + low, as bf16 holds them
-//   add(x, y, out, n) (spread; 256) out may be x or y
+//   adapter_parts(values, parts, scale, rank, narrow, wide) (spread over rank * (narrow + wide); 256)
+//       values: A [rank, narrow] and B [wide, rank]; parts: A [2 * rank, narrow] and scale * B^T [2 * rank, wide], what
+//       bf16 holds of them above what that leaves.
 //   add_bias(y, bias, rows, width) (rows; 256)
 //   select_rows(x, index, out, rows, width) (rows; 256) out[i] = x[index[i]]
 //   rms_norm(x, gain, epsilon, out_or_null, rounded_or_null, rows, width) (rows; 256) out may be x
@@ -35,9 +36,9 @@
 //   mask_floats(x, out, row_keys, bound, layer, projection, rows, width) (rows; 256)
 //   mask_add(x, y, row_keys, bound, layer, projection, rows, width) (rows; 256) y += x where it is not dropped
 //       bound = (u64)(p * 2^64); row_keys are Dropout::rows.
-//   adamw(p, m, v, g, learning_rate, beta1, beta2, epsilon, decay, correction1, correction2, gradient_scale, n)
-//           (spread; 256)
-//       correction1 = 1 - beta1^t, correction2 = sqrt(1 - beta2^t); g is scaled first (clipping).
+//   adamw(p, updated, m, v, g, learning_rate, beta1, beta2, epsilon, decay, correction1, correction2, gradient_scale,
+//           n) (spread; 256)
+//       correction1 = 1 - beta1^t, correction2 = sqrt(1 - beta2^t); g is scaled first (clipping). updated may be p.
 //   sum_of_squares(g, parts, n) (256; 256) parts [256]; the host adds them in order
 
 extern "C" __global__ void embed(const unsigned *ids, const bf16 *table, float scale, float *out, int rows, int width) {
@@ -68,29 +69,17 @@ extern "C" __global__ void round_rows(const float *x, bf16 *out, long long n) {
     in_fours(FIRST, STRIDE, n, place(x) | place(out), Rounding{x, out});
 }
 
-extern "C" __global__ void split_parts(const float *x, bf16 *high, bf16 *low, long long n) {
-    for (long long i = FIRST; i < n; i += STRIDE) {
-        bf16 held = round_bf16(x[i]);
-        high[i] = held;
-        low[i] = round_bf16(x[i] - widen(held));
+extern "C" __global__ void adapter_parts(const float *values, bf16 *parts, float scale, int rank, int narrow,
+                                         int wide) {
+    long long of_a = (long long)rank * narrow, of_b = (long long)rank * wide;
+    for (long long i = FIRST; i < of_a + of_b; i += STRIDE) {
+        bool is_a = i < of_a;
+        long long j = i - of_a;
+        float x = is_a ? values[i] : scale * values[of_a + j % wide * rank + j / wide];
+        bf16 *high = parts + (is_a ? i : of_a + i), held = round_bf16(x);
+        *high = held;
+        high[is_a ? of_a : of_b] = round_bf16(x - widen(held));
     }
-}
-
-struct Adding {
-    const float *x, *y;
-    float *out;
-    template <int N> __device__ void at(long long i) {
-        Floats<N> sum = load<N>(x + i), other = load<N>(y + i);
-#pragma unroll
-        for (int j = 0; j < N; j++) {
-            sum.at[j] += other.at[j];
-        }
-        store(out + i, sum);
-    }
-};
-
-extern "C" __global__ void add(const float *x, const float *y, float *out, long long n) {
-    in_fours(FIRST, STRIDE, n, place(x) | place(y) | place(out), Adding{x, y, out});
 }
 
 extern "C" __global__ void add_bias(float *y, const float *bias, int rows, int width) {
@@ -397,9 +386,9 @@ extern "C" __global__ void mask_add(const float *x, float *y, const u64 *row_key
 
 // Constants are rounded to f32 after they were computed in f64, as the CPU's optimizer does: 1 - beta2 has few digits
 // in f32.
-extern "C" __global__ void adamw(float *p, float *m, float *v, const float *g, double learning_rate, double beta1,
-                                 double beta2, double epsilon, double decay, double correction1, double correction2,
-                                 double gradient_scale, long long n) {
+extern "C" __global__ void adamw(const float *p, float *updated, float *m, float *v, const float *g,
+                                 double learning_rate, double beta1, double beta2, double epsilon, double decay,
+                                 double correction1, double correction2, double gradient_scale, long long n) {
     float keep1 = (float)beta1, take1 = (float)(1.0 - beta1), keep2 = (float)beta2, take2 = (float)(1.0 - beta2);
     float rate = (float)(learning_rate / correction1), kept = (float)(1.0 - learning_rate * decay);
     float inverse2 = (float)(1.0 / correction2), scale = (float)gradient_scale;
@@ -409,7 +398,7 @@ extern "C" __global__ void adamw(float *p, float *m, float *v, const float *g, d
         float second = v[i] * keep2 + gradient * gradient * take2;
         m[i] = first;
         v[i] = second;
-        p[i] = p[i] * kept - first * rate / (sqrtf(second) * inverse2 + (float)epsilon);
+        updated[i] = p[i] * kept - first * rate / (sqrtf(second) * inverse2 + (float)epsilon);
     }
 }
 

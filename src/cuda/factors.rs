@@ -1,101 +1,70 @@
-//! An adapter on the device: what bf16 holds of its matrices and what that leaves, one below the other.
+//! An adapter on the device: its numbers, and what bf16 holds of its matrices and what that leaves, one below the other.
 //!
 //! With A [rank, in] and s · Bᵀ [rank, out] in this form, no product in either direction needs another copy.
 
 use std::sync::Arc;
 
-use anyhow::{Result, ensure};
-use candle_core::Tensor;
-use rayon::prelude::*;
+use anyhow::Result;
 
 use super::device::{Array, Gpu, Purpose, View};
 use super::kernels;
-use crate::model::Projection;
+use crate::policy::{Layout, Pair};
 
 /// Parts that a number is held in: what bf16 holds of it, and what that leaves.
 pub const PARTS: usize = 2;
 
+/// A version of an adapter.
+pub struct Version {
+    /// The numbers of all tensors in f32, from which the next version is made.
+    pub values: Array<f32>,
+    /// What products are made with.
+    pub factors: Arc<Factors>,
+}
+
 /// All pairs of an adapter.
 pub struct Factors {
-    /// s: alpha / rank.
-    pub scale: f32,
-    /// By layer · 7 + projection.
-    pairs: Vec<Option<Pair>>,
+    /// What they are, and where.
+    pub(super) layout: Arc<Layout>,
     /// All matrices.
     parts: Array<u16>,
 }
 
-/// A pair, with the places of its matrices in numbers from the first of the adapter's.
-#[derive(Clone, Copy)]
-pub struct Pair {
-    /// Its inner dimension.
-    pub rank: usize,
-    /// Inputs and outputs of its projection.
-    pub narrow: usize,
-    /// As above.
-    pub wide: usize,
-    /// Of A; B, or s · Bᵀ, comes after it.
-    start: usize,
-}
-
-impl Pair {
-    /// Where A and B begin among the numbers of all tensors.
-    pub fn places(&self) -> [usize; 2] {
-        [self.start, self.start + self.rank * self.narrow]
+impl Version {
+    /// Of numbers that are made once there is room for the matrices.
+    pub(crate) fn new(
+        gpu: &Arc<Gpu>,
+        layout: &Arc<Layout>,
+        values: impl FnOnce() -> Result<Array<f32>>,
+    ) -> Result<Self> {
+        let parts = gpu.array(Purpose::Adapter, PARTS * layout.numbers())?;
+        let values = values()?;
+        for pair in &layout.pairs {
+            let ([at, _], &Pair { rank, narrow, wide, .. }) = (pair.places(), pair);
+            kernels::adapter_parts(gpu, values.from(at), parts.from(PARTS * at), layout.scale, [rank, narrow, wide])?;
+        }
+        Ok(Self { values, factors: Arc::new(Factors { layout: layout.clone(), parts }) })
     }
 }
 
 impl Factors {
-    /// From the pairs of an adapter, in order, for `count` projections.
-    pub(crate) fn new<'a>(
-        gpu: &Arc<Gpu>,
-        scale: f32,
-        adapter: impl Iterator<Item = (usize, Projection, &'a Tensor, &'a Tensor)>,
-        count: usize,
-    ) -> Result<Self> {
-        let (mut pairs, mut tensors, mut start) = (vec![None; count], Vec::new(), 0);
-        for (layer, projection, a, b) in adapter {
-            let ((rank, narrow), (wide, _)) = (a.dims2()?, b.dims2()?);
-            ensure!(rank > 0, "an adapter of rank 0");
-            let pair = Pair { rank, narrow, wide, start };
-            pairs[layer * Projection::ALL.len() + projection as usize] = Some(pair);
-            start += rank * (narrow + wide);
-            tensors.push((pair, a.flatten_all()?.to_vec1::<f32>()?, b.flatten_all()?.to_vec1::<f32>()?));
-        }
-        let mut values = vec![0.0; start];
-        let mut rest = &mut values[..];
-        let mut places = Vec::new();
-        for (pair, a, b) in tensors {
-            let (own, others) = rest.split_at_mut(pair.rank * (pair.narrow + pair.wide));
-            rest = others;
-            places.push((pair, own, a, b));
-        }
-        places.into_par_iter().for_each(|(pair, own, a, b)| {
-            let (to_a, to_b) = own.split_at_mut(a.len());
-            to_a.copy_from_slice(&a);
-            for (row, to) in to_b.chunks_exact_mut(pair.wide).enumerate() {
-                to.iter_mut().zip(b[row..].iter().step_by(pair.rank)).for_each(|(to, b)| *to = scale * b);
-            }
-        });
-        let staged = gpu.upload(Purpose::Adapter, &values)?;
-        let parts = gpu.array(Purpose::Adapter, PARTS * values.len())?;
-        for pair in pairs.iter().flatten() {
-            let [a, b] = pair.places();
-            for (at, len) in [(a, pair.rank * pair.narrow), (b, pair.rank * pair.wide)] {
-                let (high, low) = (parts.from(PARTS * at), parts.from(PARTS * at + len));
-                kernels::split_parts(gpu, staged.from(at), high, low, len)?;
-            }
-        }
-        Ok(Self { scale, pairs, parts })
-    }
-
-    /// The pair of one projection, if it carries one.
-    pub fn pair(&self, layer: usize, projection: Projection) -> Option<&Pair> {
-        self.pairs[layer * Projection::ALL.len() + projection as usize].as_ref()
-    }
-
     /// A [2 · rank, in] and s · Bᵀ [2 · rank, out] of a pair.
-    pub fn matrices(&self, pair: &Pair) -> [View<u16>; 2] {
+    pub(super) fn matrices(&self, pair: &Pair) -> [View<u16>; 2] {
         pair.places().map(|at| self.parts.from(PARTS * at))
+    }
+
+    /// A copy at a place of its own.
+    pub fn copied(&self, gpu: &Arc<Gpu>) -> Result<Self> {
+        let parts = gpu.array(Purpose::Adapter, self.parts.len())?;
+        parts.copy_from(&self.parts)?;
+        Ok(Self { layout: self.layout.clone(), parts })
+    }
+
+    /// Replaces the matrices of a copy by those of another version, if it is one of the same adapter; whether it is.
+    pub fn replace(&self, other: &Self) -> Result<bool> {
+        let same = Arc::ptr_eq(&self.layout, &other.layout);
+        if same {
+            self.parts.copy_from(&other.parts)?;
+        }
+        Ok(same)
     }
 }

@@ -3,6 +3,7 @@
 use anyhow::Result;
 
 use super::device::{Argument, Gpu, View};
+use crate::learner::optimizer::Update;
 use crate::ops::gate::Activation;
 
 #[cfg(feature = "cuda")]
@@ -85,8 +86,51 @@ pub fn unpack_blocks(gpu: &Gpu, kernel: &str, blocks: View<u8>, out: View<u16>, 
     gpu.launch(kernel, spread(n), 256, arguments![blocks, out, n as u64])
 }
 
-pub fn split_parts(gpu: &Gpu, x: View<f32>, high: View<u16>, low: View<u16>, n: usize) -> Result<()> {
-    gpu.launch("split_parts", spread(n), 256, arguments![x, high, low, n as u64])
+pub fn adapter_parts(
+    gpu: &Gpu,
+    values: View<f32>,
+    parts: View<u16>,
+    scale: f32,
+    [rank, narrow, wide]: [usize; 3],
+) -> Result<()> {
+    let arguments = arguments![values, parts, scale, int(rank), int(narrow), int(wide)];
+    gpu.launch("adapter_parts", spread(rank * (narrow + wide)), 256, arguments)
+}
+
+pub fn adamw(
+    gpu: &Gpu,
+    [from, to]: [View<f32>; 2],
+    [first, second]: [View<f32>; 2],
+    gradient: View<f32>,
+    update: &Update,
+    n: usize,
+) -> Result<()> {
+    let Update { learning_rate, betas: [beta1, beta2], epsilon, decay, corrections, scale } = *update;
+    let [correction1, correction2] = corrections;
+    let values = arguments![
+        from,
+        to,
+        first,
+        second,
+        gradient,
+        learning_rate,
+        beta1,
+        beta2,
+        epsilon,
+        decay,
+        correction1,
+        correction2,
+        scale,
+        n as u64
+    ];
+    gpu.launch("adamw", spread(n), 256, values)
+}
+
+/// How many sums [`sum_of_squares`] writes.
+pub const SUMS: usize = 256;
+
+pub fn sum_of_squares(gpu: &Gpu, x: View<f32>, sums: View<f64>, n: usize) -> Result<()> {
+    gpu.launch("sum_of_squares", rows_of(SUMS), 256, arguments![x, sums, n as u64])
 }
 
 /// The gains of two norms that follow each other, if they are there, and ε.

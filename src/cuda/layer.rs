@@ -11,12 +11,13 @@ use super::attention::{self, Saved, Stores};
 use super::call::{Backward, Prepared};
 use super::decoder::Decoder;
 use super::device::{Array, Gpu, Number, Product, Purpose, View};
-use super::factors::{Factors, PARTS, Pair};
+use super::factors::{Factors, PARTS};
 use super::kernels::{self, GateGradients, Norm};
 use super::tensors::{Unpacked, Weight};
 use crate::model::Projection;
 use crate::model::parts::LayerTensors;
 use crate::ops::attention::Heads;
+use crate::policy::Pair;
 
 /// Rows of which an adapter's first matrix is multiplied in one launch, as in decoding.
 const FEW_ROWS: usize = 64;
@@ -61,12 +62,12 @@ struct Middle {
 impl<'a> Work<'a> {
     pub fn new(decoder: &'a Decoder, index: usize, call: &'a Prepared) -> Result<Self> {
         let layer = &decoder.tensors.layers[index];
-        let weights = layer.projections.iter().map(|(weight, _)| weight.unpacked(&decoder.gpu, &decoder.codes));
+        let weights = layer.projections.iter().map(|(weight, _)| weight.unpacked(&call.gpu, &decoder.codes));
         Ok(Self { decoder, layer, index, call, weights: weights.collect::<Result<_>>()? })
     }
 
     fn gpu(&self) -> &Arc<Gpu> {
-        &self.decoder.gpu
+        &self.call.gpu
     }
 
     fn room<T: Number>(&self, width: usize) -> Result<Array<T>> {
@@ -135,7 +136,7 @@ impl<'a> Work<'a> {
 
     fn pair<'f>(&self, factors: &'f Option<Arc<Factors>>, projection: Projection) -> Option<(&'f Factors, &'f Pair)> {
         let factors = factors.as_deref()?;
-        Some((factors, factors.pair(self.index, projection)?))
+        Some((factors, factors.layout.pair(self.index, projection)?))
     }
 
     /// What an adapter makes of some rows' inputs before its second matrix.
@@ -356,7 +357,7 @@ impl Back<'_> {
         let [of_a, of_b] = pair.places().map(|place| self.gradient.from(place).address());
         let sum = Product { k: rows, add: true, floats: true, ..Product::NONE };
         gpu.multiply(&Product { a: d_down.values.view().t(), b: x.plain(), c: of_a, m: rank, n: narrow, ..sum })?;
-        let (a, b, scale) = (grad.t(), down.values.view().plain(), factors.scale);
+        let (a, b, scale) = (grad.t(), down.values.view().plain(), factors.layout.scale);
         gpu.multiply(&Product { a, b, c: of_b, m: wide, n: rank, scale, ..sum })
     }
 

@@ -3,22 +3,31 @@
 //! All but [`driver`] is compiled in every build: it asks a [`device::Device`] for memory, kernels and products, and tests put one
 //! in its place that runs the same kernels on a processor.
 //!
-//! * [`device`]: what is asked of a device, and arrays in its memory
+//! * [`command`], [`device`]: what is asked of a device, and arrays in its memory
 //! * [`kernels`], [`attention`]: the arguments of every kernel; the kernels are the `.cu` files beside it
-//! * [`tensors`], [`factors`]: the frozen weights, and an adapter
+//! * [`tensors`], [`factors`], [`optimizer`]: the frozen weights, an adapter, and what makes the next version of it
 //! * [`call`]: the rows of a forward call
 //! * [`layer`], [`decoder`]: forward, backward, log-probabilities and choices
+//! * [`graph`], [`steps`]: decoding steps that are started as one
+//!
+//! A decoding step of a shape that was seen before is one CUDA graph: the decoder runs on a device that writes down its kernels and
+//! products and places what it allocates in one range of memory, which all graphs share. Input, adapters and output have places
+//! that stay, so that a step is then an upload, a start and a download. A graph ends with the store of keys that it writes to.
 
 mod attention;
 mod call;
+pub mod command;
 pub(crate) mod decoder;
 pub mod device;
 #[cfg(feature = "cuda")]
 pub mod driver;
 pub(crate) mod factors;
+pub mod graph;
 pub(crate) mod kernels;
 mod layer;
+pub(crate) mod optimizer;
 pub mod plan;
+mod steps;
 pub(crate) mod tensors;
 
 use std::collections::BTreeMap;
@@ -80,11 +89,11 @@ impl Place {
         Self::choose(Device::Auto, dtype, None)
     }
 
-    /// A line that says what computes.
+    /// What computes, in words.
     pub fn name(&self) -> String {
         match &self.gpu {
-            Some(gpu) => format!("computing on {}", gpu.device().name()),
-            None => format!("computing on this processor ({:?})", self.kernel),
+            Some(gpu) => gpu.device().name().to_string(),
+            None => format!("this processor ({:?})", self.kernel),
         }
     }
 }

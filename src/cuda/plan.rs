@@ -7,6 +7,7 @@ use super::decoder::{CHOOSING, CHUNK, Keys, ROWS};
 use super::device::{Gpu, Purpose};
 use super::factors::PARTS;
 use super::kernels::STRETCHES;
+use super::steps::filled;
 use crate::model::Architecture;
 use crate::ops::keys::padded;
 use crate::plan::Work;
@@ -35,12 +36,15 @@ impl Memory {
         work: &Work,
         together: bool,
     ) -> Self {
-        // The gradient, and one version on its way.
-        let adapter = numbers * (PARTS * HALF * versions + 2 * FLOAT);
-        let (sampling, learning) = (sampling(work, architecture), learning(work, architecture));
-        let activations = if together { sampling + learning } else { sampling.max(learning) };
-        let choosing = work.rollouts.min((CHOOSING / architecture.vocabulary).max(1));
+        // The gradient and two moments, and one version more while it is made of another; what is sampled from lies in seats too.
+        let adapter = numbers * ((PARTS * HALF + FLOAT) * (versions + 1) + PARTS * HALF * versions + 3 * FLOAT);
+        let rollouts = filled(work.rollouts);
+        let choosing = rollouts.min((CHOOSING / architecture.vocabulary).max(1));
         let logits = choosing * (architecture.vocabulary + STRETCHES) * FLOAT;
+        // What graphs of decoding steps use is never given back.
+        let graphs = unpacked + sampling(rollouts, architecture) + logits;
+        let (sampling, learning) = (sampling(work.forward_rows, architecture), learning(work, architecture));
+        let activations = graphs + if together { sampling + learning } else { sampling.max(learning) };
         let blocks = work.targets.min(ROWS) * CHUNK.min(architecture.vocabulary) * (FLOAT + HALF);
         let keys = padded(work.stored_rows) * Keys::row_bytes(architecture);
         let free = gpu.device().room().map_or(0, |room| room.free + room.slack);
@@ -55,10 +59,10 @@ impl Memory {
 }
 
 /// A layer's forward pass of the sampler: residual stream, what attention is given and returns, and the feed-forward block.
-fn sampling(work: &Work, architecture: &Architecture) -> usize {
+fn sampling(rows: usize, architecture: &Architecture) -> usize {
     let Architecture { hidden, intermediate, .. } = *architecture;
     let width = FLOAT * (4 * hidden + architecture.attention_width()) + (2 * FLOAT + HALF) * intermediate;
-    work.forward_rows * width
+    rows * width
 }
 
 /// The backward pass of the last layer: every layer's input, the gradient, and one layer's work; hidden states of targets.

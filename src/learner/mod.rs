@@ -20,6 +20,7 @@ use candle_core::{Device, Tensor};
 use tracing::debug;
 
 use crate::config::Learner as Settings;
+use crate::cuda::Place;
 use crate::model::{Call, Gradients, Model, Question, Trace};
 use crate::objective::{Counts, Metrics};
 use crate::ops::kernel::Kernel;
@@ -99,7 +100,7 @@ impl Learner {
     /// # Errors
     /// If the device fails.
     pub fn new(model: Arc<Model>, adapter: &Adapter, reference: Option<Adapter>, settings: &Settings) -> Result<Self> {
-        let optimizer = AdamW::new(&tensors(adapter))?;
+        let optimizer = AdamW::new(adapter, model.gpu())?;
         Ok(Self { model, settings: settings.clone(), adapter: adapter.clone(), optimizer, reference })
     }
 
@@ -108,12 +109,17 @@ impl Learner {
         &self.adapter
     }
 
+    /// What computes.
+    pub fn place(&self) -> Place {
+        self.model.place()
+    }
+
     /// What its matrices are multiplied with.
     pub fn kernel(&self) -> Kernel {
         self.model.kernel
     }
 
-    /// Where the adapter lives.
+    /// Where adapters live that no GPU made.
     pub fn device(&self) -> &Device {
         &self.model.device
     }
@@ -123,13 +129,8 @@ impl Learner {
     /// # Errors
     /// If a completion does not fit, a number is not finite, the device or `layer_done` fails. Nothing is updated then.
     pub fn step(&mut self, portions: &[Portion], shape: &StepShape, layer_done: LayerDone) -> Result<StepReport> {
-        let StepGradient { mut gradients, mut report } = self.gradient(portions, shape, layer_done)?;
-        let names = self.adapter.tensors();
-        report.grad_norm =
-            optimizer::clip(&mut gradients, self.settings.max_grad_norm, |index| names[index].0.clone())?;
-        let updated =
-            self.optimizer.update(&tensors(&self.adapter), &gradients, shape.learning_rate, &self.settings)?;
-        self.adapter.replace(updated);
+        let (gradients, mut report) = self.summed(portions, shape, layer_done)?;
+        report.grad_norm = self.optimizer.step(&mut self.adapter, gradients, shape.learning_rate, &self.settings)?;
         self.adapter.version += 1;
         Ok(report)
     }
@@ -139,7 +140,17 @@ impl Learner {
     /// # Errors
     /// As [`Learner::step`].
     pub fn gradient(&self, portions: &[Portion], shape: &StepShape, layer_done: LayerDone) -> Result<StepGradient> {
-        let tensors = tensors(&self.adapter);
+        let (gradients, report) = self.summed(portions, shape, layer_done)?;
+        Ok(StepGradient { gradients: gradients.into_tensors(&self.adapter)?, report })
+    }
+
+    /// The same, where it was computed.
+    fn summed(
+        &self,
+        portions: &[Portion],
+        shape: &StepShape,
+        layer_done: LayerDone,
+    ) -> Result<(Gradients, StepReport)> {
         let mut gradients = self.model.gradients(&self.adapter)?;
         let mut report = StepReport {
             loss: 0.0,
@@ -170,9 +181,7 @@ impl Learner {
             earlier += portion.trees.len();
         }
         report.gpu = self.model.gpu().map(|gpu| gpu.shares()).transpose()?.unwrap_or_default();
-        let shaped = gradients.into_values()?.into_iter().zip(&tensors);
-        let shaped = shaped.map(|(gradient, like)| Ok(Tensor::from_vec(gradient, like.shape(), like.device())?));
-        Ok(StepGradient { gradients: shaped.collect::<Result<_>>()?, report })
+        Ok((gradients, report))
     }
 
     fn accumulate(
@@ -210,10 +219,6 @@ impl Learner {
     pub fn reference_logprobs(&self, tree: &Tree, micro_tokens: usize) -> Result<Vec<Vec<f64>>> {
         completion_logprobs(&self.model, self.reference.as_ref(), std::slice::from_ref(tree), micro_tokens, 1.0)
     }
-}
-
-fn tensors(adapter: &Adapter) -> Vec<Tensor> {
-    adapter.tensors().into_iter().map(|(_, tensor)| tensor).collect()
 }
 
 /// The log-probability of every completion token of every branch, in the order of the trees.

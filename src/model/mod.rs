@@ -29,7 +29,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::{Context, Result, bail, ensure};
-use candle_core::Device;
+use candle_core::{Device, Tensor};
 
 pub use architecture::{Architecture, AttentionKind, Projection};
 pub use cache::KeyValueStore;
@@ -37,8 +37,9 @@ pub use parts::Footprint;
 pub use weights::Weights;
 
 use crate::config::Quantization;
+use crate::cuda::Place;
 use crate::cuda::decoder;
-use crate::cuda::device::Gpu;
+use crate::cuda::device::{Array, Gpu, Purpose};
 use crate::ops::attention::Span;
 use crate::ops::dropout::Dropout;
 use crate::ops::head::{Choice, Chosen, Logits};
@@ -119,12 +120,12 @@ pub(crate) struct Traced<K> {
     pub kept: Option<K>,
 }
 
-/// Gradients of one adapter's tensors on their way to being summed up, in the order of [`Adapter::tensors`].
-pub struct Gradients(Totals);
-
-enum Totals {
+/// Gradients of one adapter's tensors, on their way to being summed up or when that is done, in the order of [`Adapter::tensors`].
+pub enum Gradients {
+    /// Of each tensor, row by row, on this processor.
     Host(Vec<Vec<f32>>),
-    Gpu(decoder::Gradients),
+    /// Of all tensors, one after the other.
+    Gpu(Array<f32>),
 }
 
 const OTHER_STORE: &str = "the store of keys and values is on another device than the model";
@@ -165,14 +166,17 @@ impl Call<'_> {
 }
 
 impl Gradients {
-    /// The values of each tensor, row by row.
+    /// As tensors of the adapter's shapes, on this processor.
     ///
     /// # Errors
     /// If the device fails.
-    pub fn into_values(self) -> Result<Vec<Vec<f32>>> {
-        match self.0 {
-            Totals::Host(values) => Ok(values),
-            Totals::Gpu(gradients) => gradients.into_values(),
+    pub fn into_tensors(self, adapter: &Adapter) -> Result<Vec<Tensor>> {
+        match self {
+            Self::Host(values) => {
+                let shaped = values.into_iter().zip(adapter.layout().shapes());
+                shaped.map(|(values, shape)| Ok(Tensor::from_vec(values, shape, &Device::Cpu)?)).collect()
+            }
+            Self::Gpu(values) => adapter.layout().tensors(&values.download()?),
         }
     }
 }
@@ -235,6 +239,11 @@ impl Model {
         }
     }
 
+    /// What computes it.
+    pub fn place(&self) -> Place {
+        Place { kernel: self.kernel, gpu: self.gpu().cloned() }
+    }
+
     /// How many tokens' keys and values all samplers may hold beside the model, where a GPU's memory decides on that.
     pub fn stored_tokens(&self) -> Option<usize> {
         match &self.decoder {
@@ -264,11 +273,19 @@ impl Model {
     /// # Errors
     /// If a GPU has no room for them.
     pub fn gradients(&self, adapter: &Adapter) -> Result<Gradients> {
-        let lengths: Vec<usize> = adapter.tensors().iter().map(|(_, tensor)| tensor.elem_count()).collect();
-        Ok(Gradients(match &self.decoder {
-            Decoder::Host(_) => Totals::Host(lengths.into_iter().map(|len| vec![0.0; len]).collect()),
-            Decoder::Gpu(decoder) => Totals::Gpu(decoder.gradients(lengths)?),
-        }))
+        Ok(match &self.decoder {
+            Decoder::Host(_) => {
+                Gradients::Host(adapter.layout().shapes().map(|(rows, columns)| vec![0.0; rows * columns]).collect())
+            }
+            Decoder::Gpu(decoder) => Gradients::Gpu(decoder.gpu().zeros(Purpose::Adapter, adapter.numbers())?),
+        })
+    }
+
+    /// Refuses a call that does not fit. What a GPU made of adapters is read before this processor multiplies with it.
+    fn check(&self, call: &Call) -> Result<()> {
+        call.check(&self.architecture)?;
+        let here = call.adapters.iter().filter_map(|(_, adapter)| adapter.filter(|_| self.gpu().is_none()));
+        here.map(Adapter::host_tensors).try_for_each(|tensors| tensors.map(drop))
     }
 
     /// All layers: the normed last hidden states of selected rows, [selected.len(), hidden].
@@ -277,7 +294,7 @@ impl Model {
     /// If the parts of the call disagree about its rows, a token or position is outside what the model knows, or packed weights
     /// cannot be unpacked.
     pub fn forward(&self, call: &Call, store: &mut KeyValueStore, selected: &[u32]) -> Result<Vec<f32>> {
-        call.check(&self.architecture)?;
+        self.check(call)?;
         match (&self.decoder, store.layers()) {
             (Decoder::Host(decoder), Layers::Host(keys)) => Ok(decoder.forward(call, keys, selected)?.to_vec()),
             (Decoder::Gpu(decoder), Layers::Gpu(keys)) => decoder.forward(call, keys, selected),
@@ -297,7 +314,7 @@ impl Model {
         choices: &[Choice],
         logits: Logits,
     ) -> Result<Vec<Chosen>> {
-        call.check(&self.architecture)?;
+        self.check(call)?;
         match (&self.decoder, store.layers()) {
             (Decoder::Host(decoder), Layers::Host(keys)) => decoder.choose(call, keys, predicting, choices, logits),
             (Decoder::Gpu(decoder), Layers::Gpu(keys)) => decoder.choose(call, keys, predicting, choices, logits),
@@ -310,7 +327,7 @@ impl Model {
     /// # Errors
     /// As [`Model::forward`], or if a target is outside the vocabulary.
     pub fn trace<'a>(&self, call: Call<'a>, question: Question<'a>, keep: bool) -> Result<Trace<'a>> {
-        call.check(&self.architecture)?;
+        self.check(&call)?;
         Ok(match &self.decoder {
             Decoder::Host(decoder) => Trace::new(decoder.trace(&call, &question, keep)?, call, question, Kept::Host),
             Decoder::Gpu(decoder) => {
@@ -333,12 +350,12 @@ impl Model {
     ) -> Result<()> {
         let Trace { call, question, kept, .. } = trace;
         let kept = kept.context("nothing was kept of the forward pass for a backward one")?;
-        match (&self.decoder, kept, &mut gradients.0) {
-            (Decoder::Host(decoder), Kept::Host(kept), Totals::Host(gradients)) => {
+        match (&self.decoder, kept, gradients) {
+            (Decoder::Host(decoder), Kept::Host(kept), Gradients::Host(gradients)) => {
                 decoder.backward((&call, &question, kept), coefficients, gradients, layer_done)
             }
-            (Decoder::Gpu(decoder), Kept::Gpu(kept), Totals::Gpu(gradients)) => {
-                decoder.backward((&call, &question, *kept), coefficients, gradients, layer_done)
+            (Decoder::Gpu(decoder), Kept::Gpu(kept), Gradients::Gpu(gradient)) => {
+                decoder.backward((&call, &question, *kept), coefficients, gradient, layer_done)
             }
             _ => bail!("a trace and gradients of models on different devices"),
         }
