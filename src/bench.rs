@@ -233,7 +233,7 @@ impl Bench {
     }
 
     /// Operations with frozen weights in a learner's pass: forward, the recomputation, which leaves the last projection out,
-    /// and backward; the head forward, again and backward.
+    /// and backward; the head forward and backward, and on a GPU forward again in between.
     fn operations(&self, rows: usize, targets: usize) -> f64 {
         let architecture = &self.model.architecture;
         let weights = |projection: Projection| {
@@ -242,7 +242,8 @@ impl Bench {
         };
         let all: usize = Projection::ALL.into_iter().map(weights).sum();
         let recomputed = if architecture.output_norms { all } else { all - weights(Projection::DownProj) };
-        let head = 3 * architecture.vocabulary * architecture.hidden;
+        let times = if self.model.place().gpu.is_some() { 3 } else { 2 };
+        let head = times * architecture.vocabulary * architecture.hidden;
         2.0 * ((2 * all + recomputed) * rows + head * targets) as f64
     }
 

@@ -231,7 +231,7 @@ impl Work {
             sampling: FLOAT
                 * (self.forward_rows * forward_width(architecture) + self.rollouts * architecture.vocabulary + blocks),
             learning: FLOAT * (self.learning(architecture) + blocks),
-            head: FLOAT * 3 * self.targets * architecture.hidden + head::bytes(self.targets, architecture.hidden),
+            head: FLOAT * 2 * self.targets * architecture.hidden + head::bytes(self.targets, architecture.hidden),
             loading: reading_bytes(),
             together,
         };

@@ -56,11 +56,12 @@ pub(crate) fn exp(x: f32) -> f32 {
     const LN2_LOW: f32 = -2.121_944_4e-4;
     // Adding 1.5 · 2²³ rounds to an integer that then sits in the low bits of the sum.
     const ROUND: f32 = 12_582_912.0;
-    let shifted = x * LOG2_E + ROUND;
+    // The factors of rⁿ, highest first; each step is one fused instruction wherever vectors of sixteen are.
+    const FACTORS: [f32; 6] = [8.333_334e-3, 4.166_666_8e-2, 1.666_666_7e-1, 0.5, 1.0, 1.0];
+    let shifted = x.mul_add(LOG2_E, ROUND);
     let n = shifted - ROUND;
-    let r = x - n * LN2_HIGH - n * LN2_LOW;
-    let polynomial = 1.0
-        + r * (1.0 + r * (0.5 + r * (1.666_666_7e-1 + r * (4.166_666_8e-2 + r * (8.333_334e-3 + r * 1.388_889e-3)))));
+    let r = n.mul_add(-LN2_LOW, n.mul_add(-LN2_HIGH, x));
+    let polynomial = FACTORS.iter().fold(1.388_889e-3, |sum: f32, factor| sum.mul_add(r, *factor));
     let power = f32::from_bits(shifted.to_bits().wrapping_sub(ROUND.to_bits()).wrapping_add(127) << 23);
     let value = polynomial * power;
     let value = if x < -87.3 { 0.0 } else { value };
