@@ -356,15 +356,26 @@ fn dot(a: &[f32], b: &[f32]) -> f32 {
 /// Turns scores before the cap into weights, and the gradient of the weights into that of these scores.
 #[inline(always)]
 fn score_gradient(scores: &mut [f32], d_scores: &mut [f32], log_sum: f32, pull: f32, soft_cap: Option<f32>) {
+    // Each by itself: in one loop the compiler computes both for every score. Without a cap a slope of 1 is exact.
+    match soft_cap {
+        None => each_score_gradient(scores, d_scores, log_sum, pull, |score| (score, 1.0)),
+        Some(cap) => each_score_gradient(scores, d_scores, log_sum, pull, |score| {
+            let ratio = tanh(score / cap);
+            (cap * ratio, 1.0 - ratio * ratio)
+        }),
+    }
+}
+
+#[inline(always)]
+fn each_score_gradient(
+    scores: &mut [f32],
+    d_scores: &mut [f32],
+    log_sum: f32,
+    pull: f32,
+    capped: impl Fn(f32) -> (f32, f32),
+) {
     for (score, d_score) in scores.iter_mut().zip(d_scores) {
-        // Without a cap both are exact: the score itself, and a slope of 1.
-        let (capped, slope) = match soft_cap {
-            None => (*score, 1.0),
-            Some(cap) => {
-                let ratio = tanh(*score / cap);
-                (cap * ratio, 1.0 - ratio * ratio)
-            }
-        };
+        let (capped, slope) = capped(*score);
         let weight = exp(capped - log_sum);
         *d_score = weight * (*d_score - pull) * slope;
         *score = weight;
