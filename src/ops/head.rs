@@ -1,7 +1,7 @@
 //! Hidden state to the log-probability of a given token, in chunks of rows and vocabulary: full logits never exist.
 //!
-//! The same walk over the vocabulary serves the learner (log-probability, entropy, exact backward) and the sampler
-//! (which also looks at the scores themselves), so both see the same numbers in the same order.
+//! The learner sees each chunk once, forward and backward (log-probability, entropy, exact gradient); the sampler looks at the scores
+//! of its few rows themselves. Both add up the same numbers in the same order.
 
 use std::ops::Range;
 
@@ -238,12 +238,14 @@ pub fn log_probabilities_backward(
     grad: &[f32],
 ) {
     let (_, width) = weight.dims();
-    let own = known.rows.par_iter().zip(&known.logprobs).zip(targets).zip(grad);
-    others.par_chunks_mut(width).zip(own).for_each(|(others, (((row, logprob), &target), &grad))| {
+    let own = known.rows.par_iter().zip(targets).zip(grad);
+    others.par_chunks_mut(width).zip(own).for_each(|(others, ((row, &target), &grad))| {
         let mut of_target = Buffer::new(width);
         weight.row(target as usize, &mut of_target);
         let grad = grad / logits.temperature;
-        let toward = -logprob.exp_m1() * grad * logits.slope(row.target);
+        // Of a likely token's log-probability f32 leaves few digits.
+        let logprob = f64::from(row.target) - f64::from(row.tally.max) - row.tally.sum.ln();
+        let toward = -logprob.exp_m1() as f32 * grad * logits.slope(row.target);
         let away = grad / row.tally.sum as f32;
         others.iter_mut().zip(&*of_target).for_each(|(other, target)| *other = toward * target - away * *other);
     });
