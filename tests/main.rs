@@ -10,6 +10,7 @@ mod boolq;
 mod calibration;
 mod chat;
 mod check;
+mod codes;
 mod commands;
 mod config;
 mod config_layers;

@@ -165,8 +165,7 @@ impl Parts for Headers<'_> {
     }
 
     fn table(&mut self, name: &str, shape: &[usize; 2]) -> Result<()> {
-        self.weights.stored(name, shape, self.architecture)?;
-        self.footprint.resident += Panels::bytes(shape[0], shape[1], self.kernel);
+        self.footprint.resident += self.weights.stored(name, shape, self.architecture)?.panel_bytes(self.kernel);
         Ok(())
     }
 
@@ -179,7 +178,7 @@ impl Parts for Headers<'_> {
             _ => stored.form(self.quantization),
         };
         match form {
-            None => self.footprint.resident += bytes,
+            None => self.footprint.resident += stored.panel_bytes(self.kernel),
             Some(form) => {
                 self.footprint.unpacked += bytes;
                 let bytes = stored.packed_bytes(form);

@@ -11,6 +11,7 @@ use candle_core::{Device, Tensor};
 use rayon::prelude::*;
 
 use crate::config::Quantization;
+use crate::ops::codes::Codes;
 use crate::ops::kernel::Kernel;
 use crate::ops::left::to_bf16;
 use crate::ops::nf4::{Blocks, Nf4};
@@ -58,6 +59,11 @@ impl Stored<'_> {
 
     /// Some rows, as they are stored.
     fn piece(&self, first: usize, rows: usize) -> Result<QTensor> {
+        let storage = QStorage::from_data(Cow::Owned(self.bytes(first, rows)?), &Device::Cpu, self.kind)?;
+        Ok(QTensor::new(storage, (rows, self.matrix().1))?)
+    }
+
+    fn bytes(&self, first: usize, rows: usize) -> Result<Vec<u8>> {
         let width = self.matrix().1;
         let row_bytes = width / self.kind.block_size() * self.kind.type_size();
         let mut bytes = vec![0; rows * row_bytes];
@@ -67,8 +73,7 @@ impl Stored<'_> {
             ensure!(rows.is_multiple_of(head), "it has {rows} rows, not whole heads of {head}");
             bytes = bytes.chunks(head * row_bytes).flat_map(|rows| apart(rows, row_bytes)).collect();
         }
-        let storage = QStorage::from_data(Cow::Owned(bytes), &Device::Cpu, self.kind)?;
-        Ok(QTensor::new(storage, (rows, width))?)
+        Ok(bytes)
     }
 
     /// In which form the matrix is held; what is in f32 already is not packed to be kept.
@@ -117,12 +122,25 @@ impl Stored<'_> {
         firsts.into_par_iter().map(|first| f(self.piece(first, piece.min(rows - first))?)).collect()
     }
 
+    /// What the matrix takes as products want it, in bytes.
+    pub fn panel_bytes(&self, kernel: Kernel) -> usize {
+        let (rows, width) = self.matrix();
+        match Codes::fit(self.kind, width, kernel) {
+            true => Codes::bytes(self.kind, rows, width),
+            false => Panels::bytes(rows, width, kernel),
+        }
+    }
+
     /// The matrix as products want it.
     ///
     /// # Errors
     /// If the file cannot be read any more.
     pub fn panels(&self, kernel: Kernel) -> Result<Panels> {
         let (rows, width) = self.matrix();
+        if Codes::fit(self.kind, width, kernel) {
+            let read = |first, rows| self.bytes(first, rows);
+            return Panels::coded(self.kind, (rows, width), kernel, self.piece_rows(), read);
+        }
         let mut panels = Panels::zeros(rows, width, kernel);
         panels.try_write(self.piece_rows(), |first, values| {
             unpack(&self.piece(first, values.len() / width)?, values).map_err(anyhow::Error::from)

@@ -161,7 +161,13 @@ impl Keys {
                 Numbers::Bf16(keys) => {
                     let len = padded(self.dim) * BLOCK;
                     let mut to = Columns::first(to, self.room(rows.rows()), BLOCK, stride);
-                    bf16_panel(tiles.as_ref(), (rows.tiles(0, 0), &keys[index * len..][..len]), None, &mut to, false);
+                    bf16_panel(
+                        (tiles.as_ref(), true),
+                        (rows.tiles(0, 0), &keys[index * len..][..len]),
+                        None,
+                        &mut to,
+                        false,
+                    );
                 }
             }
         }
@@ -198,7 +204,7 @@ impl Keys {
                     };
                     let columns = PANEL.min(dim - panel * PANEL);
                     let mut to = Columns::first(&mut combined[panel * PANEL..], self.room(m), columns, dim);
-                    bf16_panel(tiles.as_ref(), walk(&first), then.as_ref().map(walk), &mut to, false);
+                    bf16_panel((tiles.as_ref(), true), walk(&first), then.as_ref().map(walk), &mut to, false);
                 }
             }
         }
@@ -226,7 +232,7 @@ impl Keys {
         for block in columns.clone().step_by(BLOCK) {
             pair_rows(&y[block..], m, y_stride, &mut panel);
             let mut to = Columns::first(&mut total[block - columns.start..], wide, BLOCK, stride);
-            bf16_panel(tiles.as_ref(), (x.tiles(0, 0), &panel), None, &mut to, true);
+            bf16_panel((tiles.as_ref(), true), (x.tiles(0, 0), &panel), None, &mut to, true);
         }
     }
 }

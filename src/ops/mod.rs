@@ -7,6 +7,7 @@
 //! * [`buffer`], [`shared`]: memory that is used again, and rows that several threads write
 //! * [`matmul`], [`avx512`]: small products in f32
 //! * [`left`], [`panels`], [`products`], [`pages`], [`amx`]: products with frozen weights, which are packed once
+//! * [`codes`]: frozen weights that stay as a GGUF file has them, until a panel is multiplied with
 //! * [`quantized`], [`nf4`]: frozen weights that stay smaller still, unpacked for one layer at a time
 //! * [`rows`]: work on rows, spread over threads
 //! * [`linear`], [`dropout`]: a frozen weight plus an optional low-rank adapter, and which of its inputs are dropped
@@ -20,6 +21,7 @@ pub mod attention;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 pub mod buffer;
+pub mod codes;
 pub mod dropout;
 pub mod feed_forward;
 pub mod gate;

@@ -89,6 +89,7 @@ pub struct Pages<T> {
 pub trait Plain: Copy {}
 impl Plain for i8 {}
 impl Plain for u16 {}
+impl Plain for u32 {}
 impl Plain for f32 {}
 
 // SAFETY: it owns its part of the chunk.

@@ -5,10 +5,12 @@
 
 use std::ops::Range;
 
+use candle_core::quantized::GgmlDType;
 use rayon::prelude::*;
 
 use super::amx;
 use super::buffer::Buffer;
+use super::codes::Codes;
 use super::kernel::Kernel;
 use super::left::{Left, to_bf16, to_f32};
 use super::pages::Held;
@@ -49,6 +51,8 @@ pub struct Panels {
 enum Values {
     Bf16(Held<u16>),
     F32(Held<f32>),
+    /// Unpacked to bf16 when they are used.
+    Codes(Codes),
     /// [narrow, 32] a panel, and what they are to be multiplied with in bf16, [narrow / 32, 32].
     Int8(Held<i8>, Held<u16>),
 }
@@ -75,6 +79,21 @@ impl Panels {
             Kernel::Cuda => unreachable!("a GPU has weights of its own"),
         };
         Self { kernel, wide, narrow, values }
+    }
+
+    /// A weight of the model that stays as a GGUF file has it, for kernels in bf16: see [`Codes::read`].
+    ///
+    /// # Errors
+    /// The first error of `read`.
+    pub fn coded<E: Send>(
+        kind: GgmlDType,
+        (wide, narrow): (usize, usize),
+        kernel: Kernel,
+        piece: usize,
+        read: impl Fn(usize, usize) -> Result<Vec<u8>, E> + Sync,
+    ) -> Result<Self, E> {
+        let values = Values::Codes(Codes::read(kind, (wide, narrow), piece, read)?);
+        Ok(Self { kernel, wide, narrow, values })
     }
 
     /// Packs dense rows [wide, narrow] for as long as they are needed, in one piece: a thread that packs what others wait for must
@@ -127,6 +146,7 @@ impl Panels {
                 }
                 Ok(())
             }),
+            Values::Codes(_) => unreachable!("codes are read as they are"),
             Values::Int8(values, scales) => {
                 let panels = values.par_chunks_mut(piece * depth).zip(scales.par_chunks_mut(piece * depth / GROUP));
                 panels.enumerate().try_for_each(|(index, (values, scales))| {
@@ -183,6 +203,7 @@ impl Panels {
                 let from = values[panel..].iter().skip(lane).step_by(PANEL);
                 row.iter_mut().zip(from).for_each(|(to, from)| *to = *from);
             }
+            Values::Codes(codes) => codes.row(index, row),
             Values::Int8(values, scales) => {
                 let scales =
                     scales[panel / GROUP..].iter().skip(lane).step_by(PANEL).flat_map(|scale| [to_f32(*scale); GROUP]);
@@ -236,6 +257,17 @@ impl Panels {
                 });
                 Values::Bf16(Held::Product(transposed))
             }
+            Values::Codes(codes) => {
+                let mut transposed = Buffer::new(wide_padded * depth);
+                each(&mut transposed, PANEL * wide_padded, threads, |inputs, panel| {
+                    let mut from = [0; PANEL * PANEL];
+                    for (to, number) in panel.chunks_exact_mut(block).zip(panels.clone()) {
+                        codes.unpack_block(number, inputs, &mut from);
+                        transpose_pairs(&from, to);
+                    }
+                });
+                Values::Bf16(Held::Product(transposed))
+            }
             Values::Int8(..) => unreachable!("nothing is trained through rounded weights"),
         };
         Panels { kernel: self.kernel, wide: self.narrow, narrow: wide, values }
@@ -247,11 +279,18 @@ impl Panels {
         multiply(x, [Product { weight: self, then: None, outputs, to: (c, stride), add }], threads);
     }
 
-    /// A panel in bf16.
-    pub(super) fn bf16(&self, panel: usize) -> &[u16] {
-        let Values::Bf16(values) = &self.values else { unreachable!("weights of one kernel have one type") };
+    /// A panel in bf16, and whether it has to come from memory. `room` is for one that is in codes.
+    pub(super) fn bf16<'a>(&'a self, panel: usize, room: &'a mut Option<Buffer<u16>>) -> (&'a [u16], bool) {
         let len = PANEL * padded(self.narrow);
-        &values[panel * len..][..len]
+        match &self.values {
+            Values::Bf16(values) => (&values[panel * len..][..len], true),
+            Values::Codes(codes) => {
+                let room = room.get_or_insert_with(|| Buffer::new(len));
+                codes.unpack(panel, room);
+                (room, false)
+            }
+            _ => unreachable!("weights of one kernel have one type"),
+        }
     }
 
     /// All panels in f32, or rows for the `gemm` crate.

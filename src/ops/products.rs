@@ -104,6 +104,7 @@ impl Shared<'_> {
         let Self { weight, then, outputs, to, add } = self;
         let kernel = weight.kernel();
         let tiles = (kernel == Kernel::Amx).then(amx::Tiles::configure);
+        let [mut room, mut then_room] = [None, None];
         for first in (0..x.rows()).step_by(ROWS) {
             let rows = first..(first + ROWS).min(x.rows());
             for panel in panels.clone() {
@@ -111,8 +112,9 @@ impl Shared<'_> {
                 // SAFETY: each panel's columns are written by the one thread that has the panel.
                 let mut c = unsafe { to.columns(rows.clone(), columns) };
                 if kernel.rounds_inputs() {
-                    let then = then.map(|(x, weight)| (x.tiles(first, 0), weight.bf16(panel)));
-                    bf16_panel(tiles.as_ref(), (x.tiles(first, 0), weight.bf16(panel)), then, &mut c, *add);
+                    let (numbers, cold) = weight.bf16(panel, &mut room);
+                    let then = then.map(|(x, weight)| (x.tiles(first, 0), weight.bf16(panel, &mut then_room).0));
+                    bf16_panel((tiles.as_ref(), cold), (x.tiles(first, 0), numbers), then, &mut c, *add);
                     continue;
                 }
                 f32_or_int8(weight, x, &rows, panel, &mut c, *add);
@@ -153,9 +155,10 @@ fn f32_panel(x: &[f32], panel: &[f32], c: &mut Columns, add: bool) {
     }
 }
 
-/// All rows times one panel of bf16, and `then` others times another, as far as there are such.
+/// All rows times one panel of bf16, and `then` others times another, as far as there are such. With `cold`, the panel has to come from
+/// memory.
 pub(super) fn bf16_panel(
-    tiles: Option<&amx::Tiles>,
+    (tiles, cold): (Option<&amx::Tiles>, bool),
     (a, panel): (left::Tiles, &[u16]),
     then: Option<(left::Tiles, &[u16])>,
     c: &mut Columns,
@@ -183,7 +186,9 @@ pub(super) fn bf16_panel(
                 // SAFETY: by the assert above, all tiles of `height` rows are there, and all inputs of the panels; `whole` gives
                 // room for as many rows of 32, all of which are written. The first rows find their panel in memory, the others in the cache.
                 unsafe {
-                    c.whole(row..row + height, add, |c| tiles.multiply((first, then.as_ref()), c, add, two, row == 0));
+                    c.whole(row..row + height, add, |c| {
+                        tiles.multiply((first, then.as_ref()), c, add, two, cold && row == 0)
+                    });
                 }
                 row += height;
             }

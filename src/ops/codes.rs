@@ -1,0 +1,345 @@
+//! Frozen weights that stay codes of 4 or 8 bits, as most GGUF files have them, for kernels that multiply in bf16: a third of the
+//! memory to walk through for every token. One of the kernel files.
+//!
+//! Each weight is `code · scale + minimum`, with a scale and a minimum for every 32 inputs of an output. A panel becomes bf16 just
+//! before it is multiplied with, and is bit for bit what it would be had all been unpacked when the model was loaded: the product is
+//! exact in f32, for a scale has 17 digits at most, and the sum is rounded once.
+
+use candle_core::quantized::GgmlDType;
+use half::f16;
+use rayon::prelude::*;
+
+use super::kernel::Kernel;
+use super::left::{to_bf16, to_f32};
+use super::pages::Pages;
+use super::panels::PANEL;
+
+/// Inputs that share a scale and a minimum.
+const GROUP: usize = 32;
+/// Weights of a block: a group of inputs of all outputs of a panel.
+pub(super) const BLOCK: usize = GROUP * PANEL;
+/// Outputs whose pairs of inputs fill a vector of f32, and vectors for all outputs of a panel.
+const LANES: usize = 16;
+const VECTORS: usize = 2 * PANEL / LANES;
+/// Words of a line of the cache.
+const LINE: usize = 16;
+/// Codes of 4 bits in a word.
+const NIBBLES: usize = 8;
+
+/// How a type of GGUF is held.
+#[derive(Clone, Copy, PartialEq)]
+enum Width {
+    Four,
+    Eight,
+}
+
+/// A frozen weight [wide, narrow] in codes.
+pub struct Codes {
+    width: Width,
+    narrow: usize,
+    /// By panel and group of inputs a block: 32 scales and 32 minimums in f32, then the codes. Those of 8 bits lie as the panel's bf16
+    /// will, [16 pairs of inputs, 32 outputs, 2]; those of 4 bits in words that each hold eight pairs' codes of one output and one of
+    /// both inputs, the first lowest: [4 vectors, 2, 16].
+    words: Pages<u32>,
+}
+
+/// A group of inputs of one output.
+struct Group {
+    scale: f32,
+    minimum: f32,
+    codes: [u8; GROUP],
+}
+
+impl Width {
+    fn of(kind: GgmlDType) -> Option<Self> {
+        match kind {
+            GgmlDType::Q4_0 | GgmlDType::Q4_1 | GgmlDType::Q4K => Some(Self::Four),
+            GgmlDType::Q8_0 => Some(Self::Eight),
+            _ => None,
+        }
+    }
+
+    /// Words of a block's codes.
+    fn words(self) -> usize {
+        match self {
+            Self::Four => BLOCK / NIBBLES,
+            Self::Eight => BLOCK / size_of::<u32>(),
+        }
+    }
+
+    /// Words of a block.
+    fn block(self) -> usize {
+        2 * PANEL + self.words()
+    }
+
+    /// Which word of a block's codes has that of an output and an input, and how far it is shifted.
+    fn place(self, output: usize, input: usize) -> (usize, usize) {
+        let (pair, lane) = (input / 2, 2 * output + input % 2);
+        match self {
+            Self::Four => {
+                let (vector, word) = (lane / LANES, pair / NIBBLES);
+                ((vector * 2 + word) * LANES + lane % LANES, pair % NIBBLES * 4)
+            }
+            Self::Eight => {
+                let byte = pair * 2 * PANEL + lane;
+                (byte / size_of::<u32>(), byte % size_of::<u32>() * 8)
+            }
+        }
+    }
+}
+
+impl Codes {
+    /// Whether a weight of such a type, with rows of so many inputs, can be held like this for a kernel.
+    pub fn fit(kind: GgmlDType, narrow: usize, kernel: Kernel) -> bool {
+        let unpacks = kernel.rounds_inputs() && kernel != Kernel::Cuda && Kernel::Avx512Bf16.available();
+        unpacks && Width::of(kind).is_some() && narrow.is_multiple_of(kind.block_size())
+    }
+
+    /// What a weight takes, in bytes.
+    ///
+    /// # Panics
+    /// If such a type does not fit: a mistake of the caller.
+    pub fn bytes(kind: GgmlDType, wide: usize, narrow: usize) -> usize {
+        let width = Width::of(kind).expect("the type fits");
+        size_of::<u32>() * wide.div_ceil(PANEL) * (narrow / GROUP) * width.block()
+    }
+
+    /// Fills a weight in parallel: `read(first, rows)` returns so many rows as GGUF has them, whose first is number `first`. A piece
+    /// has `piece` rows, a multiple of the panel, or is the last.
+    ///
+    /// # Errors
+    /// The first error of `read`.
+    ///
+    /// # Panics
+    /// If such a type does not fit, or `read` returns other than it should: mistakes of the caller.
+    pub fn read<E: Send>(
+        kind: GgmlDType,
+        (wide, narrow): (usize, usize),
+        piece: usize,
+        read: impl Fn(usize, usize) -> Result<Vec<u8>, E> + Sync,
+    ) -> Result<Self, E> {
+        assert!(piece.is_multiple_of(PANEL), "pieces are whole panels");
+        let width = Width::of(kind).expect("the type fits");
+        let groups = narrow / GROUP;
+        let mut words = Pages::zeros(Self::bytes(kind, wide, narrow) / size_of::<u32>());
+        let of_piece = piece / PANEL * groups * width.block();
+        words.par_chunks_mut(of_piece.max(1)).enumerate().try_for_each(|(index, words)| {
+            let first = index * piece;
+            let rows = piece.min(wide - first);
+            let bytes = read(first, rows)?;
+            let row_bytes = narrow / kind.block_size() * kind.type_size();
+            assert!(bytes.len() == rows * row_bytes, "as many bytes as the rows have");
+            for (row, bytes) in bytes.chunks_exact(row_bytes).enumerate() {
+                let panel = &mut words[row / PANEL * groups * width.block()..];
+                let groups = bytes.chunks_exact(kind.type_size()).flat_map(|block| groups_of(kind, block));
+                for (block, group) in panel.chunks_exact_mut(width.block()).zip(groups) {
+                    group.write(width, row % PANEL, block);
+                }
+            }
+            Ok(())
+        })?;
+        Ok(Self { width, narrow, words })
+    }
+
+    fn block(&self, panel: usize, group: usize) -> &[u32] {
+        let len = self.width.block();
+        &self.words[(panel * (self.narrow / GROUP) + group) * len..][..len]
+    }
+
+    /// Writes row number `index` [narrow].
+    pub fn row(&self, index: usize, row: &mut [f32]) {
+        let (panel, output) = (index / PANEL, index % PANEL);
+        let mask = if self.width == Width::Four { 0xf } else { 0xff };
+        for (group, row) in row.chunks_exact_mut(GROUP).enumerate() {
+            let block = self.block(panel, group);
+            let [scale, minimum] = [block[output], block[PANEL + output]].map(f32::from_bits);
+            for (input, to) in row.iter_mut().enumerate() {
+                let (word, shift) = self.width.place(output, input);
+                let code = (block[2 * PANEL + word] >> shift) & mask;
+                *to = to_f32(to_bf16((code as f32).mul_add(scale, minimum)));
+            }
+        }
+    }
+
+    /// A panel in bf16, as products want it: [narrow / 2, 32, 2].
+    ///
+    /// # Panics
+    /// If there is no room for it: a mistake of the caller.
+    pub fn unpack(&self, panel: usize, to: &mut [u16]) {
+        assert!(to.len() == self.narrow * PANEL, "room for a panel");
+        to.chunks_exact_mut(BLOCK).enumerate().for_each(|(group, to)| self.unpack_block(panel, group, to));
+    }
+
+    /// A group of inputs of a panel in bf16: [16, 32, 2].
+    ///
+    /// # Panics
+    /// As [`Codes::unpack`].
+    pub fn unpack_block(&self, panel: usize, group: usize, to: &mut [u16]) {
+        let block = self.block(panel, group);
+        assert!(to.len() == BLOCK, "room for a block");
+        #[cfg(target_arch = "x86_64")]
+        block.chunks(LINE).for_each(vectors::fetch_ahead);
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: codes are only held where these instructions are, a block's words are there, and so is room for its numbers.
+        unsafe {
+            match self.width {
+                Width::Four => vectors::four(block.as_ptr(), to.as_mut_ptr()),
+                Width::Eight => vectors::eight(block.as_ptr(), to.as_mut_ptr()),
+            }
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        unreachable!("kernels in bf16 are for x86-64");
+    }
+}
+
+impl Group {
+    fn write(&self, width: Width, output: usize, block: &mut [u32]) {
+        block[output] = self.scale.to_bits();
+        block[PANEL + output] = self.minimum.to_bits();
+        for (input, code) in self.codes.iter().enumerate() {
+            let (word, shift) = width.place(output, input);
+            block[2 * PANEL + word] |= u32::from(*code) << shift;
+        }
+    }
+}
+
+/// The groups of one of GGUF's blocks. Blocks of 256 have scales and minimums of 6 bits for each group.
+fn groups_of(kind: GgmlDType, block: &[u8]) -> impl Iterator<Item = Group> {
+    let half = |at: usize| f16::from_le_bytes([block[at], block[at + 1]]).to_f32();
+    let of_six = |index: usize| {
+        let scales = &block[4..16];
+        match index {
+            0..4 => (scales[index] & 63, scales[index + 4] & 63),
+            _ => (
+                (scales[index + 4] & 15) | ((scales[index - 4] >> 6) << 4),
+                (scales[index + 4] >> 4) | ((scales[index] >> 6) << 4),
+            ),
+        }
+    };
+    (0..kind.block_size() / GROUP).map(move |index| match kind {
+        GgmlDType::Q4_0 => Group { scale: half(0), minimum: -8.0 * half(0), codes: nibbles(&block[2..]) },
+        GgmlDType::Q4_1 => Group { scale: half(0), minimum: half(2), codes: nibbles(&block[4..]) },
+        GgmlDType::Q8_0 => {
+            // With their sign turned around they count from −128.
+            let codes = std::array::from_fn(|input| block[2 + input] ^ 0x80);
+            Group { scale: half(0), minimum: -128.0 * half(0), codes }
+        }
+        _ => {
+            let (scale, minimum) = of_six(index);
+            let codes = &block[16 + index / 2 * GROUP..][..GROUP];
+            let codes = std::array::from_fn(|input| (codes[input] >> (index % 2 * 4)) & 15);
+            Group { scale: half(0) * f32::from(scale), minimum: -(half(2) * f32::from(minimum)), codes }
+        }
+    })
+}
+
+/// The low halves of sixteen bytes, then the high ones.
+fn nibbles(bytes: &[u8]) -> [u8; GROUP] {
+    std::array::from_fn(|input| (bytes[input % (GROUP / 2)] >> (input / (GROUP / 2) * 4)) & 15)
+}
+
+/// In vectors of sixteen. Two of them, eight outputs each, become 32 numbers of the panel.
+#[cfg(target_arch = "x86_64")]
+mod vectors {
+    use std::arch::x86_64::{
+        __m512, __m512i, _MM_HINT_T0, _mm_loadu_si128, _mm_prefetch, _mm512_add_epi32, _mm512_cvtepi32_ps,
+        _mm512_cvtepu8_epi32, _mm512_cvtne2ps_pbh, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_loadu_si512,
+        _mm512_permutexvar_ps, _mm512_set1_epi32, _mm512_setr_epi32, _mm512_setr_ps, _mm512_srli_epi32,
+        _mm512_storeu_si512,
+    };
+    use std::mem::transmute;
+
+    use super::{LANES, NIBBLES, PANEL, VECTORS};
+
+    /// How far ahead codes are fetched, in bytes.
+    const AHEAD: usize = 4096;
+
+    /// Begins to bring what comes so much later than these words.
+    #[inline]
+    pub fn fetch_ahead(words: &[u32]) {
+        // SAFETY: of the address nothing is read.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(words.as_ptr().cast::<i8>().wrapping_add(AHEAD)) };
+    }
+
+    /// Scale and minimum of eight outputs, each twice.
+    ///
+    /// # Safety
+    /// A block must begin there.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+    unsafe fn affine(block: *const u32, vector: usize) -> [__m512; 2] {
+        let first = vector as i32 % 2 * 8;
+        let twice = _mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7);
+        let twice = _mm512_add_epi32(twice, _mm512_set1_epi32(first));
+        // SAFETY: the caller's; 32 scales and as many minimums come first.
+        [0, PANEL].map(|at| unsafe {
+            let values = _mm512_loadu_ps(block.add(at + vector / 2 * LANES).cast());
+            _mm512_permutexvar_ps(twice, values)
+        })
+    }
+
+    /// Writes 32 numbers.
+    ///
+    /// # Safety
+    /// There must be room for them.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+    unsafe fn write(to: *mut u16, codes: [__m512; 2], affine: [[__m512; 2]; 2]) {
+        let [first, second] = [0, 1].map(|index| _mm512_fmadd_ps(codes[index], affine[index][0], affine[index][1]));
+        // SAFETY: the caller's; a vector of bf16 has the size of one of integers.
+        unsafe {
+            let rounded: __m512i = transmute(_mm512_cvtne2ps_pbh(second, first));
+            _mm512_storeu_si512(to.cast(), rounded);
+        }
+    }
+
+    /// A block of codes of 4 bits.
+    ///
+    /// # Safety
+    /// These instructions, the block and room for its numbers must be there.
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+    pub unsafe fn four(block: *const u32, to: *mut u16) {
+        // A permutation looks at the lowest four bits of each number: it masks the code and converts it at once.
+        let values =
+            _mm512_setr_ps(0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0, 10.0, 11.0, 12.0, 13.0, 14.0, 15.0);
+        for vector in (0..VECTORS).step_by(2) {
+            // SAFETY: the caller's.
+            unsafe {
+                let affine = [affine(block, vector), affine(block, vector + 1)];
+                for word in 0..2 {
+                    let mut codes = [0, 1].map(|second| {
+                        let at = block.add(2 * PANEL + ((vector + second) * 2 + word) * LANES);
+                        _mm512_loadu_si512(at.cast())
+                    });
+                    for nibble in 0..NIBBLES {
+                        let pair = to.add((word * NIBBLES + nibble) * 2 * PANEL + vector * LANES);
+                        write(pair, codes.map(|codes| _mm512_permutexvar_ps(codes, values)), affine);
+                        codes = codes.map(|codes| _mm512_srli_epi32::<4>(codes));
+                    }
+                }
+            }
+        }
+    }
+
+    /// A block of codes of 8 bits.
+    ///
+    /// # Safety
+    /// As [`four`].
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+    pub unsafe fn eight(block: *const u32, to: *mut u16) {
+        for vector in (0..VECTORS).step_by(2) {
+            // SAFETY: the caller's.
+            unsafe {
+                let affine = [affine(block, vector), affine(block, vector + 1)];
+                for pair in 0..LANES {
+                    let at = pair * 2 * PANEL + vector * LANES;
+                    let bytes = block.add(2 * PANEL).cast::<u8>().add(at);
+                    let codes = [0, LANES].map(|second| {
+                        _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(bytes.add(second).cast())))
+                    });
+                    write(to.add(at), codes, affine);
+                }
+            }
+        }
+    }
+}
