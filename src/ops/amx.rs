@@ -1,7 +1,6 @@
 //! Tiles: products of 32 × 32 blocks of bf16 with sums in f32, in registers of 16 rows × 64 bytes. One of the kernel files.
 //!
-//! The intrinsics are not stable in Rust; the instructions in inline assembly are. The whole walk along k is one assembly
-//! block, because the compiler knows nothing of what tile registers hold between two.
+//! The intrinsics are not stable in Rust; the instructions in inline assembly are.
 
 /// Rows and columns of a block of the product.
 pub(super) const SIDE: usize = 32;
@@ -50,109 +49,109 @@ struct Shapes {
 }
 
 /// Two operands and how far they go along k: `a` is 16 rows of bf16 in tiles, one after the other along k, and 16 more whose tiles
-/// come `second` values later; `b` is pairs of k, [steps · 16, 32, 2]. A step is 32 values of k.
-#[repr(C)]
+/// come `second` values later; `b` is pairs of k, [steps · 16, 32, 2], or so many steps of them that are used again and again, a power of
+/// two, from one of them on. A step is 32 values of k.
 #[derive(Clone, Copy)]
 pub(super) struct Walk {
     pub a: *const u16,
     pub b: *const u16,
     pub steps: usize,
     pub second: usize,
+    pub ring: usize,
+    pub start: usize,
 }
 
-/// Begins to bring what the second operand will be a step and a half later into the second-level cache: 32 lines. The processor does
-/// not see loads of tiles coming as well as others; from memory a product takes two thirds of the time with this.
-#[cfg(target_arch = "x86_64")]
-macro_rules! fetch_ahead {
-    () => {
-        ".irp line, 0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15,16,17,18,19,20,21,22,23,24,25,26,27,28,29,30,31
-         prefetcht1 [{b} + 64 * \\line + 3072]
-         .endr"
-    };
+/// Values of one tile, and of the two that a step along k needs of the second operand.
+const TILE: usize = 512;
+const PAIR: usize = 2 * TILE;
+
+/// Where the sums of a block are: 16 rows of 32, which are so many values apart, and 16 more unless they are left out.
+#[derive(Clone, Copy)]
+struct Sums<const TWO: bool> {
+    c: *mut f32,
+    stride: usize,
 }
 
-/// 32 rows: four tiles of sums. `load` brings the first operand.
+/// A block whose sums are in tiles 0 to 3 between its beginning and its end. The compiler does not know, and need not: the program is
+/// compiled for processors without tiles, so that no instruction but those of this file can touch them.
 #[cfg(target_arch = "x86_64")]
-macro_rules! two_rows {
-    ($first:ident, $then:ident, $c:ident, $c_stride:ident, $keep:ident, $load:literal, $fetch:expr) => {
-        std::arch::asm!(
-            "test {keep:e}, {keep:e}",
-            "jnz 3f",
-            "tilezero tmm0", "tilezero tmm1", "tilezero tmm2", "tilezero tmm3",
-            "jmp 2f",
-            "3:",
-            "tileloadd tmm0, [{c} + {cs}]", "tileloadd tmm1, [{c} + {cs} + 64]",
-            "tileloadd tmm2, [{c2} + {cs}]", "tileloadd tmm3, [{c2} + {cs} + 64]",
-            "2:",
-            $fetch,
-            concat!($load, " tmm4, [{a} + {s}]"),
-            "tileloadd tmm6, [{b} + {s} * 2]",
-            "tdpbf16ps tmm0, tmm4, tmm6",
-            "tileloadd tmm7, [{b} + {s} * 2 + 64]",
-            "tdpbf16ps tmm1, tmm4, tmm7",
-            concat!($load, " tmm5, [{a2} + {s}]"),
-            "tdpbf16ps tmm2, tmm5, tmm6",
-            "tdpbf16ps tmm3, tmm5, tmm7",
-            "add {a}, 1024", "add {a2}, 1024", "add {b}, 2048",
-            "dec {n}",
-            "jnz 2b",
-            "test {then}, {then}",
-            "jz 4f",
-            "mov {a}, [{then}]", "mov {b}, [{then} + 8]", "mov {n}, [{then} + 16]", "mov {a2}, [{then} + 24]",
-            "lea {a2}, [{a} + {a2} * 2]",
-            "xor {then}, {then}",
-            "test {n}, {n}",
-            "jnz 2b",
-            "4:",
-            "tilestored [{c} + {cs}], tmm0", "tilestored [{c} + {cs} + 64], tmm1",
-            "tilestored [{c2} + {cs}], tmm2", "tilestored [{c2} + {cs} + 64], tmm3",
-            a = inout(reg) $first.a => _, a2 = inout(reg) $first.a.add($first.second) => _, b = inout(reg) $first.b => _,
-            n = inout(reg) $first.steps => _, then = inout(reg) $then.map_or(std::ptr::null(), std::ptr::from_ref) => _,
-            s = in(reg) 64usize, cs = in(reg) 4 * $c_stride, c = in(reg) $c, c2 = in(reg) $c.add(16 * $c_stride),
-            keep = in(reg) $keep as u32,
-            out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
-            out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
-            options(nostack)
-        )
-    };
-}
+impl<const TWO: bool> Sums<TWO> {
+    /// # Safety
+    /// Tiles must be configured; if the sums are kept, they must be there.
+    #[inline(always)]
+    unsafe fn begin(self, keep: bool) {
+        use std::arch::asm;
+        let (c, s) = (self.c, 4 * self.stride);
+        // SAFETY: the caller's.
+        unsafe {
+            match (keep, TWO) {
+                (false, false) => asm!("tilezero tmm0", "tilezero tmm1", options(nostack, nomem)),
+                (false, true) => {
+                    asm!("tilezero tmm0", "tilezero tmm1", "tilezero tmm2", "tilezero tmm3", options(nostack, nomem))
+                }
+                (true, _) => {
+                    asm!("tileloadd tmm0, [{c} + {s}]", "tileloadd tmm1, [{c} + {s} + 64]",
+                        c = in(reg) c, s = in(reg) s, options(nostack, readonly));
+                    if TWO {
+                        asm!("tileloadd tmm2, [{c} + {s}]", "tileloadd tmm3, [{c} + {s} + 64]",
+                            c = in(reg) c.add(16 * self.stride), s = in(reg) s, options(nostack, readonly));
+                    }
+                }
+            }
+        }
+    }
 
-/// 16 rows: two tiles of sums.
-#[cfg(target_arch = "x86_64")]
-macro_rules! one_row {
-    ($first:ident, $then:ident, $c:ident, $c_stride:ident, $keep:ident, $fetch:expr) => {
-        std::arch::asm!(
-            "test {keep:e}, {keep:e}",
-            "jnz 3f",
-            "tilezero tmm0", "tilezero tmm1",
-            "jmp 2f",
-            "3:",
-            "tileloadd tmm0, [{c} + {cs}]", "tileloadd tmm1, [{c} + {cs} + 64]",
-            "2:",
-            $fetch,
-            "tileloadd tmm4, [{a} + {s}]",
-            "tileloadd tmm6, [{b} + {s} * 2]",
-            "tileloadd tmm7, [{b} + {s} * 2 + 64]",
-            "tdpbf16ps tmm0, tmm4, tmm6",
-            "tdpbf16ps tmm1, tmm4, tmm7",
-            "add {a}, 1024", "add {b}, 2048",
-            "dec {n}",
-            "jnz 2b",
-            "test {then}, {then}",
-            "jz 4f",
-            "mov {a}, [{then}]", "mov {b}, [{then} + 8]", "mov {n}, [{then} + 16]",
-            "xor {then}, {then}",
-            "test {n}, {n}",
-            "jnz 2b",
-            "4:",
-            "tilestored [{c} + {cs}], tmm0", "tilestored [{c} + {cs} + 64], tmm1",
-            a = inout(reg) $first.a => _, b = inout(reg) $first.b => _,
-            n = inout(reg) $first.steps => _, then = inout(reg) $then.map_or(std::ptr::null(), std::ptr::from_ref) => _,
-            s = in(reg) 64usize, cs = in(reg) 4 * $c_stride, c = in(reg) $c, keep = in(reg) $keep as u32,
-            out("tmm0") _, out("tmm1") _, out("tmm4") _, out("tmm6") _, out("tmm7") _,
-            options(nostack)
-        )
-    };
+    /// One step along k.
+    ///
+    /// # Safety
+    /// Tiles must be configured, and the tiles of both operands there.
+    #[inline(always)]
+    unsafe fn step(a: *const u16, second: usize, b: *const u16) {
+        // SAFETY: the caller's. Memory is only read, but what is read must have been written.
+        unsafe {
+            if TWO {
+                std::arch::asm!(
+                    // The first operand goes by: in the first-level cache stays the second, which the next rows need too.
+                    "tileloaddt1 tmm4, [{a} + {s}]",
+                    "tileloadd tmm6, [{b} + {s} * 2]",
+                    "tdpbf16ps tmm0, tmm4, tmm6",
+                    "tileloadd tmm7, [{b} + {s} * 2 + 64]",
+                    "tdpbf16ps tmm1, tmm4, tmm7",
+                    "tileloaddt1 tmm5, [{a2} + {s}]",
+                    "tdpbf16ps tmm2, tmm5, tmm6",
+                    "tdpbf16ps tmm3, tmm5, tmm7",
+                    a = in(reg) a, a2 = in(reg) a.add(second), b = in(reg) b, s = in(reg) 64usize,
+                    options(nostack, readonly)
+                );
+            } else {
+                std::arch::asm!(
+                    "tileloadd tmm4, [{a} + {s}]",
+                    "tileloadd tmm6, [{b} + {s} * 2]",
+                    "tileloadd tmm7, [{b} + {s} * 2 + 64]",
+                    "tdpbf16ps tmm0, tmm4, tmm6",
+                    "tdpbf16ps tmm1, tmm4, tmm7",
+                    a = in(reg) a, b = in(reg) b, s = in(reg) 64usize, options(nostack, readonly)
+                );
+            }
+        }
+    }
+
+    /// # Safety
+    /// Tiles must be configured, and there must be room for the sums.
+    #[inline(always)]
+    unsafe fn end(self) {
+        use std::arch::asm;
+        let (c, s) = (self.c, 4 * self.stride);
+        // SAFETY: the caller's.
+        unsafe {
+            asm!("tilestored [{c} + {s}], tmm0", "tilestored [{c} + {s} + 64], tmm1",
+                c = in(reg) c, s = in(reg) s, options(nostack));
+            if TWO {
+                asm!("tilestored [{c} + {s}], tmm2", "tilestored [{c} + {s} + 64], tmm3",
+                    c = in(reg) c.add(16 * self.stride), s = in(reg) s, options(nostack));
+            }
+        }
+    }
 }
 
 /// While it lives, the tile registers of this thread are configured.
@@ -180,29 +179,56 @@ impl Tiles {
     }
 
     /// `c = Σ a · b` over one walk along k or two, added to what `c` holds if `keep` is set, for 16 rows (32, if `two` is set) of
-    /// 32, which lie `c_stride` values apart. With `cold`, the second operand is fetched ahead from memory.
+    /// 32, which lie `c_stride` values apart. `before` is called before every step of the first walk, with its number.
     ///
     /// # Safety
-    /// All that the walks speak of must be there, one step at least, and `c` must have as many rows.
-    #[cfg(target_arch = "x86_64")]
-    #[inline]
+    /// All that the walks speak of must be there, at the latest after `before` was called for that step, and `c` must have as many
+    /// rows.
+    #[inline(always)]
     pub unsafe fn multiply(
         &self,
-        (first, then): (Walk, Option<&Walk>),
-        (c, c_stride): (*mut f32, usize),
+        walks: (Walk, Option<&Walk>),
+        (c, stride): (*mut f32, usize),
         keep: bool,
         two: bool,
-        cold: bool,
+        before: impl FnMut(usize),
     ) {
         // SAFETY: the caller's; tiles are configured as long as `self` lives.
         unsafe {
-            match (two, cold) {
-                (true, true) => two_rows!(first, then, c, c_stride, keep, "tileloadd", fetch_ahead!()),
-                // The first operand goes by: in the first-level cache stays the second, which the next rows need too.
-                (true, false) => two_rows!(first, then, c, c_stride, keep, "tileloaddt1", ""),
-                (false, true) => one_row!(first, then, c, c_stride, keep, fetch_ahead!()),
-                (false, false) => one_row!(first, then, c, c_stride, keep, ""),
+            match two {
+                true => self.block(walks, Sums::<true> { c, stride }, keep, before),
+                false => self.block(walks, Sums::<false> { c, stride }, keep, before),
             }
+        }
+    }
+
+    /// See [`Tiles::multiply`].
+    ///
+    /// # Safety
+    /// As there.
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    unsafe fn block<const TWO: bool>(
+        &self,
+        (first, then): (Walk, Option<&Walk>),
+        sums: Sums<TWO>,
+        keep: bool,
+        mut before: impl FnMut(usize),
+    ) {
+        // SAFETY: the caller's.
+        unsafe {
+            sums.begin(keep);
+            for step in 0..first.steps {
+                before(step);
+                let b = first.b.add(((first.start + step) & (first.ring - 1)) * PAIR);
+                Sums::<TWO>::step(first.a.add(step * TILE), first.second, b);
+            }
+            if let Some(then) = then {
+                for step in 0..then.steps {
+                    Sums::<TWO>::step(then.a.add(step * TILE), then.second, then.b.add(step * PAIR));
+                }
+            }
+            sums.end();
         }
     }
 
@@ -211,7 +237,21 @@ impl Tiles {
     /// # Safety
     /// Never called: there are no tiles.
     #[cfg(not(target_arch = "x86_64"))]
-    pub unsafe fn multiply(&self, _: (Walk, Option<&Walk>), _: (*mut f32, usize), _: bool, _: bool, _: bool) {}
+    unsafe fn block<const TWO: bool>(&self, _: (Walk, Option<&Walk>), _: Sums<TWO>, _: bool, _: impl FnMut(usize)) {}
+}
+
+/// Begins to bring what the second operand will be a step and a half later into the second-level cache: 32 lines. The processor does
+/// not see loads of tiles coming as well as others; from memory a product takes two thirds of the time with this.
+#[inline(always)]
+pub(super) fn fetch_ahead(b: *const u16, step: usize) {
+    #[cfg(target_arch = "x86_64")]
+    for line in 0..32 {
+        use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+        // SAFETY: an address of which nothing is read.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(b.wrapping_add(step * PAIR + PAIR * 3 / 2 + 32 * line).cast()) };
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = (b, step);
 }
 
 impl Drop for Tiles {

@@ -124,8 +124,7 @@ pub fn forward(
         spans.iter().flat_map(|span| (0..heads.key).flat_map(move |head| blocks(span, head))).collect();
     let (group, width) = (heads.query / heads.key, heads.query * heads.dim);
     let (attended, log_sums) = (SharedRows::new(attended, width), SharedRows::new(log_sums, heads.query));
-    in_turns(all.len(), TURN, |index| {
-        let block = &all[index];
+    let attend = |block: &Block| {
         let stride = block.stride();
         let queries = heads.gather(block, queries, heads.scale);
         let mut weights = heads.scores(block, &queries, keys);
@@ -148,7 +147,8 @@ pub fn forward(
             attended.copy_from_slice(&values[row * group * heads.dim..][..group * heads.dim]);
             log_sums.copy_from_slice(&sums[row * group..][..group]);
         }
-    });
+    };
+    in_turns(all.len(), TURN, |turn| all[turn].iter().for_each(attend));
 }
 
 impl Heads {

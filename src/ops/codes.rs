@@ -18,6 +18,8 @@ use super::panels::PANEL;
 const GROUP: usize = 32;
 /// Weights of a block: a group of inputs of all outputs of a panel.
 pub(super) const BLOCK: usize = GROUP * PANEL;
+/// Blocks in bf16 that are kept where a product needs each once, a power of two: they stay in the first-level cache.
+pub(super) const RING: usize = 4;
 /// Outputs whose pairs of inputs fill a vector of f32, and vectors for all outputs of a panel.
 const LANES: usize = 16;
 const VECTORS: usize = 2 * PANEL / LANES;
@@ -141,9 +143,19 @@ impl Codes {
         Ok(Self { width, narrow, words })
     }
 
-    fn block(&self, panel: usize, group: usize) -> &[u32] {
+    /// Room for a panel in bf16, or for [`RING`] blocks.
+    pub fn room(&self) -> usize {
+        self.blocks().max(RING) * BLOCK
+    }
+
+    /// Blocks of a panel, one for each group of inputs; those of the next panel follow.
+    pub fn blocks(&self) -> usize {
+        self.narrow / GROUP
+    }
+
+    fn block(&self, index: usize) -> &[u32] {
         let len = self.width.block();
-        &self.words[(panel * (self.narrow / GROUP) + group) * len..][..len]
+        &self.words[index * len..][..len]
     }
 
     /// Writes row number `index` [narrow].
@@ -151,7 +163,7 @@ impl Codes {
         let (panel, output) = (index / PANEL, index % PANEL);
         let mask = if self.width == Width::Four { 0xf } else { 0xff };
         for (group, row) in row.chunks_exact_mut(GROUP).enumerate() {
-            let block = self.block(panel, group);
+            let block = self.block(panel * self.blocks() + group);
             let [scale, minimum] = [block[output], block[PANEL + output]].map(f32::from_bits);
             for (input, to) in row.iter_mut().enumerate() {
                 let (word, shift) = self.width.place(output, input);
@@ -161,21 +173,12 @@ impl Codes {
         }
     }
 
-    /// A panel in bf16, as products want it: [narrow / 2, 32, 2].
+    /// Writes a block in bf16, [16, 32, 2]: a part of a panel as products want it.
     ///
     /// # Panics
-    /// If there is no room for it: a mistake of the caller.
-    pub fn unpack(&self, panel: usize, to: &mut [u16]) {
-        assert!(to.len() == self.narrow * PANEL, "room for a panel");
-        to.chunks_exact_mut(BLOCK).enumerate().for_each(|(group, to)| self.unpack_block(panel, group, to));
-    }
-
-    /// A group of inputs of a panel in bf16: [16, 32, 2].
-    ///
-    /// # Panics
-    /// As [`Codes::unpack`].
-    pub fn unpack_block(&self, panel: usize, group: usize, to: &mut [u16]) {
-        let block = self.block(panel, group);
+    /// If there is no such block, or no room for it: a mistake of the caller.
+    pub fn unpack(&self, block: usize, to: &mut [u16]) {
+        let block = self.block(block);
         assert!(to.len() == BLOCK, "room for a block");
         #[cfg(target_arch = "x86_64")]
         block.chunks(LINE).for_each(vectors::fetch_ahead);

@@ -12,7 +12,7 @@ use super::kernel::Kernel;
 use super::left::{Left, TILE_ROWS, to_bf16};
 use super::matmul::{Matrix, matmul};
 use super::pages::Held;
-use super::panels::PANEL;
+use super::panels::{PANEL, Panel};
 use super::products::bf16_panel;
 use super::rows::in_turns;
 use super::shared::{Columns, SharedRows};
@@ -162,8 +162,8 @@ impl Keys {
                     let len = padded(self.dim) * BLOCK;
                     let mut to = Columns::first(to, self.room(rows.rows()), BLOCK, stride);
                     bf16_panel(
-                        (tiles.as_ref(), true),
-                        (rows.tiles(0, 0), &keys[index * len..][..len]),
+                        tiles.as_ref(),
+                        (rows.tiles(0, 0), Panel::Bf16(&keys[index * len..][..len])),
                         None,
                         &mut to,
                         false,
@@ -202,9 +202,16 @@ impl Keys {
                         let start = ((head * panels + panel) * self.rows + blocks.start * BLOCK) * PANEL;
                         (weights.tiles(0, *from), &values[start..][..blocks.len() * BLOCK * PANEL])
                     };
+                    let first = walk(&first);
                     let columns = PANEL.min(dim - panel * PANEL);
                     let mut to = Columns::first(&mut combined[panel * PANEL..], self.room(m), columns, dim);
-                    bf16_panel((tiles.as_ref(), true), walk(&first), then.as_ref().map(walk), &mut to, false);
+                    bf16_panel(
+                        tiles.as_ref(),
+                        (first.0, Panel::Bf16(first.1)),
+                        then.as_ref().map(walk),
+                        &mut to,
+                        false,
+                    );
                 }
             }
         }
@@ -232,7 +239,7 @@ impl Keys {
         for block in columns.clone().step_by(BLOCK) {
             pair_rows(&y[block..], m, y_stride, &mut panel);
             let mut to = Columns::first(&mut total[block - columns.start..], wide, BLOCK, stride);
-            bf16_panel((tiles.as_ref(), true), (x.tiles(0, 0), &panel), None, &mut to, true);
+            bf16_panel(tiles.as_ref(), (x.tiles(0, 0), Panel::Bf16(&panel)), None, &mut to, true);
         }
     }
 }
@@ -266,8 +273,9 @@ fn rounded(values: &[f32]) -> [u16; PANEL] {
 
 /// Calls `f(row of the call, row of the keys, head)` for all of them, one store after the other.
 fn each_row(stores: &[Store], heads: usize, f: impl Fn(usize, usize, usize) + Sync) {
-    in_turns(stores.len(), 16, |store| {
-        let Store { from, to } = &stores[store];
-        from.clone().zip(*to..).for_each(|(row, to)| (0..heads).for_each(|head| f(row, to, head)));
+    in_turns(stores.len(), 16, |turn| {
+        for Store { from, to } in &stores[turn] {
+            from.clone().zip(*to..).for_each(|(row, to)| (0..heads).for_each(|head| f(row, to, head)));
+        }
     });
 }

@@ -57,6 +57,21 @@ enum Values {
     Int8(Held<i8>, Held<u16>),
 }
 
+/// A panel that products in bf16 are made with.
+pub(super) enum Panel<'a> {
+    /// As they want it, in memory.
+    Bf16(&'a [u16]),
+    /// One of a weight in codes, and room for it in bf16.
+    Codes {
+        codes: &'a Codes,
+        /// By number; the first one is being walked through.
+        panels: Range<usize>,
+        /// Whether the walk begins with it, or came from the one before.
+        begins: bool,
+        room: &'a mut [u16],
+    },
+}
+
 fn padded(n: usize) -> usize {
     n.next_multiple_of(PANEL)
 }
@@ -262,7 +277,7 @@ impl Panels {
                 each(&mut transposed, PANEL * wide_padded, threads, |inputs, panel| {
                     let mut from = [0; PANEL * PANEL];
                     for (to, number) in panel.chunks_exact_mut(block).zip(panels.clone()) {
-                        codes.unpack_block(number, inputs, &mut from);
+                        codes.unpack(number * codes.blocks() + inputs, &mut from);
                         transpose_pairs(&from, to);
                     }
                 });
@@ -279,17 +294,28 @@ impl Panels {
         multiply(x, [Product { weight: self, then: None, outputs, to: (c, stride), add }], threads);
     }
 
-    /// A panel in bf16, and whether it has to come from memory. `room` is for one that is in codes.
-    pub(super) fn bf16<'a>(&'a self, panel: usize, room: &'a mut Option<Buffer<u16>>) -> (&'a [u16], bool) {
+    /// A panel in bf16, if it is there.
+    pub(super) fn bf16(&self, panel: usize) -> Option<&[u16]> {
         let len = PANEL * padded(self.narrow);
         match &self.values {
-            Values::Bf16(values) => (&values[panel * len..][..len], true),
+            Values::Bf16(values) => Some(&values[panel * len..][..len]),
+            _ => None,
+        }
+    }
+
+    /// The first of some panels, for products in bf16. `room` is for those that are in codes; whether the walk begins here.
+    pub(super) fn panel<'a>(
+        &'a self,
+        panels: Range<usize>,
+        room: &'a mut Option<Buffer<u16>>,
+        begins: bool,
+    ) -> Panel<'a> {
+        match &self.values {
             Values::Codes(codes) => {
-                let room = room.get_or_insert_with(|| Buffer::new(len));
-                codes.unpack(panel, room);
-                (room, false)
+                let room = room.get_or_insert_with(|| Buffer::new(codes.room()));
+                Panel::Codes { codes, panels, begins, room }
             }
-            _ => unreachable!("weights of one kernel have one type"),
+            _ => Panel::Bf16(self.bf16(panels.start).expect("weights of one kernel have one type")),
         }
     }
 

@@ -1,21 +1,24 @@
 //! Products of rows with packed weights. One of the kernel files.
 //!
-//! Several products of the same rows are computed together: their panels are laid end to end and every thread walks through a part
-//! of them, so that it reads memory from one end to the other and waits for others once.
+//! Several products of the same rows are computed together: their panels are laid end to end and threads take turns with them, so
+//! that they read memory from one end to the other and wait for each other once.
 
 use std::ops::Range;
 
 use super::amx;
 use super::buffer::Buffer;
+use super::codes;
 use super::kernel::Kernel;
 use super::left::{self, Left, TILE, TILE_ROWS, TILE_WIDTH};
 use super::matmul::{Matrix, matmul, matmul_at};
-use super::panels::{GROUP, PANEL, Panels, Threads};
-use super::rows::in_parts;
+use super::panels::{GROUP, PANEL, Panel, Panels, Threads};
+use super::rows::in_turns;
 use super::shared::{Columns, SharedRows};
 
 /// Rows whose products with a panel are computed before the next panel: their inputs stay in the second-level cache.
 const ROWS: usize = 256;
+/// Panels that a thread walks through before it looks whether there are more.
+const TURN: usize = 2;
 /// Inputs of a product in f32 after which another sum begins: one over a head's vocabulary would lose digits.
 const CHAIN: usize = 512;
 
@@ -77,18 +80,20 @@ pub fn multiply<const N: usize>(x: &Left, products: [Product; N], threads: Threa
         let to = SharedRows::new(to, stride);
         Shared { weight, then, outputs, to, add }
     });
-    let panels = products.iter().map(|product| product.panels().len()).sum::<usize>();
-    let parts = threads.count().min(panels);
-    let part = |part: usize| {
+    let some = |turn: Range<usize>| {
         let mut before = 0;
         for product in &products {
-            let panels_of = product.panels();
-            let cut = |part: usize| (panels * part / parts).clamp(before, before + panels_of.len()) - before;
-            product.some(x, panels_of.start + cut(part)..panels_of.start + cut(part + 1));
-            before += panels_of.len();
+            let panels = product.panels();
+            let cut = |at: usize| at.clamp(before, before + panels.len()) - before + panels.start;
+            product.some(x, cut(turn.start)..cut(turn.end));
+            before += panels.len();
         }
     };
-    in_parts(parts, part);
+    let panels = products.iter().map(|product| product.panels().len()).sum();
+    match threads {
+        Threads::One => some(0..panels),
+        Threads::All => in_turns(panels, TURN, some),
+    }
 }
 
 impl Shared<'_> {
@@ -104,7 +109,7 @@ impl Shared<'_> {
         let Self { weight, then, outputs, to, add } = self;
         let kernel = weight.kernel();
         let tiles = (kernel == Kernel::Amx).then(amx::Tiles::configure);
-        let [mut room, mut then_room] = [None, None];
+        let mut room = None;
         for first in (0..x.rows()).step_by(ROWS) {
             let rows = first..(first + ROWS).min(x.rows());
             for panel in panels.clone() {
@@ -112,9 +117,10 @@ impl Shared<'_> {
                 // SAFETY: each panel's columns are written by the one thread that has the panel.
                 let mut c = unsafe { to.columns(rows.clone(), columns) };
                 if kernel.rounds_inputs() {
-                    let (numbers, cold) = weight.bf16(panel, &mut room);
-                    let then = then.map(|(x, weight)| (x.tiles(first, 0), weight.bf16(panel, &mut then_room).0));
-                    bf16_panel((tiles.as_ref(), cold), (x.tiles(first, 0), numbers), then, &mut c, *add);
+                    let numbers = weight.panel(panel..panels.end, &mut room, panel == panels.start);
+                    let then = then
+                        .map(|(x, weight)| (x.tiles(first, 0), weight.bf16(panel).expect("what is added is packed")));
+                    bf16_panel(tiles.as_ref(), (x.tiles(first, 0), numbers), then, &mut c, *add);
                     continue;
                 }
                 f32_or_int8(weight, x, &rows, panel, &mut c, *add);
@@ -155,63 +161,99 @@ fn f32_panel(x: &[f32], panel: &[f32], c: &mut Columns, add: bool) {
     }
 }
 
-/// All rows times one panel of bf16, and `then` others times another, as far as there are such. With `cold`, the panel has to come from
-/// memory.
+/// Steps along k by which a panel of codes is unpacked ahead of the product: the processor does both at once.
+const AHEAD: usize = 2;
+/// No such limit.
+const WHOLE: usize = 1 << (usize::BITS - 1);
+
+/// All rows times one panel of bf16, and `then` others times another, as far as there are such.
 pub(super) fn bf16_panel(
-    (tiles, cold): (Option<&amx::Tiles>, bool),
-    (a, panel): (left::Tiles, &[u16]),
+    tiles: Option<&amx::Tiles>,
+    (a, panel): (left::Tiles, Panel),
     then: Option<(left::Tiles, &[u16])>,
     c: &mut Columns,
     add: bool,
 ) {
     let rows = c.rows();
-    let mut row = 0;
-    while row < rows {
-        let walk = |(a, panel): (left::Tiles, &[u16])| {
-            let steps = panel.len() / (PANEL * TILE_WIDTH);
-            let last = (rows.div_ceil(TILE_ROWS) - 1) * a.row_tiles;
-            assert!(steps > 0 && last + steps * TILE <= a.numbers.len(), "rows are padded to tiles");
-            let of_row = &a.numbers[row / TILE_ROWS * a.row_tiles + row % TILE_ROWS * TILE_WIDTH..];
-            amx::Walk { a: of_row.as_ptr(), b: panel.as_ptr(), steps, second: a.row_tiles }
-        };
-        let (first, then) = (walk((a, panel)), then.map(walk));
-        match tiles {
-            Some(tiles) => {
-                let two = rows - row > TILE_ROWS;
-                let height = if two { 2 * TILE_ROWS } else { TILE_ROWS };
-                c.fetch(row + height..row + 2 * height, false);
-                if row == 0 {
-                    c.fetch(0..height, true);
-                }
-                // SAFETY: by the assert above, all tiles of `height` rows are there, and all inputs of the panels; `whole` gives
-                // room for as many rows of 32, all of which are written. The first rows find their panel in memory, the others in the cache.
-                unsafe {
-                    c.whole(row..row + height, add, |c| {
-                        tiles.multiply((first, then.as_ref()), c, add, two, cold && row == 0)
-                    });
-                }
-                row += height;
-            }
-            #[cfg(target_arch = "x86_64")]
-            None => {
-                // Half a tile.
-                let count = (rows - row).min(TILE_ROWS / 2);
-                // SAFETY: the kernel was chosen because AVX-512-BF16 is there; by the assert above `count` rows of all tiles are
-                // there, and all inputs of the panels; `whole` gives room for as many rows of 32, all of which are written.
-                unsafe {
-                    c.whole(row..row + count, add, |c| {
-                        super::avx512::bf16_block(first.a, first.b, first.steps, c, count, add);
-                        if let Some(then) = then {
-                            super::avx512::bf16_block(then.a, then.b, then.steps, c, count, true);
-                        }
-                    });
-                }
-                row += count;
-            }
-            #[cfg(not(target_arch = "x86_64"))]
-            None => unreachable!("kernels in bf16 are for x86-64"),
+    let (numbers, len, codes) = match panel {
+        Panel::Bf16(numbers) => (numbers.as_ptr().cast_mut(), numbers.len(), None),
+        Panel::Codes { codes, panels, begins, room } => {
+            (room.as_mut_ptr(), codes.blocks() * codes::BLOCK, Some((codes, panels, begins)))
         }
+    };
+    let walk = |row: usize, a: left::Tiles, (numbers, len): (*const u16, usize)| {
+        let steps = len / codes::BLOCK;
+        let last = (rows.div_ceil(TILE_ROWS) - 1) * a.row_tiles;
+        assert!(steps > 0 && last + steps * TILE <= a.numbers.len(), "rows are padded to tiles");
+        let of_row = &a.numbers[row / TILE_ROWS * a.row_tiles + row % TILE_ROWS * TILE_WIDTH..];
+        amx::Walk { a: of_row.as_ptr(), b: numbers, steps, second: a.row_tiles, ring: WHOLE, start: 0 }
+    };
+    // Where few rows need a panel, a few steps of it are all that is kept, and the walk goes on into the next panel.
+    let few = tiles.is_some() && rows <= 2 * TILE_ROWS;
+    let (ring, start, end) = match &codes {
+        Some((codes, panels, _)) if few => (codes::RING, panels.start * codes.blocks(), panels.len() * codes.blocks()),
+        _ => (WHOLE, 0, len / codes::BLOCK),
+    };
+    let walks = |row: usize| {
+        let then = then.map(|(a, panel)| walk(row, a, (panel.as_ptr(), panel.len())));
+        (amx::Walk { ring, start, ..walk(row, a, (numbers, len)) }, then)
+    };
+    let unpack = |step: usize| {
+        if let Some((codes, panels, _)) = codes.as_ref().filter(|_| step < end) {
+            let at = ((start + step) & (ring - 1)) * codes::BLOCK;
+            // SAFETY: the room is ours and holds a panel, of which this is a step, or one of the ring; nobody reads it now.
+            let to = unsafe { std::slice::from_raw_parts_mut(numbers.add(at), codes::BLOCK) };
+            codes.unpack(panels.start * codes.blocks() + step, to);
+        }
+    };
+    let Some(tiles) = tiles else {
+        (0..len / codes::BLOCK).for_each(unpack);
+        let mut row = 0;
+        while row < rows {
+            row += avx512_rows(walks(row), row, c, add);
+        }
+        return;
+    };
+    if !few || codes.as_ref().is_some_and(|(_, _, begins)| *begins) {
+        (0..AHEAD).for_each(unpack);
     }
+    for row in (0..rows).step_by(2 * TILE_ROWS) {
+        let two = rows - row > TILE_ROWS;
+        let height = if two { 2 * TILE_ROWS } else { TILE_ROWS };
+        c.fetch(row + height..row + 2 * height, false);
+        if row == 0 {
+            c.fetch(0..height, true);
+        }
+        let (first, then) = walks(row);
+        // The first rows find their panel in memory, the others in the cache.
+        let before = |step: usize| match &codes {
+            _ if row > 0 => {}
+            None => amx::fetch_ahead(numbers, step),
+            Some(_) => unpack(step + AHEAD),
+        };
+        // SAFETY: by the assert in `walk`, all tiles of `height` rows are there, and all inputs of the panels, once they are unpacked;
+        // `whole` gives room for as many rows of 32, all of which are written.
+        unsafe { c.whole(row..row + height, add, |c| tiles.multiply((first, then.as_ref()), c, add, two, before)) };
+    }
+}
+
+/// Up to half a tile of rows, beginning with this one, in vectors; returns how many.
+fn avx512_rows((first, then): (amx::Walk, Option<amx::Walk>), row: usize, c: &mut Columns, add: bool) -> usize {
+    let count = (c.rows() - row).min(TILE_ROWS / 2);
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: the kernel was chosen because AVX-512-BF16 is there; walks were made with `count` rows of all tiles and all inputs of
+    // the panels; `whole` gives room for as many rows of 32, all of which are written.
+    unsafe {
+        c.whole(row..row + count, add, |c| {
+            super::avx512::bf16_block(first.a, first.b, first.steps, c, count, add);
+            if let Some(then) = then {
+                super::avx512::bf16_block(then.a, then.b, then.steps, c, count, true);
+            }
+        });
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    unreachable!("kernels in bf16 are for x86-64");
+    count
 }
 
 /// All rows times one panel of rounded weights and their scales.

@@ -1,11 +1,10 @@
-//! Work on rows, spread over the threads: many rows in parts that each thread walks block by block, few rows all at once with
-//! the threads inside the products.
+//! Work on rows, spread over the threads: many rows in blocks of which each thread takes the next when it is done with one, few rows
+//! all at once with the threads inside the products.
 
 use std::ops::Range;
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
-
-use rayon::prelude::*;
 
 use super::panels::{PANEL, Threads};
 
@@ -17,9 +16,9 @@ const PART: usize = 64;
 /// A matrix that is written block by block: all of it, and its width.
 pub type Output<'a> = (&'a mut [f32], usize);
 
-/// Calls `f(state, rows, outputs, threads)` for all rows in blocks, with the blocks' rows of every output. Each part of the
-/// rows has a state of its own, made by `start`; they come back in the order of the rows. How rows are cut depends on their
-/// number and on that of the threads alone.
+/// Calls `f(state, rows, outputs, threads)` for all rows in blocks, with the blocks' rows of every output. Each block, or all of them
+/// where the threads are inside the products, has a state of its own, made by `start`; they come back in the order of the rows. How
+/// rows are cut depends on their number and on that of the threads alone.
 pub fn in_blocks<const N: usize, S: Send>(
     rows: usize,
     outputs: [Output; N],
@@ -27,42 +26,55 @@ pub fn in_blocks<const N: usize, S: Send>(
     f: impl Fn(&mut S, Range<usize>, [&mut [f32]; N], Threads) + Sync,
 ) -> Vec<S> {
     let threads = rayon::current_num_threads();
+    let mut outputs = outputs;
     if rows < PART * threads || threads == 1 {
         let (mut state, threads) = (start(), if threads == 1 { Threads::One } else { Threads::All });
-        each_block(&mut state, 0..rows, outputs, threads, &f);
+        for block in blocks(rows, BLOCK) {
+            let outputs = split(&mut outputs, block.len());
+            f(&mut state, block, outputs, threads);
+        }
         return vec![state];
     }
-    let cut = |part: usize| rows * part / threads;
-    let mut rest = outputs;
-    let parts: Vec<(Range<usize>, [Output; N])> = (0..threads)
-        .map(|part| {
-            let rows = cut(part)..cut(part + 1);
-            (rows.clone(), split(&mut rest, rows.len()))
-        })
-        .collect();
-    let run = |(rows, outputs): (Range<usize>, [Output; N])| {
-        let mut state = start();
-        each_block(&mut state, rows, outputs, Threads::One, &f);
-        state
-    };
-    parts.into_par_iter().with_max_len(1).map(run).collect()
+    // As many for each thread, should they be equally fast; whole tiles.
+    let count = rows.div_ceil(BLOCK).next_multiple_of(threads);
+    let size = rows.div_ceil(count).next_multiple_of(PANEL);
+    let tasks = blocks(rows, size).map(|block| {
+        let outputs = split(&mut outputs, block.len());
+        Mutex::new((start(), Some((block, outputs))))
+    });
+    let tasks: Vec<Mutex<(S, Option<_>)>> = tasks.collect();
+    in_turns(tasks.len(), 1, |turn| {
+        for task in &tasks[turn] {
+            let (state, task) = &mut *task.lock().expect("nobody else has it");
+            let (block, outputs) = task.take().expect("each is taken once");
+            f(state, block, outputs, Threads::One);
+        }
+    });
+    tasks.into_iter().map(|task| task.into_inner().expect("no thread panicked").0).collect()
+}
+
+/// Rows in blocks of so many.
+fn blocks(rows: usize, size: usize) -> impl Iterator<Item = Range<usize>> {
+    (0..rows).step_by(size).map(move |first| first..(first + size).min(rows))
 }
 
 /// Outputs that are computed together where threads share them: whole panels.
 pub const WIDTH: usize = 2 * PANEL;
 
-/// Calls `f` for the columns of a matrix so wide, WIDTH at a time or what is left; each of the threads takes a part of them.
+/// Calls `f` for the columns of a matrix so wide, WIDTH at a time or what is left.
 pub fn in_columns(wide: usize, threads: Threads, f: impl Fn(Range<usize>) + Sync) {
-    let (all, parts) = (wide.div_ceil(WIDTH), threads.count());
-    in_parts(parts, |part| {
-        let columns = (all * part / parts..all * (part + 1) / parts).map(|number| number * WIDTH);
-        columns.for_each(|start| f(start..(start + WIDTH).min(wide)));
-    });
+    let each = |numbers: Range<usize>| {
+        numbers.map(|number| number * WIDTH).for_each(|start| f(start..(start + WIDTH).min(wide)));
+    };
+    match threads {
+        Threads::One => each(0..wide.div_ceil(WIDTH)),
+        Threads::All => in_turns(wide.div_ceil(WIDTH), 1, each),
+    }
 }
 
 /// Calls `f` with the numbers of all parts, each on a thread of its own. Where parts are short, a thread that goes to sleep until
 /// the others are done wakes up too late: this one stays awake.
-pub fn in_parts(parts: usize, f: impl Fn(usize) + Sync) {
+fn in_parts(parts: usize, f: impl Fn(usize) + Sync) {
     if parts <= 1 {
         return (0..parts).for_each(f);
     }
@@ -88,8 +100,9 @@ pub fn in_parts(parts: usize, f: impl Fn(usize) + Sync) {
     });
 }
 
-/// Calls `f` with the numbers of so many tasks, `at_once` of them in a row, on all threads; each takes the next when it is done.
-pub fn in_turns(tasks: usize, at_once: usize, f: impl Fn(usize) + Sync) {
+/// Calls `f` with the numbers of so many tasks, `at_once` of them in a row, on all threads; each takes the next when it is done, for
+/// no two threads are equally fast where others use the same cores.
+pub fn in_turns(tasks: usize, at_once: usize, f: impl Fn(Range<usize>) + Sync) {
     let next = AtomicUsize::new(0);
     in_parts(rayon::current_num_threads().min(tasks.div_ceil(at_once)), |_| {
         loop {
@@ -97,7 +110,7 @@ pub fn in_turns(tasks: usize, at_once: usize, f: impl Fn(usize) + Sync) {
             if first >= tasks {
                 return;
             }
-            (first..(first + at_once).min(tasks)).for_each(&f);
+            f(first..(first + at_once).min(tasks));
         }
     });
 }
@@ -143,25 +156,11 @@ impl<F: Fn()> Drop for OnReturn<F> {
     }
 }
 
-fn each_block<const N: usize, S>(
-    state: &mut S,
-    rows: Range<usize>,
-    mut outputs: [Output; N],
-    threads: Threads,
-    f: &impl Fn(&mut S, Range<usize>, [&mut [f32]; N], Threads),
-) {
-    for first in rows.clone().step_by(BLOCK) {
-        let block = first..(first + BLOCK).min(rows.end);
-        let outputs = split(&mut outputs, block.len()).map(|(values, _)| values);
-        f(state, block, outputs, threads);
-    }
-}
-
 /// Takes the first rows off every output.
-fn split<'a, const N: usize>(outputs: &mut [Output<'a>; N], rows: usize) -> [Output<'a>; N] {
+fn split<'a, const N: usize>(outputs: &mut [Output<'a>; N], rows: usize) -> [&'a mut [f32]; N] {
     outputs.each_mut().map(|(values, width)| {
         let (first, rest) = std::mem::take(values).split_at_mut(rows * *width);
         *values = rest;
-        (first, *width)
+        first
     })
 }
