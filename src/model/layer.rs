@@ -15,7 +15,7 @@ use crate::ops::kernel::Kernel;
 use crate::ops::keys::Keys;
 use crate::ops::left::Left;
 use crate::ops::linear::{Down, Linear, LowRankGradient, apply_together};
-use crate::ops::norm::RmsNorm;
+use crate::ops::norm::{RmsNorm, sum_of};
 use crate::ops::panels::{Panels, Threads};
 use crate::ops::quantized::{Unpacked, Weight};
 use crate::ops::rope::Direction;
@@ -243,7 +243,7 @@ fn add_normed(x: &[f32], returned: &[f32], norm: Option<&RmsNorm>, y: &mut [f32]
             norm.forward(returned, y);
             y.iter_mut().zip(x).for_each(|(y, x)| *y += x);
         }
-        None => y.iter_mut().zip(x.iter().zip(returned)).for_each(|(y, (x, returned))| *y = x + returned),
+        None => sum_of(x, returned, y),
     }
 }
 

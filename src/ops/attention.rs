@@ -161,10 +161,15 @@ impl Heads {
         let (width, chunk) = (self.query * self.dim, self.group() * self.dim);
         let mut gathered = Buffer::new(block.len * chunk);
         let first = block.span.queries.start + block.first;
-        for (to, row) in gathered.chunks_exact_mut(chunk).zip(first..) {
-            let from = &rows[row * width + block.key_head * chunk..][..chunk];
-            to.iter_mut().zip(from).for_each(|(to, from)| *to = scale * from);
-        }
+        vectorized(
+            #[inline(always)]
+            || {
+                for (to, row) in gathered.chunks_exact_mut(chunk).zip(first..) {
+                    let from = &rows[row * width + block.key_head * chunk..][..chunk];
+                    to.iter_mut().zip(from).for_each(|(to, from)| *to = scale * from);
+                }
+            },
+        );
         gathered
     }
 

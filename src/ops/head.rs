@@ -210,7 +210,11 @@ impl Chunk<'_> {
                 continue;
             };
             let before = row.tally.max;
-            row.add(stretch, target, |z, e| e * self.logits.slope(z));
+            // Each by itself: in one loop the compiler divides for every value, cap or not.
+            match self.logits.soft_cap {
+                None => row.add(stretch, target, |_, e| e),
+                Some(_) => row.add(stretch, target, |z, e| e * self.logits.slope(z)),
+            }
             if let Some(target) = target {
                 stretch[target] = 0.0;
             }

@@ -54,6 +54,14 @@ impl RmsNorm {
     }
 }
 
+/// `y = a + b`.
+pub fn sum_of(a: &[f32], b: &[f32], y: &mut [f32]) {
+    vectorized(
+        #[inline(always)]
+        || y.iter_mut().zip(a.iter().zip(b)).for_each(|(y, (a, b))| *y = a + b),
+    );
+}
+
 /// The sum of a term over rows of one length, in strands that the compiler can put side by side. What the strands hold is summed in
 /// f64: it decides every value of the row.
 #[inline(always)]
