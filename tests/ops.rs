@@ -15,7 +15,7 @@ use candor::ops::linear::{Linear, LowRank};
 use candor::ops::norm::RmsNorm;
 use candor::ops::panels::{Panels, Threads};
 use candor::ops::rope::{Direction, Rotation};
-use candor::ops::rows::{in_parts, in_turns};
+use candor::ops::rows::in_turns;
 use candor::random::SplitMix64;
 use rayon::prelude::*;
 
@@ -387,14 +387,15 @@ fn memory_that_is_used_again_does_not_grow_with_the_sizes_that_were_asked_for() 
 fn every_task_is_done_once_and_a_panic_in_one_ends_all() {
     for (tasks, at_once) in [(0, 4), (1, 4), (3, 1), (97, 4), (1000, 16)] {
         let done: Vec<AtomicUsize> = (0..tasks).map(|_| AtomicUsize::new(0)).collect();
-        in_turns(tasks, at_once, |task| {
-            done[task].fetch_add(1, Ordering::Relaxed);
+        in_turns(tasks, at_once, |turn| {
+            assert!(turn.len() <= at_once);
+            done[turn].iter().for_each(|done| drop(done.fetch_add(1, Ordering::Relaxed)));
         });
         assert!(done.iter().all(|done| done.load(Ordering::Relaxed) == 1), "{tasks} tasks, {at_once} at once");
     }
     toy::within(60, || {
         for part in [0, 1, 3] {
-            let caught = std::panic::catch_unwind(|| in_parts(4, |number| assert_ne!(number, part, "on purpose")));
+            let caught = std::panic::catch_unwind(|| in_turns(4, 1, |turn| assert_ne!(turn.start, part, "on purpose")));
             assert!(caught.is_err(), "part {part} panicked");
         }
     });

@@ -30,7 +30,8 @@ pub struct Model {
     /// the fastest of this processor that compute in `dtype`.
     pub kernel: Option<Kernel>,
     /// The format that the layers' projections are kept packed in, unpacked a layer at a time when used (QLoRA); embedding
-    /// and head are not. Absent: unpacked to `dtype` when loaded.
+    /// and head are not. Absent: in `dtype`, as if unpacked when loaded; where that is bf16 on a processor, a GGUF file's 4 and
+    /// 8 bits (Q4_0, Q4_1, Q4_K, Q8_0) become it only as they are multiplied with, which is faster and changes no number.
     pub quantization: Option<Quantization>,
 }
 

@@ -2,6 +2,9 @@
 //!
 //! The intrinsics are not stable in Rust; the instructions in inline assembly are.
 
+use std::cell::Cell;
+use std::marker::PhantomData;
+
 /// Rows and columns of a block of the product.
 pub(super) const SIDE: usize = 32;
 
@@ -50,7 +53,7 @@ struct Shapes {
 
 /// Two operands and how far they go along k: `a` is 16 rows of bf16 in tiles, one after the other along k, and 16 more whose tiles
 /// come `second` values later; `b` is pairs of k, [steps · 16, 32, 2], or so many steps of them that are used again and again, a power of
-/// two, from one of them on. A step is 32 values of k.
+/// two. A step is 32 values of k.
 #[derive(Clone, Copy)]
 pub(super) struct Walk {
     pub a: *const u16,
@@ -58,7 +61,6 @@ pub(super) struct Walk {
     pub steps: usize,
     pub second: usize,
     pub ring: usize,
-    pub start: usize,
 }
 
 /// Values of one tile, and of the two that a step along k needs of the second operand.
@@ -154,8 +156,14 @@ impl<const TWO: bool> Sums<TWO> {
     }
 }
 
-/// While it lives, the tile registers of this thread are configured.
-pub(super) struct Tiles(());
+thread_local! {
+    /// How many [`Tiles`] of this thread live.
+    static LIVE: Cell<usize> = const { Cell::new(0) };
+}
+
+/// While it lives, the tile registers of this thread are configured. To configure them takes as long as a small product: whoever makes
+/// several keeps one of these meanwhile, and then others cost nothing.
+pub(super) struct Tiles(PhantomData<*const ()>);
 
 impl Tiles {
     /// Configures the tiles of this thread.
@@ -165,12 +173,14 @@ impl Tiles {
     #[cfg(target_arch = "x86_64")]
     pub fn configure() -> Self {
         assert!(permitted(), "tiles are not permitted");
-        let mut shapes = Shapes { palette: 1, start_row: 0, reserved: [0; 14], row_bytes: [0; 16], rows: [0; 16] };
-        shapes.row_bytes[..8].fill(64);
-        shapes.rows[..8].fill(16);
-        // SAFETY: tiles are permitted, and the instruction reads the 64 bytes of `shapes`.
-        unsafe { std::arch::asm!("ldtilecfg [{}]", in(reg) &shapes, options(nostack, readonly)) };
-        Self(())
+        if LIVE.replace(LIVE.get() + 1) == 0 {
+            let mut shapes = Shapes { palette: 1, start_row: 0, reserved: [0; 14], row_bytes: [0; 16], rows: [0; 16] };
+            shapes.row_bytes[..8].fill(64);
+            shapes.rows[..8].fill(16);
+            // SAFETY: tiles are permitted, and the instruction reads the 64 bytes of `shapes`.
+            unsafe { std::arch::asm!("ldtilecfg [{}]", in(reg) &shapes, options(nostack, readonly)) };
+        }
+        Self(PhantomData)
     }
 
     #[cfg(not(target_arch = "x86_64"))]
@@ -220,7 +230,7 @@ impl Tiles {
             sums.begin(keep);
             for step in 0..first.steps {
                 before(step);
-                let b = first.b.add(((first.start + step) & (first.ring - 1)) * PAIR);
+                let b = first.b.add((step & (first.ring - 1)) * PAIR);
                 Sums::<TWO>::step(first.a.add(step * TILE), first.second, b);
             }
             if let Some(then) = then {
@@ -256,10 +266,12 @@ pub(super) fn fetch_ahead(b: *const u16, step: usize) {
 
 impl Drop for Tiles {
     fn drop(&mut self) {
-        #[cfg(target_arch = "x86_64")]
-        // SAFETY: tiles were configured when `self` was made; nothing of ours is left in them.
-        unsafe {
-            std::arch::asm!("tilerelease", options(nostack, nomem));
+        if LIVE.replace(LIVE.get() - 1) == 1 {
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: tiles were configured when the first was made; nothing of ours is left in them.
+            unsafe {
+                std::arch::asm!("tilerelease", options(nostack, nomem));
+            }
         }
     }
 }

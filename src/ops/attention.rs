@@ -148,7 +148,10 @@ pub fn forward(
             log_sums.copy_from_slice(&sums[row * group..][..group]);
         }
     };
-    in_turns(all.len(), TURN, |turn| all[turn].iter().for_each(attend));
+    in_turns(all.len(), TURN, |turn| {
+        let _tiles = keys.tiles();
+        all[turn].iter().for_each(attend);
+    });
 }
 
 impl Heads {

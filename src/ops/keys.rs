@@ -217,7 +217,8 @@ impl Keys {
         }
     }
 
-    fn tiles(&self) -> Option<amx::Tiles> {
+    /// What products with these keys are made with, to be kept while several are.
+    pub(super) fn tiles(&self) -> Option<amx::Tiles> {
         (self.kernel == Kernel::Amx).then(amx::Tiles::configure)
     }
 

@@ -61,15 +61,8 @@ enum Values {
 pub(super) enum Panel<'a> {
     /// As they want it, in memory.
     Bf16(&'a [u16]),
-    /// One of a weight in codes, and room for it in bf16.
-    Codes {
-        codes: &'a Codes,
-        /// By number; the first one is being walked through.
-        panels: Range<usize>,
-        /// Whether the walk begins with it, or came from the one before.
-        begins: bool,
-        room: &'a mut [u16],
-    },
+    /// One of a weight in codes, by its number, and room for it in bf16.
+    Codes(&'a Codes, usize, &'a mut [u16]),
 }
 
 fn padded(n: usize) -> usize {
@@ -303,19 +296,11 @@ impl Panels {
         }
     }
 
-    /// The first of some panels, for products in bf16. `room` is for those that are in codes; whether the walk begins here.
-    pub(super) fn panel<'a>(
-        &'a self,
-        panels: Range<usize>,
-        room: &'a mut Option<Buffer<u16>>,
-        begins: bool,
-    ) -> Panel<'a> {
+    /// A panel for products in bf16. `room` is for one that is in codes.
+    pub(super) fn panel<'a>(&'a self, panel: usize, room: &'a mut Option<Buffer<u16>>) -> Panel<'a> {
         match &self.values {
-            Values::Codes(codes) => {
-                let room = room.get_or_insert_with(|| Buffer::new(codes.room()));
-                Panel::Codes { codes, panels, begins, room }
-            }
-            _ => Panel::Bf16(self.bf16(panels.start).expect("weights of one kernel have one type")),
+            Values::Codes(codes) => Panel::Codes(codes, panel, room.get_or_insert_with(|| Buffer::new(codes.room()))),
+            _ => Panel::Bf16(self.bf16(panel).expect("weights of one kernel have one type")),
         }
     }
 

@@ -7,7 +7,7 @@ use std::ops::Range;
 
 use super::amx;
 use super::buffer::Buffer;
-use super::codes;
+use super::codes::{self, Codes};
 use super::kernel::Kernel;
 use super::left::{self, Left, TILE, TILE_ROWS, TILE_WIDTH};
 use super::matmul::{Matrix, matmul, matmul_at};
@@ -117,7 +117,7 @@ impl Shared<'_> {
                 // SAFETY: each panel's columns are written by the one thread that has the panel.
                 let mut c = unsafe { to.columns(rows.clone(), columns) };
                 if kernel.rounds_inputs() {
-                    let numbers = weight.panel(panel..panels.end, &mut room, panel == panels.start);
+                    let numbers = weight.panel(panel, &mut room);
                     let then = then
                         .map(|(x, weight)| (x.tiles(first, 0), weight.bf16(panel).expect("what is added is packed")));
                     bf16_panel(tiles.as_ref(), (x.tiles(first, 0), numbers), then, &mut c, *add);
@@ -163,8 +163,28 @@ fn f32_panel(x: &[f32], panel: &[f32], c: &mut Columns, add: bool) {
 
 /// Steps along k by which a panel of codes is unpacked ahead of the product: the processor does both at once.
 const AHEAD: usize = 2;
-/// No such limit.
+/// No ring: every step has a place of its own.
 const WHOLE: usize = 1 << (usize::BITS - 1);
+
+/// A panel in codes on its way to bf16.
+struct Unpacking<'a> {
+    codes: &'a Codes,
+    panel: usize,
+    room: &'a mut [u16],
+    /// How many steps along k are kept; later ones come in their places.
+    ring: usize,
+}
+
+impl Unpacking<'_> {
+    /// One step along k, if there is such a one.
+    fn unpack(&mut self, step: usize) {
+        let Self { codes, panel, room, ring } = self;
+        if step < codes.blocks() {
+            let at = (step & (*ring - 1)) * codes::BLOCK;
+            codes.unpack(*panel * codes.blocks() + step, &mut room[at..at + codes::BLOCK]);
+        }
+    }
+}
 
 /// All rows times one panel of bf16, and `then` others times another, as far as there are such.
 pub(super) fn bf16_panel(
@@ -175,48 +195,31 @@ pub(super) fn bf16_panel(
     add: bool,
 ) {
     let rows = c.rows();
-    let (numbers, len, codes) = match panel {
-        Panel::Bf16(numbers) => (numbers.as_ptr().cast_mut(), numbers.len(), None),
-        Panel::Codes { codes, panels, begins, room } => {
-            (room.as_mut_ptr(), codes.blocks() * codes::BLOCK, Some((codes, panels, begins)))
+    let (numbers, steps, mut codes) = match panel {
+        Panel::Bf16(numbers) => (numbers.as_ptr(), numbers.len() / codes::BLOCK, None),
+        Panel::Codes(codes, panel, room) => {
+            // Where few rows need a panel, a few steps of it stay in the first-level cache.
+            let ring = if tiles.is_some() && rows <= 2 * TILE_ROWS { codes::RING } else { WHOLE };
+            assert!(room.len() >= codes.room(), "room for a panel");
+            (room.as_ptr(), codes.blocks(), Some(Unpacking { codes, panel, room, ring }))
         }
     };
-    let walk = |row: usize, a: left::Tiles, (numbers, len): (*const u16, usize)| {
-        let steps = len / codes::BLOCK;
+    let ring = codes.as_ref().map_or(WHOLE, |codes| codes.ring);
+    let walk = |row: usize, a: left::Tiles, b: *const u16, steps: usize, ring: usize| {
         let last = (rows.div_ceil(TILE_ROWS) - 1) * a.row_tiles;
         assert!(steps > 0 && last + steps * TILE <= a.numbers.len(), "rows are padded to tiles");
         let of_row = &a.numbers[row / TILE_ROWS * a.row_tiles + row % TILE_ROWS * TILE_WIDTH..];
-        amx::Walk { a: of_row.as_ptr(), b: numbers, steps, second: a.row_tiles, ring: WHOLE, start: 0 }
-    };
-    // Where few rows need a panel, a few steps of it are all that is kept, and the walk goes on into the next panel.
-    let few = tiles.is_some() && rows <= 2 * TILE_ROWS;
-    let (ring, start, end) = match &codes {
-        Some((codes, panels, _)) if few => (codes::RING, panels.start * codes.blocks(), panels.len() * codes.blocks()),
-        _ => (WHOLE, 0, len / codes::BLOCK),
+        amx::Walk { a: of_row.as_ptr(), b, steps, second: a.row_tiles, ring }
     };
     let walks = |row: usize| {
-        let then = then.map(|(a, panel)| walk(row, a, (panel.as_ptr(), panel.len())));
-        (amx::Walk { ring, start, ..walk(row, a, (numbers, len)) }, then)
-    };
-    let unpack = |step: usize| {
-        if let Some((codes, panels, _)) = codes.as_ref().filter(|_| step < end) {
-            let at = ((start + step) & (ring - 1)) * codes::BLOCK;
-            // SAFETY: the room is ours and holds a panel, of which this is a step, or one of the ring; nobody reads it now.
-            let to = unsafe { std::slice::from_raw_parts_mut(numbers.add(at), codes::BLOCK) };
-            codes.unpack(panels.start * codes.blocks() + step, to);
-        }
+        let then = then.map(|(a, panel)| walk(row, a, panel.as_ptr(), panel.len() / codes::BLOCK, WHOLE));
+        (walk(row, a, numbers, steps, ring), then)
     };
     let Some(tiles) = tiles else {
-        (0..len / codes::BLOCK).for_each(unpack);
-        let mut row = 0;
-        while row < rows {
-            row += avx512_rows(walks(row), row, c, add);
-        }
-        return;
+        codes.iter_mut().for_each(|codes| (0..steps).for_each(|step| codes.unpack(step)));
+        return (0..rows).step_by(TILE_ROWS / 2).for_each(|row| avx512_rows(walks(row), row, c, add));
     };
-    if !few || codes.as_ref().is_some_and(|(_, _, begins)| *begins) {
-        (0..AHEAD).for_each(unpack);
-    }
+    codes.iter_mut().for_each(|codes| (0..AHEAD).for_each(|step| codes.unpack(step)));
     for row in (0..rows).step_by(2 * TILE_ROWS) {
         let two = rows - row > TILE_ROWS;
         let height = if two { 2 * TILE_ROWS } else { TILE_ROWS };
@@ -226,10 +229,10 @@ pub(super) fn bf16_panel(
         }
         let (first, then) = walks(row);
         // The first rows find their panel in memory, the others in the cache.
-        let before = |step: usize| match &codes {
+        let before = |step: usize| match &mut codes {
             _ if row > 0 => {}
             None => amx::fetch_ahead(numbers, step),
-            Some(_) => unpack(step + AHEAD),
+            Some(codes) => codes.unpack(step + AHEAD),
         };
         // SAFETY: by the assert in `walk`, all tiles of `height` rows are there, and all inputs of the panels, once they are unpacked;
         // `whole` gives room for as many rows of 32, all of which are written.
@@ -237,8 +240,8 @@ pub(super) fn bf16_panel(
     }
 }
 
-/// Up to half a tile of rows, beginning with this one, in vectors; returns how many.
-fn avx512_rows((first, then): (amx::Walk, Option<amx::Walk>), row: usize, c: &mut Columns, add: bool) -> usize {
+/// Up to half a tile of rows, beginning with this one, in vectors.
+fn avx512_rows((first, then): (amx::Walk, Option<amx::Walk>), row: usize, c: &mut Columns, add: bool) {
     let count = (c.rows() - row).min(TILE_ROWS / 2);
     #[cfg(target_arch = "x86_64")]
     // SAFETY: the kernel was chosen because AVX-512-BF16 is there; walks were made with `count` rows of all tiles and all inputs of
@@ -253,7 +256,6 @@ fn avx512_rows((first, then): (amx::Walk, Option<amx::Walk>), row: usize, c: &mu
     }
     #[cfg(not(target_arch = "x86_64"))]
     unreachable!("kernels in bf16 are for x86-64");
-    count
 }
 
 /// All rows times one panel of rounded weights and their scales.
