@@ -94,7 +94,8 @@ fn parse<T: DeserializeOwned + Send>(bytes: &[u8], offset: u64, first_line: usiz
         let row = row.with_context(|| format!("line {number}"))?;
         Ok(Line { row, number, offset, length: line.len() })
     });
-    parsed.collect()
+    // In order first: threads would otherwise give whichever error they meet first, and a file with two wrong lines another at times.
+    parsed.collect::<Vec<_>>().into_iter().collect()
 }
 
 /// The file of a run's rollouts: of a run's folder, `generations.jsonl`, which may have been compressed since; a file is itself.
