@@ -1,5 +1,5 @@
-//! Frozen weights that stay codes of 4 or 8 bits, as most GGUF files have them, for kernels that multiply in bf16: a third of the
-//! memory to walk through for every token. One of the kernel files.
+//! Frozen weights that stay codes of 4 or 8 bits, as most GGUF files have them, for kernels that multiply in bf16: less than
+//! half the memory to walk through for every token (6 or 10 bits a weight). One of the kernel files.
 //!
 //! Each weight is `code · scale + minimum`, with a scale and a minimum for every 32 inputs of an output. A panel becomes bf16 just
 //! before it is multiplied with, and is bit for bit what it would be had all been unpacked when the model was loaded: the product is
