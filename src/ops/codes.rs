@@ -1,7 +1,7 @@
 //! Frozen weights that stay codes of 4 or 8 bits, as most GGUF files have them, for kernels that multiply in bf16: less than
 //! half the memory to walk through for every token (6 or 10 bits a weight). One of the kernel files.
 //!
-//! Each weight is `code · scale + minimum`, with a scale and a minimum for every 32 inputs of an output. A panel becomes bf16 just
+//! Each weight is `value of its code · scale + minimum`, with a scale and a minimum for every 32 inputs of an output. A panel becomes bf16 just
 //! before it is multiplied with, and is bit for bit what it would be had all been unpacked when the model was loaded: the product is
 //! exact in f32, for a scale has 17 digits at most, and the sum is rounded once.
 
@@ -38,6 +38,8 @@ enum Width {
 /// A frozen weight [wide, narrow] in codes.
 pub struct Codes {
     width: Width,
+    /// What a code of 4 bits stands for if all of them are zero. Those of 8 bits are integers with a sign.
+    lowest: f32,
     narrow: usize,
     /// By panel and group of inputs a block: 32 scales and 32 minimums in f32, then the codes. Those of 8 bits lie as the panel's bf16
     /// will, [16 pairs of inputs, 32 outputs, 2]; those of 4 bits in words that each hold eight pairs' codes of one output and one of
@@ -140,7 +142,9 @@ impl Codes {
             }
             Ok(())
         })?;
-        Ok(Self { width, narrow, words })
+        // Not a part of the minimum: a scale that is infinite would make both infinite, and their sum no number.
+        let lowest = if kind == GgmlDType::Q4_0 { -8.0 } else { 0.0 };
+        Ok(Self { width, lowest, narrow, words })
     }
 
     /// Room for a panel in bf16, or for [`RING`] blocks.
@@ -161,14 +165,17 @@ impl Codes {
     /// Writes row number `index` [narrow].
     pub fn row(&self, index: usize, row: &mut [f32]) {
         let (panel, output) = (index / PANEL, index % PANEL);
-        let mask = if self.width == Width::Four { 0xf } else { 0xff };
         for (group, row) in row.chunks_exact_mut(GROUP).enumerate() {
             let block = self.block(panel * self.blocks() + group);
             let [scale, minimum] = [block[output], block[PANEL + output]].map(f32::from_bits);
             for (input, to) in row.iter_mut().enumerate() {
                 let (word, shift) = self.width.place(output, input);
-                let code = (block[2 * PANEL + word] >> shift) & mask;
-                *to = to_f32(to_bf16((code as f32).mul_add(scale, minimum)));
+                let code = block[2 * PANEL + word] >> shift;
+                let value = match self.width {
+                    Width::Four => (code & 15) as f32 + self.lowest,
+                    Width::Eight => f32::from(code as u8 as i8),
+                };
+                *to = to_f32(to_bf16(value.mul_add(scale, minimum)));
             }
         }
     }
@@ -186,7 +193,7 @@ impl Codes {
         // SAFETY: codes are only held where these instructions are, a block's words are there, and so is room for its numbers.
         unsafe {
             match self.width {
-                Width::Four => vectors::four(block.as_ptr(), to.as_mut_ptr()),
+                Width::Four => vectors::four(block.as_ptr(), self.lowest, to.as_mut_ptr()),
                 Width::Eight => vectors::eight(block.as_ptr(), to.as_mut_ptr()),
             }
         }
@@ -220,13 +227,9 @@ fn groups_of(kind: GgmlDType, block: &[u8]) -> impl Iterator<Item = Group> {
         }
     };
     (0..kind.block_size() / GROUP).map(move |index| match kind {
-        GgmlDType::Q4_0 => Group { scale: half(0), minimum: -8.0 * half(0), codes: nibbles(&block[2..]) },
+        GgmlDType::Q4_0 => Group { scale: half(0), minimum: 0.0, codes: nibbles(&block[2..]) },
         GgmlDType::Q4_1 => Group { scale: half(0), minimum: half(2), codes: nibbles(&block[4..]) },
-        GgmlDType::Q8_0 => {
-            // With their sign turned around they count from −128.
-            let codes = std::array::from_fn(|input| block[2 + input] ^ 0x80);
-            Group { scale: half(0), minimum: -128.0 * half(0), codes }
-        }
+        GgmlDType::Q8_0 => Group { scale: half(0), minimum: 0.0, codes: std::array::from_fn(|input| block[2 + input]) },
         _ => {
             let (scale, minimum) = of_six(index);
             let codes = &block[16 + index / 2 * GROUP..][..GROUP];
@@ -245,10 +248,10 @@ fn nibbles(bytes: &[u8]) -> [u8; GROUP] {
 #[cfg(target_arch = "x86_64")]
 mod vectors {
     use std::arch::x86_64::{
-        __m512, __m512i, _MM_HINT_T0, _mm_loadu_si128, _mm_prefetch, _mm512_add_epi32, _mm512_cvtepi32_ps,
-        _mm512_cvtepu8_epi32, _mm512_cvtne2ps_pbh, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_loadu_si512,
-        _mm512_permutexvar_ps, _mm512_set1_epi32, _mm512_setr_epi32, _mm512_setr_ps, _mm512_srli_epi32,
-        _mm512_storeu_si512,
+        __m512, __m512i, _MM_HINT_T0, _mm_loadu_si128, _mm_prefetch, _mm512_add_epi32, _mm512_add_ps,
+        _mm512_cvtepi8_epi32, _mm512_cvtepi32_ps, _mm512_cvtne2ps_pbh, _mm512_fmadd_ps, _mm512_loadu_ps,
+        _mm512_loadu_si512, _mm512_permutexvar_ps, _mm512_set1_epi32, _mm512_set1_ps, _mm512_setr_epi32,
+        _mm512_setr_ps, _mm512_srli_epi32, _mm512_storeu_si512,
     };
     use std::mem::transmute;
 
@@ -296,15 +299,16 @@ mod vectors {
         }
     }
 
-    /// A block of codes of 4 bits.
+    /// A block of codes of 4 bits, of which zero stands for `lowest`.
     ///
     /// # Safety
     /// These instructions, the block and room for its numbers must be there.
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
-    pub unsafe fn four(block: *const u32, to: *mut u16) {
+    pub unsafe fn four(block: *const u32, lowest: f32, to: *mut u16) {
         // A permutation looks at the lowest four bits of each number: it masks the code and converts it at once.
-        let values =
+        let codes =
             _mm512_setr_ps(0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0, 10.0, 11.0, 12.0, 13.0, 14.0, 15.0);
+        let values = _mm512_add_ps(codes, _mm512_set1_ps(lowest));
         for vector in (0..VECTORS).step_by(2) {
             // SAFETY: the caller's.
             unsafe {
@@ -338,7 +342,7 @@ mod vectors {
                     let at = pair * 2 * PANEL + vector * LANES;
                     let bytes = block.add(2 * PANEL).cast::<u8>().add(at);
                     let codes = [0, LANES].map(|second| {
-                        _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(bytes.add(second).cast())))
+                        _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(bytes.add(second).cast())))
                     });
                     write(to.add(at), codes, affine);
                 }
