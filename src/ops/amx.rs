@@ -5,6 +5,8 @@
 use std::cell::Cell;
 use std::marker::PhantomData;
 
+use super::left::TILE;
+
 /// Rows and columns of a block of the product.
 pub(super) const SIDE: usize = 32;
 
@@ -63,8 +65,7 @@ pub(super) struct Walk {
     pub ring: usize,
 }
 
-/// Values of one tile, and of the two that a step along k needs of the second operand.
-const TILE: usize = 512;
+/// Values of the two tiles that a step along k needs of the second operand.
 const PAIR: usize = 2 * TILE;
 
 /// Where the sums of a block are: 16 rows of 32, which are so many values apart, and 16 more unless they are left out.

@@ -147,9 +147,9 @@ impl Codes {
         Ok(Self { width, lowest, narrow, words })
     }
 
-    /// Room for a panel in bf16, or for [`RING`] blocks.
-    pub fn room(&self) -> usize {
-        self.blocks().max(RING) * BLOCK
+    /// Room for a panel in bf16, or for [`RING`] blocks where `few` rows are multiplied with it.
+    pub(super) fn room(&self, few: bool) -> usize {
+        BLOCK * if few { RING } else { self.blocks() }
     }
 
     /// Blocks of a panel, one for each group of inputs; those of the next panel follow.

@@ -30,16 +30,6 @@ pub enum Threads {
     All,
 }
 
-impl Threads {
-    /// How many.
-    pub fn count(self) -> usize {
-        match self {
-            Self::One => 1,
-            Self::All => rayon::current_num_threads(),
-        }
-    }
-}
-
 /// A frozen weight [wide, narrow], packed.
 pub struct Panels {
     kernel: Kernel,
@@ -255,23 +245,12 @@ impl Panels {
                 });
                 Values::F32(Held::Product(transposed))
             }
-            Values::Bf16(values) => {
+            Values::Bf16(_) | Values::Codes(_) => {
                 let mut transposed = Buffer::new(wide_padded * depth);
                 each(&mut transposed, PANEL * wide_padded, threads, |inputs, panel| {
+                    let mut room = [0; PANEL * PANEL];
                     for (to, number) in panel.chunks_exact_mut(block).zip(panels.clone()) {
-                        let from = &values[number * PANEL * depth + inputs * block..][..block];
-                        transpose_pairs(from, to);
-                    }
-                });
-                Values::Bf16(Held::Product(transposed))
-            }
-            Values::Codes(codes) => {
-                let mut transposed = Buffer::new(wide_padded * depth);
-                each(&mut transposed, PANEL * wide_padded, threads, |inputs, panel| {
-                    let mut from = [0; PANEL * PANEL];
-                    for (to, number) in panel.chunks_exact_mut(block).zip(panels.clone()) {
-                        codes.unpack(number * codes.blocks() + inputs, &mut from);
-                        transpose_pairs(&from, to);
+                        transpose_pairs(self.bf16_block(number, inputs, &mut room), to);
                     }
                 });
                 Values::Bf16(Held::Product(transposed))
@@ -296,10 +275,24 @@ impl Panels {
         }
     }
 
-    /// A panel for products in bf16. `room` is for one that is in codes.
-    pub(super) fn panel<'a>(&'a self, panel: usize, room: &'a mut Option<Buffer<u16>>) -> Panel<'a> {
+    /// 32 inputs of a panel in bf16. `room` is for those that are in codes.
+    fn bf16_block<'a>(&'a self, panel: usize, inputs: usize, room: &'a mut [u16; PANEL * PANEL]) -> &'a [u16] {
         match &self.values {
-            Values::Codes(codes) => Panel::Codes(codes, panel, room.get_or_insert_with(|| Buffer::new(codes.room()))),
+            Values::Codes(codes) => {
+                codes.unpack(panel * codes.blocks() + inputs, room);
+                room
+            }
+            _ => &self.bf16(panel).expect("weights of one kernel have one type")[inputs * PANEL * PANEL..]
+                [..PANEL * PANEL],
+        }
+    }
+
+    /// A panel for products in bf16. `room` is for one that is in codes: with `few` rows, for no more of it than they need at once.
+    pub(super) fn panel<'a>(&'a self, panel: usize, room: &'a mut Option<Buffer<u16>>, few: bool) -> Panel<'a> {
+        match &self.values {
+            Values::Codes(codes) => {
+                Panel::Codes(codes, panel, room.get_or_insert_with(|| Buffer::new(codes.room(few))))
+            }
             _ => Panel::Bf16(self.bf16(panel).expect("weights of one kernel have one type")),
         }
     }

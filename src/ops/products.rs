@@ -109,6 +109,8 @@ impl Shared<'_> {
         let Self { weight, then, outputs, to, add } = self;
         let kernel = weight.kernel();
         let tiles = (kernel == Kernel::Amx).then(amx::Tiles::configure);
+        // Each panel serves one block of rows: a few steps of it at once stay in the first-level cache.
+        let few = tiles.is_some() && x.rows() <= 2 * TILE_ROWS;
         let mut room = None;
         for first in (0..x.rows()).step_by(ROWS) {
             let rows = first..(first + ROWS).min(x.rows());
@@ -117,7 +119,7 @@ impl Shared<'_> {
                 // SAFETY: each panel's columns are written by the one thread that has the panel.
                 let mut c = unsafe { to.columns(rows.clone(), columns) };
                 if kernel.rounds_inputs() {
-                    let numbers = weight.panel(panel, &mut room);
+                    let numbers = weight.panel(panel, &mut room, few);
                     let then = then
                         .map(|(x, weight)| (x.tiles(first, 0), weight.bf16(panel).expect("what is added is packed")));
                     bf16_panel(tiles.as_ref(), (x.tiles(first, 0), numbers), then, &mut c, *add);
@@ -195,16 +197,15 @@ pub(super) fn bf16_panel(
     add: bool,
 ) {
     let rows = c.rows();
-    let (numbers, steps, mut codes) = match panel {
-        Panel::Bf16(numbers) => (numbers.as_ptr(), numbers.len() / codes::BLOCK, None),
+    let (numbers, steps, ring, mut codes) = match panel {
+        Panel::Bf16(numbers) => (numbers.as_ptr(), numbers.len() / codes::BLOCK, WHOLE, None),
         Panel::Codes(codes, panel, room) => {
-            // Where few rows need a panel, a few steps of it stay in the first-level cache.
-            let ring = if tiles.is_some() && rows <= 2 * TILE_ROWS { codes::RING } else { WHOLE };
-            assert!(room.len() >= codes.room(), "room for a panel");
-            (room.as_ptr(), codes.blocks(), Some(Unpacking { codes, panel, room, ring }))
+            let ring = if room.len() < codes.room(false) { codes::RING } else { WHOLE };
+            assert!(room.len() >= codes.room(ring == codes::RING), "room for what is kept of a panel");
+            assert!(ring == WHOLE || tiles.is_some() && rows <= 2 * TILE_ROWS, "other rows need all of a panel");
+            (room.as_ptr(), codes.blocks(), ring, Some(Unpacking { codes, panel, room, ring }))
         }
     };
-    let ring = codes.as_ref().map_or(WHOLE, |codes| codes.ring);
     let walk = |row: usize, a: left::Tiles, b: *const u16, steps: usize, ring: usize| {
         let last = (rows.div_ceil(TILE_ROWS) - 1) * a.row_tiles;
         assert!(steps > 0 && last + steps * TILE <= a.numbers.len(), "rows are padded to tiles");

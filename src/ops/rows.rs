@@ -72,25 +72,25 @@ pub fn in_columns(wide: usize, threads: Threads, f: impl Fn(Range<usize>) + Sync
     }
 }
 
-/// Calls `f` with the numbers of all parts, each on a thread of its own. Where parts are short, a thread that goes to sleep until
+/// Calls `f` so many times, each on a thread of its own. Where its parts are short, a thread that goes to sleep until
 /// the others are done wakes up too late: this one stays awake.
-fn in_parts(parts: usize, f: impl Fn(usize) + Sync) {
+fn in_parts(parts: usize, f: impl Fn() + Sync) {
     if parts <= 1 {
-        return (0..parts).for_each(f);
+        return (0..parts).for_each(|_| f());
     }
     let unfinished = AtomicUsize::new(parts - 1);
     rayon::scope(|scope| {
-        for part in 1..parts {
+        for _ in 1..parts {
             let (f, unfinished) = (&f, &unfinished);
             scope.spawn(move |_| {
                 // Finished if `f` panics too; the scope passes it on.
                 let _finished = OnReturn(|| {
                     unfinished.fetch_sub(1, Ordering::Release);
                 });
-                f(part);
+                f();
             });
         }
-        f(0);
+        f();
         let waiting = Instant::now();
         while unfinished.load(Ordering::Acquire) > 0 && waiting.elapsed() < PATIENCE {
             if rayon::yield_now() != Some(rayon::Yield::Executed) {
@@ -104,7 +104,7 @@ fn in_parts(parts: usize, f: impl Fn(usize) + Sync) {
 /// no two threads are equally fast where others use the same cores.
 pub fn in_turns(tasks: usize, at_once: usize, f: impl Fn(Range<usize>) + Sync) {
     let next = AtomicUsize::new(0);
-    in_parts(rayon::current_num_threads().min(tasks.div_ceil(at_once)), |_| {
+    in_parts(rayon::current_num_threads().min(tasks.div_ceil(at_once)), || {
         loop {
             let first = next.fetch_add(at_once, Ordering::Relaxed);
             if first >= tasks {
