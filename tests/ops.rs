@@ -382,22 +382,38 @@ fn memory_that_is_used_again_does_not_grow_with_the_sizes_that_were_asked_for() 
     assert!(pool.held() <= held.max(most + most / SPARE));
 }
 
-/// Catches tasks that are left out or done twice, and a panic in one of them that hangs or is lost.
+/// Catches tasks that are left out or done twice, tasks that stay with a slow thread while others have nothing to do, and a panic in
+/// one of them that hangs or is lost.
 #[test]
 fn every_task_is_done_once_and_a_panic_in_one_ends_all() {
-    for (tasks, at_once) in [(0, 4), (1, 4), (3, 1), (97, 4), (1000, 16)] {
+    for (tasks, threads) in
+        [0, 1, 3, 97, 1000].into_iter().flat_map(|tasks| [(tasks, Threads::One), (tasks, Threads::All)])
+    {
         let done: Vec<AtomicUsize> = (0..tasks).map(|_| AtomicUsize::new(0)).collect();
-        in_turns(tasks, at_once, |turn| {
-            assert!(turn.len() <= at_once);
-            for done in &done[turn] {
-                done.fetch_add(1, Ordering::Relaxed);
+        in_turns(tasks, threads, |turns| {
+            for task in turns {
+                done[task].fetch_add(1, Ordering::Relaxed);
             }
         });
-        assert!(done.iter().all(|done| done.load(Ordering::Relaxed) == 1), "{tasks} tasks, {at_once} at once");
+        assert!(done.iter().all(|done| done.load(Ordering::Relaxed) == 1), "{tasks} tasks");
     }
     toy::within(60, || {
+        if rayon::current_num_threads() > 1 {
+            let done = AtomicUsize::new(0);
+            in_turns(100, Threads::All, |turns| {
+                for task in turns {
+                    // The first waits until all others are done.
+                    while task == 0 && done.load(Ordering::Acquire) < 99 {
+                        std::thread::yield_now();
+                    }
+                    done.fetch_add(1, Ordering::Release);
+                }
+            });
+        }
         for part in [0, 1, 3] {
-            let caught = std::panic::catch_unwind(|| in_turns(4, 1, |turn| assert_ne!(turn.start, part, "on purpose")));
+            let caught = std::panic::catch_unwind(|| {
+                in_turns(4, Threads::All, |turns| turns.for_each(|task| assert_ne!(task, part, "on purpose")))
+            });
             assert!(caught.is_err(), "part {part} panicked");
         }
     });

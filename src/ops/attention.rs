@@ -13,6 +13,7 @@ use rayon::prelude::*;
 use super::buffer::Buffer;
 use super::keys::{BLOCK, Keys, padded};
 use super::left::Left;
+use super::panels::Threads;
 use super::rows::in_turns;
 use super::shared::SharedRows;
 use super::{exp, vectorized};
@@ -62,8 +63,6 @@ pub struct Heads {
 
 /// Queries whose scores are computed together.
 const QUERIES: usize = 32;
-/// Blocks that a thread computes one after the other before it looks whether there are more.
-const TURN: usize = 4;
 /// Strands of a sum over keys.
 const LANES: usize = 16;
 
@@ -148,9 +147,9 @@ pub fn forward(
             log_sums.copy_from_slice(&sums[row * group..][..group]);
         }
     };
-    in_turns(all.len(), TURN, |turn| {
-        let _tiles = keys.tiles();
-        all[turn].iter().for_each(attend);
+    in_turns(all.len(), Threads::All, |turns| {
+        let _tiles = keys.kernel().tiles();
+        turns.for_each(|number| attend(&all[number]));
     });
 }
 

@@ -8,8 +8,8 @@ use super::gate::Activation;
 use super::kernel::Kernel;
 use super::left::Left;
 use super::linear::{Down, Linear};
-use super::panels::Threads;
-use super::rows::{WIDTH, in_columns};
+use super::panels::{PANEL, Threads};
+use super::rows::in_turns;
 use super::shared::SharedRows;
 
 /// The two projections into the block, and what comes between them and the one out of it.
@@ -33,6 +33,8 @@ pub struct Inner {
     pub grads: [Option<Buffer>; 2],
 }
 
+/// Inner values that are computed together: whole panels.
+const WIDTH: usize = 2 * PANEL;
 /// Numbers of a row while it is computed, and where the product is among them.
 const ROW: usize = 3 * WIDTH;
 const PRODUCT: usize = 2 * WIDTH;
@@ -40,6 +42,15 @@ const PRODUCT: usize = 2 * WIDTH;
 impl Gated<'_> {
     fn wide(&self) -> usize {
         self.gate.weight.dims().0
+    }
+
+    /// Calls `f` for all inner values, WIDTH at a time or what is left.
+    fn in_columns(&self, threads: Threads, f: impl Fn(Range<usize>) + Sync) {
+        let wide = self.wide();
+        in_turns(wide.div_ceil(WIDTH), threads, |turns| {
+            let _tiles = self.kernel.tiles();
+            turns.map(|number| number * WIDTH).for_each(|start| f(start..(start + WIDTH).min(wide)));
+        });
     }
 
     /// Gate and what is gated, for some of the inner values, and room for their product: [rows, 3, WIDTH].
@@ -56,7 +67,7 @@ impl Gated<'_> {
         let (wide, downs) = (self.wide(), [self.gate.down(x), self.up.down(x)]);
         let mut product = Left::room(x.rows(), wide, self.kernel);
         let shared = product.shared();
-        in_columns(wide, threads, |inner| {
+        self.in_columns(threads, |inner| {
             let mut rows = self.pair(x, downs.each_ref().map(Option::as_ref), inner.clone());
             self.activation.forward(&mut rows, WIDTH);
             // SAFETY: each thread has columns of its own, which begin with a tile.
@@ -82,7 +93,7 @@ impl Gated<'_> {
         let Inner { product, grads: inner_grads } = inner;
         let (shared, product) = (grads.each_mut().map(Left::shared), dense(product, wide));
         let inner_grads = inner_grads.each_mut().map(|to| dense(to, wide));
-        in_columns(wide, threads, |part| {
+        self.in_columns(threads, |part| {
             let mut rows = self.pair(x, downs, part.clone());
             if let Some(product) = &product {
                 self.activation.forward(&mut rows, WIDTH);

@@ -53,6 +53,11 @@ impl Kernel {
         if self == Kernel::Int8 { Kernel::Avx512 } else { self }
     }
 
+    /// The tiles of this thread, if products are made with them: to be kept while several are.
+    pub(super) fn tiles(self) -> Option<amx::Tiles> {
+        (self == Kernel::Amx).then(amx::Tiles::configure)
+    }
+
     /// Whether a row's numbers are the same bits in every batch.
     pub fn row_invariant(self) -> bool {
         !matches!(self, Kernel::Gemm | Kernel::Cuda)

@@ -5,14 +5,13 @@
 
 use std::ops::Range;
 
-use super::amx;
 use super::attention::Heads;
 use super::buffer::Buffer;
 use super::kernel::Kernel;
 use super::left::{Left, TILE_ROWS, to_bf16};
 use super::matmul::{Matrix, matmul};
 use super::pages::Held;
-use super::panels::{PANEL, Panel};
+use super::panels::{PANEL, Panel, Threads};
 use super::products::bf16_panel;
 use super::rows::in_turns;
 use super::shared::{Columns, SharedRows};
@@ -149,7 +148,7 @@ impl Keys {
     /// `rows` [m, dim] times the keys of one head in some blocks: the first columns of `scores`, which has room for their products
     /// and whose rows are `stride` values apart.
     pub(super) fn scores(&self, rows: &Left, head: usize, blocks: Range<usize>, scores: &mut [f32], stride: usize) {
-        let tiles = self.tiles();
+        let tiles = self.kernel.tiles();
         for (number, block) in blocks.enumerate() {
             let (index, to) = (head * (self.rows / BLOCK) + block, &mut scores[number * BLOCK..]);
             match &self.keys {
@@ -196,7 +195,7 @@ impl Keys {
                 }
             }
             Numbers::Bf16(values) => {
-                let (tiles, panels) = (self.tiles(), padded(dim) / PANEL);
+                let (tiles, panels) = (self.kernel.tiles(), padded(dim) / PANEL);
                 for panel in 0..panels {
                     let walk = |(blocks, from): &(Range<usize>, usize)| {
                         let start = ((head * panels + panel) * self.rows + blocks.start * BLOCK) * PANEL;
@@ -217,11 +216,6 @@ impl Keys {
         }
     }
 
-    /// What products with these keys are made with, to be kept while several are.
-    pub(super) fn tiles(&self) -> Option<amx::Tiles> {
-        (self.kernel == Kernel::Amx).then(amx::Tiles::configure)
-    }
-
     /// `total` [wide, ·] += x · y for `x` [wide, m] and some columns of `y` [m, ·], whole blocks, which are the first of `total`;
     /// rows of `y` and `total` are so many values apart as stands beside them. As the kernel of these keys does it.
     pub(super) fn add_product(
@@ -236,7 +230,7 @@ impl Keys {
             let y = Matrix::new(&y[columns.start..], m, columns.len(), y_stride);
             return matmul(total, stride, true, Matrix::dense(x.f32(), m), y);
         }
-        let (tiles, mut panel) = (self.tiles(), Buffer::<u16>::new(padded(m) * PANEL));
+        let (tiles, mut panel) = (self.kernel.tiles(), Buffer::<u16>::new(padded(m) * PANEL));
         for block in columns.clone().step_by(BLOCK) {
             pair_rows(&y[block..], m, y_stride, &mut panel);
             let mut to = Columns::first(&mut total[block - columns.start..], wide, BLOCK, stride);
@@ -274,8 +268,8 @@ fn rounded(values: &[f32]) -> [u16; PANEL] {
 
 /// Calls `f(row of the call, row of the keys, head)` for all of them, one store after the other.
 fn each_row(stores: &[Store], heads: usize, f: impl Fn(usize, usize, usize) + Sync) {
-    in_turns(stores.len(), 16, |turn| {
-        for Store { from, to } in &stores[turn] {
+    in_turns(stores.len(), Threads::All, |turns| {
+        for Store { from, to } in turns.map(|number| &stores[number]) {
             from.clone().zip(*to..).for_each(|(row, to)| (0..heads).for_each(|head| f(row, to, head)));
         }
     });

@@ -15,10 +15,6 @@ use super::panels::{GROUP, PANEL, Panel, Panels, Threads};
 use super::rows::in_turns;
 use super::shared::{Columns, SharedRows};
 
-/// Rows whose products with a panel are computed before the next panel: their inputs stay in the second-level cache.
-const ROWS: usize = 256;
-/// Panels that a thread walks through before it looks whether there are more.
-const TURN: usize = 2;
 /// Inputs of a product in f32 after which another sum begins: one over a head's vocabulary would lose digits.
 const CHAIN: usize = 512;
 
@@ -80,20 +76,14 @@ pub fn multiply<const N: usize>(x: &Left, products: [Product; N], threads: Threa
         let to = SharedRows::new(to, stride);
         Shared { weight, then, outputs, to, add }
     });
-    let some = |turn: Range<usize>| {
-        let mut before = 0;
-        for product in &products {
-            let panels = product.panels();
-            let cut = |at: usize| at.clamp(before, before + panels.len()) - before + panels.start;
-            product.some(x, cut(turn.start)..cut(turn.end));
-            before += panels.len();
+    let panels = products.iter().flat_map(|product| product.panels().map(move |panel| (product, panel)));
+    let panels: Vec<(&Shared, usize)> = panels.collect();
+    in_turns(panels.len(), threads, |turns| {
+        let (_tiles, mut room) = (panels[0].0.weight.kernel().tiles(), None);
+        for (product, panel) in turns.map(|number| panels[number]) {
+            product.panel(x, panel, &mut room);
         }
-    };
-    let panels = products.iter().map(|product| product.panels().len()).sum();
-    match threads {
-        Threads::One => some(0..panels),
-        Threads::All => in_turns(panels, TURN, some),
-    }
+    });
 }
 
 impl Shared<'_> {
@@ -101,43 +91,31 @@ impl Shared<'_> {
         self.outputs.start / PANEL..self.outputs.end.div_ceil(PANEL)
     }
 
-    /// The products with some panels, one after the other.
-    fn some(&self, x: &Left, panels: Range<usize>) {
-        if panels.is_empty() {
-            return;
-        }
+    /// The product with a panel. `room` is for what is unpacked of it.
+    fn panel(&self, x: &Left, panel: usize, room: &mut Option<Buffer<u16>>) {
         let Self { weight, then, outputs, to, add } = self;
         let kernel = weight.kernel();
-        let tiles = (kernel == Kernel::Amx).then(amx::Tiles::configure);
-        // Each panel serves one block of rows: a few steps of it at once stay in the first-level cache.
-        let few = tiles.is_some() && x.rows() <= 2 * TILE_ROWS;
-        let mut room = None;
-        for first in (0..x.rows()).step_by(ROWS) {
-            let rows = first..(first + ROWS).min(x.rows());
-            for panel in panels.clone() {
-                let columns = panel * PANEL - outputs.start..(panel * PANEL + PANEL).min(outputs.end) - outputs.start;
-                // SAFETY: each panel's columns are written by the one thread that has the panel.
-                let mut c = unsafe { to.columns(rows.clone(), columns) };
-                if kernel.rounds_inputs() {
-                    let numbers = weight.panel(panel, &mut room, few);
-                    let then = then
-                        .map(|(x, weight)| (x.tiles(first, 0), weight.bf16(panel).expect("what is added is packed")));
-                    bf16_panel(tiles.as_ref(), (x.tiles(first, 0), numbers), then, &mut c, *add);
-                    continue;
-                }
-                f32_or_int8(weight, x, &rows, panel, &mut c, *add);
-                if let Some((x, weight)) = then {
-                    f32_or_int8(weight, x, &rows, panel, &mut c, true);
-                }
-            }
+        let columns = panel * PANEL - outputs.start..(panel * PANEL + PANEL).min(outputs.end) - outputs.start;
+        // SAFETY: each panel's columns are written by the one thread that has the panel.
+        let mut c = unsafe { to.columns(0..x.rows(), columns) };
+        if kernel.rounds_inputs() {
+            let tiles = kernel.tiles();
+            // A panel that serves one block of rows: a few steps of it at once stay in the first-level cache.
+            let numbers = weight.panel(panel, room, tiles.is_some() && x.rows() <= 2 * TILE_ROWS);
+            let then = then.map(|(x, weight)| (x.tiles(0, 0), weight.bf16(panel).expect("what is added is packed")));
+            return bf16_panel(tiles.as_ref(), (x.tiles(0, 0), numbers), then, &mut c, *add);
+        }
+        f32_or_int8(weight, x, panel, &mut c, *add);
+        if let Some((x, weight)) = then {
+            f32_or_int8(weight, x, panel, &mut c, true);
         }
     }
 }
 
 /// Some rows times a panel that is not in bf16.
-fn f32_or_int8(weight: &Panels, x: &Left, rows: &Range<usize>, panel: usize, c: &mut Columns, add: bool) {
-    let (_, narrow) = weight.dims();
-    let (depth, x) = (narrow.next_multiple_of(PANEL), &x.f32()[rows.start * narrow..rows.end * narrow]);
+fn f32_or_int8(weight: &Panels, x: &Left, panel: usize, c: &mut Columns, add: bool) {
+    let (x, (_, narrow)) = (x.f32(), weight.dims());
+    let depth = narrow.next_multiple_of(PANEL);
     match weight.f32() {
         Some(values) => f32_panel(x, &values[panel * PANEL * depth..][..PANEL * narrow], c, add),
         None => int8_panel(x, weight.int8(panel), c, add),
@@ -229,15 +207,16 @@ pub(super) fn bf16_panel(
             c.fetch(0..height, true);
         }
         let (first, then) = walks(row);
-        // The first rows find their panel in memory, the others in the cache.
-        let before = |step: usize| match &mut codes {
-            _ if row > 0 => {}
-            None => amx::fetch_ahead(numbers, step),
-            Some(codes) => codes.unpack(step + AHEAD),
-        };
         // SAFETY: by the assert in `walk`, all tiles of `height` rows are there, and all inputs of the panels, once they are unpacked;
         // `whole` gives room for as many rows of 32, all of which are written.
-        unsafe { c.whole(row..row + height, add, |c| tiles.multiply((first, then.as_ref()), c, add, two, before)) };
+        unsafe {
+            c.whole(row..row + height, add, |c| match &mut codes {
+                // The first rows find their panel in memory, the others in the cache.
+                _ if row > 0 => tiles.multiply((first, then.as_ref()), c, add, two, |_| {}),
+                None => tiles.multiply((first, then.as_ref()), c, add, two, |step| amx::fetch_ahead(numbers, step)),
+                Some(codes) => tiles.multiply((first, then.as_ref()), c, add, two, |step| codes.unpack(step + AHEAD)),
+            });
+        }
     }
 }
 

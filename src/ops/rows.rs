@@ -3,8 +3,10 @@
 
 use std::ops::Range;
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
+
+use crossbeam::utils::CachePadded;
 
 use super::panels::{PANEL, Threads};
 
@@ -43,9 +45,9 @@ pub fn in_blocks<const N: usize, S: Send>(
         Mutex::new((start(), Some((block, outputs))))
     });
     let tasks: Vec<Mutex<(S, Option<_>)>> = tasks.collect();
-    in_turns(tasks.len(), 1, |turn| {
-        for task in &tasks[turn] {
-            let (state, task) = &mut *task.lock().expect("nobody else has it");
+    in_turns(tasks.len(), Threads::All, |turns| {
+        for number in turns {
+            let (state, task) = &mut *tasks[number].lock().expect("nobody else has it");
             let (block, outputs) = task.take().expect("each is taken once");
             f(state, block, outputs, Threads::One);
         }
@@ -56,20 +58,6 @@ pub fn in_blocks<const N: usize, S: Send>(
 /// Rows in blocks of so many.
 fn blocks(rows: usize, size: usize) -> impl Iterator<Item = Range<usize>> {
     (0..rows).step_by(size).map(move |first| first..(first + size).min(rows))
-}
-
-/// Outputs that are computed together where threads share them: whole panels.
-pub const WIDTH: usize = 2 * PANEL;
-
-/// Calls `f` for the columns of a matrix so wide, WIDTH at a time or what is left.
-pub fn in_columns(wide: usize, threads: Threads, f: impl Fn(Range<usize>) + Sync) {
-    let each = |numbers: Range<usize>| {
-        numbers.map(|number| number * WIDTH).for_each(|start| f(start..(start + WIDTH).min(wide)));
-    };
-    match threads {
-        Threads::One => each(0..wide.div_ceil(WIDTH)),
-        Threads::All => in_turns(wide.div_ceil(WIDTH), 1, each),
-    }
 }
 
 /// Calls `f` so many times, each on a thread of its own. Where its parts are short, a thread that goes to sleep until
@@ -100,19 +88,58 @@ fn in_parts(parts: usize, f: impl Fn() + Sync) {
     });
 }
 
-/// Calls `f` with the numbers of so many tasks, `at_once` of them in a row, on all threads; each takes the next when it is done, for
-/// no two threads are equally fast where others use the same cores.
-pub fn in_turns(tasks: usize, at_once: usize, f: impl Fn(Range<usize>) + Sync) {
-    let next = AtomicUsize::new(0);
-    in_parts(rayon::current_num_threads().min(tasks.div_ceil(at_once)), || {
-        loop {
-            let first = next.fetch_add(at_once, Ordering::Relaxed);
-            if first >= tasks {
-                return;
-            }
-            f(first..(first + at_once).min(tasks));
-        }
-    });
+/// Calls `f` on every thread, each with the numbers of its tasks as they come: first those of its own share, which lie together and are
+/// the same each time, so that what they write is in its cache; then what others have left, for no two threads are equally fast
+/// where others use the same cores.
+pub fn in_turns(tasks: usize, threads: Threads, f: impl Fn(Turns) + Sync) {
+    let parts = match threads {
+        Threads::One => tasks.min(1),
+        Threads::All => rayon::current_num_threads().min(tasks),
+    };
+    let shares: Vec<Share> =
+        (0..parts).map(|part| Share::new(part * tasks / parts..(part + 1) * tasks / parts)).collect();
+    in_parts(parts, || f(Turns { shares: &shares, own: rayon::current_thread_index().unwrap_or(0) % parts }));
+}
+
+/// Tasks that nobody has taken yet: the first in the upper half, the end in the lower. In a line of the cache of its own.
+struct Share(CachePadded<AtomicU64>);
+
+impl Share {
+    fn new(tasks: Range<usize>) -> Self {
+        Self(CachePadded::new(AtomicU64::new(Self::packed(tasks.start as u64, tasks.end as u64))))
+    }
+
+    fn packed(first: u64, end: u64) -> u64 {
+        first << 32 | end
+    }
+
+    /// Takes the first task, or the last.
+    fn take(&self, first: bool) -> Option<usize> {
+        let parts = |share: u64| (share >> 32, share & u64::from(u32::MAX));
+        let rest = |share: u64| match parts(share) {
+            (start, end) if start >= end => None,
+            (start, end) if first => Some(Self::packed(start + 1, end)),
+            (start, end) => Some(Self::packed(start, end - 1)),
+        };
+        let (start, end) = parts(self.0.fetch_update(Ordering::Relaxed, Ordering::Relaxed, rest).ok()?);
+        Some(if first { start } else { end - 1 } as usize)
+    }
+}
+
+/// The numbers of the tasks of a thread, one by one.
+pub struct Turns<'a> {
+    shares: &'a [Share],
+    own: usize,
+}
+
+impl Iterator for Turns<'_> {
+    type Item = usize;
+
+    fn next(&mut self) -> Option<usize> {
+        // Of others' tasks the last ones: these are far from what they are at.
+        let others = || (1..self.shares.len()).map(|number| &self.shares[(self.own + number) % self.shares.len()]);
+        self.shares[self.own].take(true).or_else(|| others().find_map(|share| share.take(false)))
+    }
 }
 
 /// Numbers in blocks of so many per row that are alive at once, for so many rows in all.
