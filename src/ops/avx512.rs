@@ -15,7 +15,7 @@ use std::arch::x86_64::{
 use std::mem::transmute;
 
 use super::kernel::Kernel;
-use super::left::{TILE, TILE_WIDTH, in_tiles, to_bf16};
+use super::left::{TILE, TILE_ROWS, TILE_WIDTH, in_tiles, to_bf16};
 use super::panels::GROUP;
 
 /// Numbers in a vector.
@@ -171,14 +171,52 @@ macro_rules! by_rows {
     };
 }
 
-/// Writes a stretch of a row of tiles from a column on, rounded to bf16, if the processor has an instruction that rounds.
-pub(super) fn write_row(tiles: &mut [u16], row: usize, column: usize, values: &[f32]) -> bool {
-    let there = Kernel::Avx512Bf16.available();
-    if there {
-        // SAFETY: the instructions are there.
-        unsafe { round_row(tiles, row, column, values) };
+/// Writes up to 16 rows of so many values into tiles, from a column of the first on, rounded to bf16, if the processor has an
+/// instruction that rounds. Tile by tile, as they lie in memory.
+pub(super) fn round_tiles(
+    tiles: &mut [u16],
+    rows: usize,
+    (column, width): (usize, usize),
+    values: &[f32],
+    stride: usize,
+) -> bool {
+    if !Kernel::Avx512Bf16.available() {
+        return false;
     }
-    there
+    let whole = column == 0 && tiles.len() == width * TILE_ROWS;
+    assert!((1..=TILE_ROWS).contains(&rows) && (rows - 1) * stride + width <= values.len(), "all rows are there");
+    for (number, tile) in tiles.chunks_exact_mut(TILE).enumerate().filter(|_| whole) {
+        // SAFETY: the instructions are there; by the assert, so are 32 values of each row.
+        unsafe { round_tile(tile, rows, values.as_ptr().add(number * TILE_WIDTH), stride) };
+    }
+    for row in (0..rows).filter(|_| !whole) {
+        // SAFETY: the instructions are there.
+        unsafe { round_row(tiles, row, column, &values[row * stride..][..width]) };
+    }
+    true
+}
+
+/// # Safety
+/// The instructions must be there, and 32 values of each row.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+unsafe fn round_tile(tile: &mut [u16], rows: usize, values: *const f32, stride: usize) {
+    for (row, to) in tile.chunks_exact_mut(TILE_WIDTH).take(rows).enumerate() {
+        // SAFETY: the caller's.
+        unsafe { round(values.add(row * stride), to.as_mut_ptr()) };
+    }
+}
+
+/// # Safety
+/// 32 numbers must be there on both sides.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+#[inline]
+unsafe fn round(from: *const f32, to: *mut u16) {
+    // SAFETY: the caller's.
+    unsafe {
+        let [first, second] = [0, LANES].map(|at| _mm512_loadu_ps(from.add(at)));
+        let rounded: __m512i = transmute(_mm512_cvtne2ps_pbh(second, first));
+        _mm512_storeu_epi16(to.cast(), rounded);
+    }
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
@@ -189,11 +227,7 @@ fn round_row(tiles: &mut [u16], row: usize, column: usize, values: &[f32]) {
         }
         assert!(to.len() == TILE_WIDTH && from.len() == TILE_WIDTH, "pieces fit into a tile");
         // SAFETY: by the assert, 32 numbers are there on both sides.
-        unsafe {
-            let [first, second] = [0, LANES].map(|at| _mm512_loadu_ps(from.as_ptr().add(at)));
-            let rounded: __m512i = transmute(_mm512_cvtne2ps_pbh(second, first));
-            _mm512_storeu_epi16(to.as_mut_ptr().cast(), rounded);
-        }
+        unsafe { round(from.as_ptr(), to.as_mut_ptr()) };
     });
 }
 

@@ -25,10 +25,12 @@ pub struct Logits {
 
 /// Tokens of the vocabulary whose logits exist at once for a block of rows: together they stay in the second-level cache.
 const CHUNK: usize = 1024;
+/// From one row of a chunk to the next: rows a power of two apart would share a few sets of the cache.
+const STRIDE: usize = CHUNK + 16;
 /// What so many rows take beside their hidden states, in bytes: blocks of logits, also in half precision, and a part of the weight as
 /// it is there, also transposed.
 pub fn bytes(rows: usize, hidden: usize) -> usize {
-    6 * scratch(CHUNK, rows) + 4 * CHUNK * hidden
+    4 * scratch(STRIDE, rows) + 2 * scratch(CHUNK, rows) + 4 * CHUNK * hidden
 }
 
 impl Logits {
@@ -199,10 +201,18 @@ impl Chunk<'_> {
         threads: Threads,
     ) -> Vec<Seen> {
         let (kernel, (_, width), count) = (self.weight.kernel(), self.weight.dims(), self.tokens.len());
-        let mut block = Buffer::new(targets.len() * count);
-        self.weight.multiply(&Left::new(hidden, width, kernel), self.tokens.clone(), &mut block, count, false, threads);
+        let mut block = Buffer::new(targets.len() * STRIDE);
+        self.weight.multiply(
+            &Left::new(hidden, width, kernel),
+            self.tokens.clone(),
+            &mut block,
+            STRIDE,
+            false,
+            threads,
+        );
         let mut others_of = others.chunks_exact_mut(width);
-        for ((row, &target), stretch) in seen.iter_mut().zip(targets).zip(block.chunks_exact_mut(count)) {
+        for ((row, &target), stretch) in seen.iter_mut().zip(targets).zip(block.chunks_exact_mut(STRIDE)) {
+            let stretch = &mut stretch[..count];
             let target = self.tokens.contains(&(target as usize)).then(|| target as usize - self.tokens.start);
             self.logits.scale(stretch);
             let Some(others) = others_of.next() else {
@@ -225,7 +235,9 @@ impl Chunk<'_> {
             }
         }
         if let Some(transposed) = &self.transposed {
-            transposed.multiply(&Left::new(&block, count, kernel), 0..width, others, width, true, threads);
+            let mut left = Left::room(targets.len(), count, kernel);
+            left.write(0..count, &block, STRIDE);
+            transposed.multiply(&left, 0..width, others, width, true, threads);
         }
         seen
     }
@@ -284,101 +296,126 @@ pub fn choose(hidden: &[f32], weight: &Panels, choices: &[Choice], logits: Logit
     let rows = hidden.len() / width;
     ensure!(choices.len() == rows, "head: {} choices for {rows} rows", choices.len());
     let untempered = Logits { temperature: 1.0, ..logits };
-    let mut all = Buffer::new(rows * vocabulary);
-    weight.multiply(
-        &Left::new(hidden, width, weight.kernel()),
-        0..vocabulary,
-        &mut all,
-        vocabulary,
-        false,
-        Threads::All,
-    );
-    let chosen = all.par_chunks_mut(vocabulary).zip(choices).enumerate().map(|(row, (logits_v, choice))| {
-        untempered.scale(logits_v);
-        choose_one(logits_v, *choice, logits.temperature).with_context(|| {
+    let (left, count) = (Left::new(hidden, width, weight.kernel()), vocabulary.div_ceil(CHUNK));
+    let mut all = Buffer::new(count * rows * STRIDE);
+    all.par_chunks_mut((rows * STRIDE).max(1)).enumerate().for_each(|(number, chunk)| {
+        let tokens = number * CHUNK..vocabulary.min((number + 1) * CHUNK);
+        weight.multiply(&left, tokens.clone(), chunk, STRIDE, false, Threads::One);
+        chunk.chunks_exact_mut(STRIDE).for_each(|logits_v| untempered.scale(&mut logits_v[..tokens.len()]));
+    });
+    let chosen = choices.par_iter().enumerate().map(|(row, choice)| {
+        RowLogits { all: &all, rows, row, vocabulary }.choose(*choice, logits.temperature).with_context(|| {
             format!("head: row {row} has no finite probabilities; the adapter or the weights hold NaN or infinity")
         })
     });
     chosen.collect()
 }
 
-/// Chooses from untempered logits [vocabulary].
-fn choose_one(logits_v: &mut [f32], choice: Choice, temperature: f32) -> Option<Chosen> {
-    let log_sum = |logits_v: &mut [f32]| {
-        let mut tally = Tally::EMPTY;
-        logits_v.chunks_mut(CHUNK).for_each(|chunk| {
+/// Untempered logits of one row among those of others, [chunks, rows, STRIDE].
+struct RowLogits<'a> {
+    all: &'a [f32],
+    rows: usize,
+    row: usize,
+    vocabulary: usize,
+}
+
+impl<'a> RowLogits<'a> {
+    /// Chunk by chunk, each with its first token.
+    fn chunks(&self) -> impl Iterator<Item = (usize, &'a [f32])> {
+        let Self { all, rows, row, vocabulary } = *self;
+        let chunks = all.chunks_exact(STRIDE).skip(row).step_by(rows);
+        (0..vocabulary)
+            .step_by(CHUNK)
+            .zip(chunks)
+            .map(move |(first, chunk)| (first, &chunk[..CHUNK.min(vocabulary - first)]))
+    }
+
+    fn of(&self, token: usize) -> f32 {
+        self.all[(token / CHUNK * self.rows + self.row) * STRIDE + token % CHUNK]
+    }
+
+    fn choose(&self, choice: Choice, temperature: f32) -> Option<Chosen> {
+        let untempered_sum = self.log_sum(1.0);
+        let (token, scale, sum) = match choice {
+            Choice::Greedy => (self.most_likely(), 1.0, untempered_sum),
+            Choice::Sample(place) => {
+                let scale = 1.0 / temperature;
+                let sum = if scale == 1.0 { untempered_sum } else { self.log_sum(scale) };
+                (self.inverse_cumulative(scale, sum, place), scale, sum)
+            }
+        };
+        let logit = self.of(token);
+        let chosen = Chosen { token: token as u32, logprob: scale * logit - sum, untempered: logit - untempered_sum };
+        (chosen.logprob.is_finite() && chosen.untempered.is_finite()).then_some(chosen)
+    }
+
+    /// ln Σ exp(scale · logit), summed up as the learner does it.
+    fn log_sum(&self, scale: f32) -> f32 {
+        let (mut tally, mut scaled) = (Tally::EMPTY, [0.0; CHUNK]);
+        for (_, chunk) in self.chunks() {
+            let scaled = &mut scaled[..chunk.len()];
             vectorized(
                 #[inline(always)]
-                || tally.add(chunk, |z, _| z),
-            )
-        });
+                || {
+                    scaled.iter_mut().zip(chunk).for_each(|(scaled, z)| *scaled = scale * z);
+                    tally.add(scaled, |z, _| z);
+                },
+            );
+        }
         tally.log_sum()
-    };
-    let untempered_sum = log_sum(logits_v);
-    let greedy = || {
-        let best =
-            logits_v.iter().enumerate().fold(0, |best, (token, &z)| if z > logits_v[best] { token } else { best });
-        (best, logits_v[best])
-    };
-    let (token, raw, tempered, tempered_sum) = match choice {
-        Choice::Greedy => {
-            let (token, logit) = greedy();
-            (token, logit, logit, untempered_sum)
-        }
-        Choice::Sample(place) if temperature == 1.0 => {
-            let token = inverse_cumulative(logits_v, untempered_sum, place);
-            (token, logits_v[token], logits_v[token], untempered_sum)
-        }
-        Choice::Sample(place) => {
-            let inverse = 1.0 / temperature;
-            let mut tempered_v = Buffer::new(logits_v.len());
-            tempered_v.iter_mut().zip(&*logits_v).for_each(|(tempered, z)| *tempered = inverse * z);
-            let sum = log_sum(&mut tempered_v);
-            let token = inverse_cumulative(&tempered_v, sum, place);
-            (token, logits_v[token], tempered_v[token], sum)
-        }
-    };
-    let chosen = Chosen { token: token as u32, logprob: tempered - tempered_sum, untempered: raw - untempered_sum };
-    (chosen.logprob.is_finite() && chosen.untempered.is_finite()).then_some(chosen)
-}
-
-/// The first token at which the cumulative probability exceeds `place`. Stretches are summed up side by side; only the one
-/// that holds the place is walked token by token.
-fn inverse_cumulative(logits_v: &[f32], log_sum: f32, place: f64) -> usize {
-    const STRETCH: usize = 256;
-    let (mut before, mut last, mut found) = (0.0, 0, None);
-    for (index, stretch) in logits_v.chunks(STRETCH).enumerate() {
-        let total = vectorized(
-            #[inline(always)]
-            || probability(stretch, log_sum),
-        );
-        if total > 0.0 {
-            last = index;
-        }
-        if before + total > place {
-            found = Some(before);
-            break;
-        }
-        before += total;
     }
-    let stretch = &logits_v[last * STRETCH..(last * STRETCH + STRETCH).min(logits_v.len())];
-    let within = found.and_then(|mut cumulative| {
-        stretch.iter().position(|&z| {
-            cumulative += f64::from(exp(z - log_sum));
-            cumulative > place
-        })
-    });
-    // Rounding can leave the total a little below the place: then it belongs to the last possible token.
-    let possible = || stretch.iter().rposition(|&z| exp(z - log_sum) > 0.0).unwrap_or(0);
-    last * STRETCH + within.unwrap_or_else(possible)
+
+    fn most_likely(&self) -> usize {
+        let mut best = (0, self.of(0));
+        for (first, chunk) in self.chunks() {
+            for (token, &z) in (first..).zip(chunk) {
+                if z > best.1 {
+                    best = (token, z);
+                }
+            }
+        }
+        best.0
+    }
+
+    /// The first token at which the cumulative probability exceeds `place`. Stretches are summed up side by side; only the one
+    /// that holds the place is walked token by token.
+    fn inverse_cumulative(&self, scale: f32, log_sum: f32, place: f64) -> usize {
+        const STRETCH: usize = 256;
+        const { assert!(CHUNK.is_multiple_of(STRETCH), "chunks are whole stretches") };
+        let probability = |z: f32| exp(scale * z - log_sum);
+        let stretches = self.chunks().flat_map(|(first, chunk)| (first..).step_by(STRETCH).zip(chunk.chunks(STRETCH)));
+        let (mut before, mut last, mut found) = (0.0, None, false);
+        for (first, stretch) in stretches {
+            let total = vectorized(
+                #[inline(always)]
+                || total(stretch, probability),
+            );
+            if total > 0.0 {
+                last = Some((first, stretch));
+            }
+            found = before + total > place;
+            if found {
+                break;
+            }
+            before += total;
+        }
+        let Some((first, stretch)) = last else { return 0 };
+        let within = stretch.iter().position(|&z| {
+            before += f64::from(probability(z));
+            found && before > place
+        });
+        // Rounding can leave the total a little below the place: then it belongs to the last possible token.
+        let possible = || stretch.iter().rposition(|&z| probability(z) > 0.0).unwrap_or(0);
+        first + within.unwrap_or_else(possible)
+    }
 }
 
-/// The probability of a stretch of tokens.
+/// The sum of the probabilities of a stretch of tokens.
 #[inline(always)]
-fn probability(logits_v: &[f32], log_sum: f32) -> f64 {
+fn total(logits_v: &[f32], probability: impl Fn(f32) -> f32) -> f64 {
     let mut lanes = [0.0f32; 16];
     for chunk in logits_v.chunks(16) {
-        chunk.iter().zip(&mut lanes).for_each(|(z, lane)| *lane += exp(z - log_sum));
+        chunk.iter().zip(&mut lanes).for_each(|(z, lane)| *lane += probability(*z));
     }
     lanes.iter().map(|&lane| f64::from(lane)).sum()
 }

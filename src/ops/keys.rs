@@ -88,28 +88,44 @@ impl Keys {
             (Numbers::F32(to_keys), Numbers::F32(to_values)) => {
                 let to_keys = SharedRows::new(to_keys, BLOCK * dim);
                 let to_values = SharedRows::new(to_values, BLOCK * dim);
-                each_row(stores, heads, |row, to, head| {
-                    let (block, lane, from) = (to / BLOCK, to % BLOCK, row * width + head * dim);
-                    let (keys, values) = (&keys[from..from + dim], &values[from..from + dim]);
-                    // SAFETY: no two stores write to one block.
-                    let (to_keys, to_values) = unsafe {
-                        (
-                            to_keys.part(head * blocks + block, 0..BLOCK * dim),
-                            to_values.part(head * blocks + block, 0..BLOCK * dim),
-                        )
-                    };
-                    if lane == 0 {
-                        to_keys.fill(0.0);
-                        to_values.fill(0.0);
-                    }
-                    to_values[lane * dim..][..dim].copy_from_slice(values);
-                    to_keys[lane..].iter_mut().step_by(BLOCK).zip(keys).for_each(|(to, key)| *to = *key);
-                });
+                each_row(
+                    stores,
+                    heads,
+                    |_, _| {},
+                    |row, to, head| {
+                        let (block, lane, from) = (to / BLOCK, to % BLOCK, row * width + head * dim);
+                        let (keys, values) = (&keys[from..from + dim], &values[from..from + dim]);
+                        // SAFETY: no two stores write to one block.
+                        let (to_keys, to_values) = unsafe {
+                            (
+                                to_keys.part(head * blocks + block, 0..BLOCK * dim),
+                                to_values.part(head * blocks + block, 0..BLOCK * dim),
+                            )
+                        };
+                        if lane == 0 {
+                            to_keys.fill(0.0);
+                            to_values.fill(0.0);
+                        }
+                        to_values[lane * dim..][..dim].copy_from_slice(values);
+                        to_keys[lane..].iter_mut().step_by(BLOCK).zip(keys).for_each(|(to, key)| *to = *key);
+                    },
+                );
             }
             (Numbers::Bf16(to_keys), Numbers::Bf16(to_values)) => {
                 let to_keys = SharedRows::new(to_keys, BLOCK * padded(dim));
                 let to_values = SharedRows::new(to_values, BLOCK * PANEL);
-                each_row(stores, heads, |row, to, head| {
+                let fetch = |to: usize, head: usize| {
+                    let (block, lane) = (to / BLOCK, to % BLOCK);
+                    for pair in 0..padded(dim) / 2 {
+                        to_keys.fetch(head * blocks + block, 2 * (pair * BLOCK + lane));
+                    }
+                    for panel in 0..panels {
+                        let index = (head * panels + panel) * blocks + block;
+                        let pair = lane / 2 * 2 * PANEL;
+                        [pair, pair + PANEL].iter().for_each(|column| to_values.fetch(index, *column));
+                    }
+                };
+                each_row(stores, heads, fetch, |row, to, head| {
                     let (block, lane, from) = (to / BLOCK, to % BLOCK, row * width + head * dim);
                     let (keys, values) = (&keys[from..from + dim], &values[from..from + dim]);
                     // SAFETY: no two stores write to one block.
@@ -266,10 +282,17 @@ fn rounded(values: &[f32]) -> [u16; PANEL] {
     rounded
 }
 
-/// Calls `f(row of the call, row of the keys, head)` for all of them, one store after the other.
-fn each_row(stores: &[Store], heads: usize, f: impl Fn(usize, usize, usize) + Sync) {
+/// Calls `f(row of the call, row of the keys, head)` for all of them, one store after the other, and before that `fetch` for where its
+/// first row goes: those of a store that is one row are far from each other.
+fn each_row(
+    stores: &[Store],
+    heads: usize,
+    fetch: impl Fn(usize, usize) + Sync,
+    f: impl Fn(usize, usize, usize) + Sync,
+) {
     in_turns(stores.len(), Threads::All, |turns| {
         for Store { from, to } in turns.map(|number| &stores[number]) {
+            (0..heads).for_each(|head| fetch(*to, head));
             from.clone().zip(*to..).for_each(|(row, to)| (0..heads).for_each(|head| f(row, to, head)));
         }
     });

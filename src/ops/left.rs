@@ -72,10 +72,12 @@ impl<'a> Left<'a> {
         match &mut left.form {
             Form::OwnF32(own) => own.chunks_exact_mut(width).enumerate().for_each(|(row, to)| make(row, to)),
             _ => {
-                let mut made = Buffer::new(width);
-                for row in 0..rows {
-                    make(row, &mut made);
-                    left.write_rows(row, 0..width, std::iter::once(&*made));
+                let mut made = Buffer::new(TILE_ROWS * width);
+                for first in (0..rows).step_by(TILE_ROWS) {
+                    let count = TILE_ROWS.min(rows - first);
+                    made.chunks_exact_mut(width).zip(first..first + count).for_each(|(to, row)| make(row, to));
+                    // SAFETY: nobody else has these rows.
+                    unsafe { left.shared().write_rows(first..first + count, 0..width, &made, width) };
                 }
             }
         }
@@ -116,13 +118,8 @@ impl<'a> Left<'a> {
     /// # Panics
     /// If the rows are borrowed: a mistake of the caller.
     pub fn write(&mut self, columns: Range<usize>, values: &[f32], stride: usize) {
-        self.write_rows(0, columns, values.chunks(stride).take(self.rows));
-    }
-
-    /// Writes some columns of consecutive rows.
-    fn write_rows<'b>(&mut self, first: usize, columns: Range<usize>, from: impl Iterator<Item = &'b [f32]>) {
         // SAFETY: nobody else has these rows.
-        unsafe { self.shared().write_rows(first, columns, from) };
+        unsafe { self.shared().write(columns, values, stride) };
     }
 
     /// The same rows, to be written by several threads.
@@ -199,20 +196,28 @@ impl SharedLeft<'_> {
     pub unsafe fn write(&self, columns: Range<usize>, values: &[f32], stride: usize) {
         let (Self::F32(_, rows) | Self::Bf16(_, rows)) = self;
         // SAFETY: the caller's.
-        unsafe { self.write_rows(0, columns, values.chunks(stride).take(*rows)) };
+        unsafe { self.write_rows(0..*rows, columns, values, stride) };
     }
 
-    unsafe fn write_rows<'b>(&self, first: usize, columns: Range<usize>, from: impl Iterator<Item = &'b [f32]>) {
-        let tiles = columns.start / TILE_WIDTH..columns.end.div_ceil(TILE_WIDTH);
-        for (row, from) in (first..).zip(from) {
-            let from = &from[..columns.len()];
-            match self {
-                // SAFETY: the caller's.
-                Self::F32(own, _) => unsafe { own.part(row, columns.clone()) }.copy_from_slice(from),
-                Self::Bf16(own, _) => {
+    /// The same for some of the rows, the first of which begins a tile.
+    ///
+    /// # Safety
+    /// As for [`SharedLeft::write`].
+    unsafe fn write_rows(&self, rows: Range<usize>, columns: Range<usize>, values: &[f32], stride: usize) {
+        match self {
+            Self::F32(own, _) => {
+                for (row, values) in rows.zip(values.chunks(stride)) {
+                    // SAFETY: the caller's.
+                    unsafe { own.part(row, columns.clone()) }.copy_from_slice(&values[..columns.len()]);
+                }
+            }
+            Self::Bf16(own, _) => {
+                let tiles = columns.start / TILE_WIDTH..columns.end.div_ceil(TILE_WIDTH);
+                for (block, values) in rows.clone().step_by(TILE_ROWS).zip(values.chunks(TILE_ROWS * stride)) {
                     // SAFETY: as above.
-                    let tiles = unsafe { own.part(row / TILE_ROWS, tiles.start * TILE..tiles.end * TILE) };
-                    write_row(tiles, row % TILE_ROWS, columns.start % TILE_WIDTH, from);
+                    let tiles = unsafe { own.part(block / TILE_ROWS, tiles.start * TILE..tiles.end * TILE) };
+                    let count = TILE_ROWS.min(rows.end - block);
+                    write_tiles(tiles, count, (columns.start % TILE_WIDTH, columns.len()), values, stride);
                 }
             }
         }
@@ -241,20 +246,19 @@ fn place(row: usize, channel: usize) -> usize {
     channel / TILE_WIDTH * TILE + row * TILE_WIDTH + channel % TILE_WIDTH
 }
 
-/// Writes a stretch of a row from a column on.
-fn write_row(tiles: &mut [u16], row: usize, column: usize, values: &[f32]) {
+/// Writes up to 16 rows of so many values, from a column of the first tile on.
+fn write_tiles(tiles: &mut [u16], rows: usize, (column, width): (usize, usize), values: &[f32], stride: usize) {
     #[cfg(target_arch = "x86_64")]
-    if super::avx512::write_row(tiles, row, column, values) {
+    if super::avx512::round_tiles(tiles, rows, (column, width), values, stride) {
         return;
     }
-    vectorized(
-        #[inline(always)]
-        || {
-            in_tiles(tiles, row, column, values, |from, to| {
-                to.iter_mut().zip(from).for_each(|(to, from)| *to = to_bf16(*from))
-            })
-        },
-    );
+    for (row, values) in values.chunks(stride).take(rows).enumerate() {
+        let round = |from: &[f32], to: &mut [u16]| to.iter_mut().zip(from).for_each(|(to, from)| *to = to_bf16(*from));
+        vectorized(
+            #[inline(always)]
+            || in_tiles(tiles, row, column, &values[..width], round),
+        );
+    }
 }
 
 /// Cuts a stretch of a row at the ends of tiles, and has each piece rounded.

@@ -39,6 +39,19 @@ impl<'a, T> SharedRows<'a, T> {
     }
 }
 
+impl<T> SharedRows<'_, T> {
+    /// Asks for memory that will be written at once: where many far places are, one waits for all of them together.
+    #[inline]
+    pub fn fetch(&self, row: usize, column: usize) {
+        #[cfg(target_arch = "x86_64")]
+        {
+            use std::arch::x86_64::{_MM_HINT_ET0, _mm_prefetch};
+            // SAFETY: an address of which nothing is read.
+            unsafe { _mm_prefetch::<_MM_HINT_ET0>(self.start.wrapping_add(row * self.stride + column).cast()) };
+        }
+    }
+}
+
 impl SharedRows<'_> {
     /// Writes some columns of consecutive rows, from rows that lie `stride` values apart.
     ///
