@@ -202,9 +202,11 @@ pub(super) fn bf16_panel(
     for row in (0..rows).step_by(2 * TILE_ROWS) {
         let two = rows - row > TILE_ROWS;
         let height = if two { 2 * TILE_ROWS } else { TILE_ROWS };
-        c.fetch(row + height..row + 2 * height, false);
         if row == 0 {
             c.fetch(0..height, true);
+        }
+        if !c.near() {
+            c.fetch(row + height..row + 2 * height, false);
         }
         let (first, then) = walks(row);
         // SAFETY: by the assert in `walk`, all tiles of `height` rows are there, and all inputs of the panels, once they are unpacked;

@@ -43,12 +43,7 @@ impl<T> SharedRows<'_, T> {
     /// Asks for memory that will be written at once: where many far places are, one waits for all of them together.
     #[inline]
     pub fn fetch(&self, row: usize, column: usize) {
-        #[cfg(target_arch = "x86_64")]
-        {
-            use std::arch::x86_64::{_MM_HINT_ET0, _mm_prefetch};
-            // SAFETY: an address of which nothing is read.
-            unsafe { _mm_prefetch::<_MM_HINT_ET0>(self.start.wrapping_add(row * self.stride + column).cast()) };
-        }
+        fetch(self.start.wrapping_add(row * self.stride + column), true);
     }
 }
 
@@ -90,24 +85,28 @@ pub struct Columns<'a> {
     borrowed: PhantomData<&'a mut [f32]>,
 }
 
-/// Asks for memory that will be written soon, or at once.
-#[inline]
-fn fetch<T>(values: &[T], at_once: bool) {
+/// Asks for a line of memory that will be written soon, or at once.
+#[inline(always)]
+fn fetch<T>(line: *const T, at_once: bool) {
     #[cfg(target_arch = "x86_64")]
-    for line in values.chunks(64 / size_of::<T>()) {
+    {
         use std::arch::x86_64::{_MM_HINT_ET0, _MM_HINT_T1, _mm_prefetch};
-        // SAFETY: an address inside the slice, of which nothing is read.
+        // SAFETY: an address of which nothing is read.
         unsafe {
             match at_once {
-                true => _mm_prefetch::<_MM_HINT_ET0>(line.as_ptr().cast()),
-                false => _mm_prefetch::<_MM_HINT_T1>(line.as_ptr().cast()),
+                true => _mm_prefetch::<_MM_HINT_ET0>(line.cast()),
+                false => _mm_prefetch::<_MM_HINT_T1>(line.cast()),
             }
         };
     }
     #[cfg(not(target_arch = "x86_64"))]
-    let _ = (values, at_once);
+    let _ = (line, at_once);
 }
 
+/// Numbers in a line of the cache.
+const LINE: usize = 16;
+/// A matrix of so few numbers is in the cache of whoever writes it again and again.
+const NEAR: usize = 1 << 16;
 /// Columns that tiles have.
 const SIDE: usize = 32;
 
@@ -167,9 +166,15 @@ impl Columns<'_> {
     #[inline]
     pub fn fetch(&self, rows: Range<usize>, at_once: bool) {
         for row in rows.start..rows.end.min(self.rows) {
-            // SAFETY: `row` is one of ours, and its columns are inside the matrix and ours alone.
-            fetch(unsafe { std::slice::from_raw_parts(self.start.add(row * self.stride), self.width) }, at_once);
+            for column in (0..self.width).step_by(LINE) {
+                fetch(self.start.wrapping_add(row * self.stride + column), at_once);
+            }
         }
+    }
+
+    /// Whether the whole matrix is small.
+    pub fn near(&self) -> bool {
+        self.rows * self.stride <= NEAR
     }
 
     /// Adds dense rows of as many columns.
