@@ -65,6 +65,13 @@ pub(super) struct Walk {
     pub ring: usize,
 }
 
+impl Walk {
+    /// The same with the 32 rows that follow.
+    fn below(self) -> Self {
+        Self { a: self.a.wrapping_add(2 * self.second), ..self }
+    }
+}
+
 /// Values of the two tiles that a step along k needs of the second operand.
 const PAIR: usize = 2 * TILE;
 
@@ -189,26 +196,31 @@ impl Tiles {
         unreachable!("tiles are not permitted")
     }
 
-    /// `c = Σ a · b` over one walk along k or two, added to what `c` holds if `keep` is set, for 16 rows (32, if `two` is set) of
-    /// 32, which lie `c_stride` values apart. `before` is called before every step of the first walk, with its number.
+    /// `c = Σ a · b` over one walk along k or two, added to what `c` holds if `keep` is set, for so many rows, whole tiles, of 32,
+    /// which lie `stride` values apart. `before` is called before every step of the first walk, with its number.
     ///
     /// # Safety
-    /// All that the walks speak of must be there, at the latest after `before` was called for that step, and `c` must have as many
-    /// rows.
+    /// All that the walks speak of must be there for all rows, at the latest after `before` was called for that step, and `c` must
+    /// have as many rows.
+    #[cfg(target_arch = "x86_64")]
     #[inline(always)]
     pub unsafe fn multiply(
         &self,
-        walks: (Walk, Option<&Walk>),
-        (c, stride): (*mut f32, usize),
+        (mut first, mut then): (Walk, Option<Walk>),
+        (mut c, stride): (*mut f32, usize),
         keep: bool,
-        two: bool,
-        before: impl FnMut(usize),
+        rows: usize,
+        mut before: impl FnMut(usize),
     ) {
         // SAFETY: the caller's; tiles are configured as long as `self` lives.
         unsafe {
-            match two {
-                true => self.block(walks, Sums::<true> { c, stride }, keep, before),
-                false => self.block(walks, Sums::<false> { c, stride }, keep, before),
+            for _ in 0..rows / SIDE {
+                self.block(first, then, Sums::<true> { c, stride }, keep, &mut before);
+                (first, then) = (first.below(), then.map(Walk::below));
+                c = c.wrapping_add(SIDE * stride);
+            }
+            if !rows.is_multiple_of(SIDE) {
+                self.block(first, then, Sums::<false> { c, stride }, keep, &mut before);
             }
         }
     }
@@ -221,10 +233,11 @@ impl Tiles {
     #[inline(always)]
     unsafe fn block<const TWO: bool>(
         &self,
-        (first, then): (Walk, Option<&Walk>),
+        first: Walk,
+        then: Option<Walk>,
         sums: Sums<TWO>,
         keep: bool,
-        mut before: impl FnMut(usize),
+        before: &mut impl FnMut(usize),
     ) {
         // SAFETY: the caller's.
         unsafe {
@@ -248,7 +261,15 @@ impl Tiles {
     /// # Safety
     /// Never called: there are no tiles.
     #[cfg(not(target_arch = "x86_64"))]
-    unsafe fn block<const TWO: bool>(&self, _: (Walk, Option<&Walk>), _: Sums<TWO>, _: bool, _: impl FnMut(usize)) {}
+    pub unsafe fn multiply(
+        &self,
+        _: (Walk, Option<Walk>),
+        _: (*mut f32, usize),
+        _: bool,
+        _: usize,
+        _: impl FnMut(usize),
+    ) {
+    }
 }
 
 /// Begins to bring what the second operand will be a step and a half later into the second-level cache: 32 lines. The processor does

@@ -198,28 +198,38 @@ pub(super) fn bf16_panel(
         codes.iter_mut().for_each(|codes| (0..steps).for_each(|step| codes.unpack(step)));
         return (0..rows).step_by(TILE_ROWS / 2).for_each(|row| avx512_rows(walks(row), row, c, add));
     };
-    codes.iter_mut().for_each(|codes| (0..AHEAD).for_each(|step| codes.unpack(step)));
-    for row in (0..rows).step_by(2 * TILE_ROWS) {
-        let two = rows - row > TILE_ROWS;
-        let height = if two { 2 * TILE_ROWS } else { TILE_ROWS };
-        if row == 0 {
-            c.fetch(0..height, true);
-        }
-        if !c.near() {
-            c.fetch(row + height..row + 2 * height, false);
-        }
-        let (first, then) = walks(row);
-        // SAFETY: by the assert in `walk`, all tiles of `height` rows are there, and all inputs of the panels, once they are unpacked;
-        // `whole` gives room for as many rows of 32, all of which are written.
-        unsafe {
-            c.whole(row..row + height, add, |c| match &mut codes {
-                // The first rows find their panel in memory, the others in the cache.
-                _ if row > 0 => tiles.multiply((first, then.as_ref()), c, add, two, |_| {}),
-                None => tiles.multiply((first, then.as_ref()), c, add, two, |step| amx::fetch_ahead(numbers, step)),
-                Some(codes) => tiles.multiply((first, then.as_ref()), c, add, two, |step| codes.unpack(step + AHEAD)),
-            });
+    c.fetch(0..2 * TILE_ROWS);
+    // The first rows find their panel in memory, the others in the cache.
+    let height = c.stretch(0).min(2 * TILE_ROWS);
+    match &mut codes {
+        None => tile_rows(tiles, walks(0), 0..height, c, add, |step| amx::fetch_ahead(numbers, step)),
+        Some(codes) => {
+            (0..AHEAD).for_each(|step| codes.unpack(step));
+            tile_rows(tiles, walks(0), 0..height, c, add, |step| codes.unpack(step + AHEAD));
         }
     }
+    let mut row = height;
+    while row < rows {
+        let height = c.stretch(row);
+        tile_rows(tiles, walks(row), row..row + height, c, add, |_| {});
+        row += height;
+    }
+}
+
+/// Some rows, whole tiles. `before` is called before every step along k of the first walk.
+#[inline(always)]
+fn tile_rows(
+    tiles: &amx::Tiles,
+    (first, then): (amx::Walk, Option<amx::Walk>),
+    rows: Range<usize>,
+    c: &mut Columns,
+    add: bool,
+    before: impl FnMut(usize),
+) {
+    let height = rows.len();
+    // SAFETY: by the assert where walks are made, all tiles of these rows are there, and all inputs of the panels, at the latest after
+    // `before`; `whole` gives room for as many rows of 32, all of which are written.
+    unsafe { c.whole(rows, add, |c| tiles.multiply((first, then), c, add, height, before)) };
 }
 
 /// Up to half a tile of rows, beginning with this one, in vectors.

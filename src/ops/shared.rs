@@ -4,6 +4,8 @@ use std::marker::PhantomData;
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
+use super::left::TILE_ROWS;
+
 /// A row-major matrix whose parts are written by different threads.
 pub struct SharedRows<'a, T = f32> {
     start: *mut T,
@@ -43,7 +45,7 @@ impl<T> SharedRows<'_, T> {
     /// Asks for memory that will be written at once: where many far places are, one waits for all of them together.
     #[inline]
     pub fn fetch(&self, row: usize, column: usize) {
-        fetch(self.start.wrapping_add(row * self.stride + column), true);
+        fetch(self.start.wrapping_add(row * self.stride + column));
     }
 }
 
@@ -85,28 +87,22 @@ pub struct Columns<'a> {
     borrowed: PhantomData<&'a mut [f32]>,
 }
 
-/// Asks for a line of memory that will be written soon, or at once.
+/// Asks for a line of memory that will be written at once.
 #[inline(always)]
-fn fetch<T>(line: *const T, at_once: bool) {
+fn fetch<T>(line: *const T) {
     #[cfg(target_arch = "x86_64")]
     {
-        use std::arch::x86_64::{_MM_HINT_ET0, _MM_HINT_T1, _mm_prefetch};
+        use std::arch::x86_64::{_MM_HINT_ET0, _mm_prefetch};
         // SAFETY: an address of which nothing is read.
-        unsafe {
-            match at_once {
-                true => _mm_prefetch::<_MM_HINT_ET0>(line.cast()),
-                false => _mm_prefetch::<_MM_HINT_T1>(line.cast()),
-            }
-        };
+        unsafe { _mm_prefetch::<_MM_HINT_ET0>(line.cast()) };
     }
     #[cfg(not(target_arch = "x86_64"))]
-    let _ = (line, at_once);
+    let _ = line;
 }
 
 /// Numbers in a line of the cache.
 const LINE: usize = 16;
-/// A matrix of so few numbers is in the cache of whoever writes it again and again.
-const NEAR: usize = 1 << 16;
+
 /// Columns that tiles have.
 const SIDE: usize = 32;
 
@@ -161,20 +157,23 @@ impl Columns<'_> {
         }
     }
 
-    /// Asks for the memory of some rows, as far as they are there, that will be written soon, or at once: tiles that are stored where
-    /// nothing is in the cache wait for it.
-    #[inline]
-    pub fn fetch(&self, rows: Range<usize>, at_once: bool) {
-        for row in rows.start..rows.end.min(self.rows) {
-            for column in (0..self.width).step_by(LINE) {
-                fetch(self.start.wrapping_add(row * self.stride + column), at_once);
-            }
+    /// How many rows from this one on have a place in [`Columns::whole`] at once, in whole tiles.
+    pub(super) fn stretch(&self, row: usize) -> usize {
+        match (self.rows - row) / TILE_ROWS * TILE_ROWS {
+            there if there > 0 && self.width == SIDE => there,
+            _ => (self.rows - row).next_multiple_of(TILE_ROWS).min(SIDE),
         }
     }
 
-    /// Whether the whole matrix is small.
-    pub fn near(&self) -> bool {
-        self.rows * self.stride <= NEAR
+    /// Asks for the memory of some rows, as far as they are there, that will be written at once: tiles that are stored where nothing
+    /// is in the cache wait for it.
+    #[inline]
+    pub fn fetch(&self, rows: Range<usize>) {
+        for row in rows.start..rows.end.min(self.rows) {
+            for column in (0..self.width).step_by(LINE) {
+                fetch(self.start.wrapping_add(row * self.stride + column));
+            }
+        }
     }
 
     /// Adds dense rows of as many columns.
