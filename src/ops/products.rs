@@ -199,8 +199,8 @@ pub(super) fn bf16_panel(
         return (0..rows).step_by(TILE_ROWS / 2).for_each(|row| avx512_rows(walks(row), row, c, add));
     };
     c.fetch(0..2 * TILE_ROWS);
-    // The first rows find their panel in memory, the others in the cache.
-    let height = c.stretch(0).min(2 * TILE_ROWS);
+    // The first rows find their panel in memory, the others in the cache. They are all there are where no more of it is kept than a ring.
+    let height = rows.next_multiple_of(TILE_ROWS).min(2 * TILE_ROWS);
     match &mut codes {
         None => tile_rows(tiles, walks(0), 0..height, c, add, |step| amx::fetch_ahead(numbers, step)),
         Some(codes) => {
