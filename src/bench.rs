@@ -20,7 +20,8 @@ use crate::model_files::{ModelFiles, Policy};
 use crate::ops::head;
 use crate::ops::kernel::Kernel;
 use crate::ops::left::Left;
-use crate::ops::panels::{Panels, Threads};
+use crate::ops::panels::Panels;
+use crate::ops::rows::in_blocks;
 use crate::policy::Adapter;
 use crate::random::SplitMix64;
 use crate::record::{page_faults, peak_memory, resident_memory};
@@ -145,8 +146,17 @@ impl Bench {
         let (rows, mut product) = (random(ROWS * hidden), vec![0.0; ROWS * intermediate]);
         let seconds = self.timed(|| {
             for _ in 0..10 {
-                let left = Left::new(&rows, hidden, self.model.kernel);
-                weight.multiply(&left, 0..intermediate, &mut product, intermediate, false, Threads::All);
+                let product = [(&mut *product, intermediate)];
+                in_blocks(
+                    ROWS,
+                    product,
+                    || (),
+                    |(), block, [product], threads| {
+                        let rows = &rows[block.start * hidden..block.end * hidden];
+                        let left = Left::new(rows, hidden, self.model.kernel);
+                        weight.multiply(&left, 0..intermediate, product, intermediate, false, threads);
+                    },
+                );
             }
             Ok(())
         })?;

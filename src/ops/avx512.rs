@@ -183,15 +183,17 @@ pub(super) fn round_tiles(
     if !Kernel::Avx512Bf16.available() {
         return false;
     }
-    let whole = column == 0 && tiles.len() == width * TILE_ROWS;
     assert!((1..=TILE_ROWS).contains(&rows) && (rows - 1) * stride + width <= values.len(), "all rows are there");
-    for (number, tile) in tiles.chunks_exact_mut(TILE).enumerate().filter(|_| whole) {
-        // SAFETY: the instructions are there; by the assert, so are 32 values of each row.
-        unsafe { round_tile(tile, rows, values.as_ptr().add(number * TILE_WIDTH), stride) };
-    }
-    for row in (0..rows).filter(|_| !whole) {
-        // SAFETY: the instructions are there.
-        unsafe { round_row(tiles, row, column, &values[row * stride..][..width]) };
+    if column == 0 && tiles.len() == width * TILE_ROWS {
+        for (number, tile) in tiles.chunks_exact_mut(TILE).enumerate() {
+            // SAFETY: the instructions are there; by the assert, so are 32 values of each row.
+            unsafe { round_tile(tile, rows, values.as_ptr().add(number * TILE_WIDTH), stride) };
+        }
+    } else {
+        for row in 0..rows {
+            // SAFETY: the instructions are there.
+            unsafe { round_row(tiles, row, column, &values[row * stride..][..width]) };
+        }
     }
     true
 }
