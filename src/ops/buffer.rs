@@ -100,9 +100,9 @@ pub struct Buffer<T: Pooled = f32> {
     len: usize,
 }
 
-/// What buffers start with, in bytes: a line of the cache. A vector or a row of a tile that lies across two lines takes twice as
-/// long to read, and allocators promise no more than 16 bytes.
-const LINE: usize = 64;
+/// A line of the cache, in bytes: what buffers and weights start with. A vector or a row of a tile that lies across two lines takes
+/// twice as long to read, and allocators promise no more than 16 bytes.
+pub(super) const LINE: usize = 64;
 /// Memory of fewer numbers stays with the thread that gives it back, so many pieces of it: a block of attention takes some every few
 /// microseconds.
 const SMALL: usize = 8 * 1024;

@@ -7,14 +7,12 @@ use std::ops::{Deref, DerefMut};
 use std::ptr::NonNull;
 use std::sync::{Arc, Mutex};
 
-use super::buffer::{Buffer, Pooled};
+use super::buffer::{Buffer, LINE, Pooled};
 
 /// The size of a large page, in bytes.
 const PAGE: usize = 2 << 20;
 /// Pages that are asked for at once; what is not written yet takes no memory.
 const CHUNK: usize = 32 * PAGE;
-/// What weights start with: a line of the cache.
-const LINE: usize = 64;
 
 /// Pages of zeros from the operating system.
 struct Chunk {

@@ -79,9 +79,9 @@ pub fn multiply<const N: usize>(x: &Left, products: [Product; N], threads: Threa
     let panels = products.iter().flat_map(|product| product.panels().map(move |panel| (product, panel)));
     let panels: Vec<(&Shared, usize)> = panels.collect();
     in_turns(panels.len(), threads, |turns| {
-        let (_tiles, mut room) = (panels[0].0.weight.kernel().tiles(), None);
+        let (tiles, mut room) = (panels[0].0.weight.kernel().tiles(), None);
         for (product, panel) in turns.map(|number| panels[number]) {
-            product.panel(x, panel, &mut room);
+            product.panel(x, panel, tiles.as_ref(), &mut room);
         }
     });
 }
@@ -92,18 +92,16 @@ impl Shared<'_> {
     }
 
     /// The product with a panel. `room` is for what is unpacked of it.
-    fn panel(&self, x: &Left, panel: usize, room: &mut Option<Buffer<u16>>) {
+    fn panel(&self, x: &Left, panel: usize, tiles: Option<&amx::Tiles>, room: &mut Option<Buffer<u16>>) {
         let Self { weight, then, outputs, to, add } = self;
-        let kernel = weight.kernel();
         let columns = panel * PANEL - outputs.start..(panel * PANEL + PANEL).min(outputs.end) - outputs.start;
         // SAFETY: each panel's columns are written by the one thread that has the panel.
         let mut c = unsafe { to.columns(0..x.rows(), columns) };
-        if kernel.rounds_inputs() {
-            let tiles = kernel.tiles();
+        if weight.kernel().rounds_inputs() {
             // A panel that serves one block of rows: a few steps of it at once stay in the first-level cache.
             let numbers = weight.panel(panel, room, tiles.is_some() && x.rows() <= 2 * TILE_ROWS);
             let then = then.map(|(x, weight)| (x.tiles(0, 0), weight.bf16(panel).expect("what is added is packed")));
-            return bf16_panel(tiles.as_ref(), (x.tiles(0, 0), numbers), then, &mut c, *add);
+            return bf16_panel(tiles, (x.tiles(0, 0), numbers), then, &mut c, *add);
         }
         f32_or_int8(weight, x, panel, &mut c, *add);
         if let Some((x, weight)) = then {
@@ -199,7 +197,8 @@ pub(super) fn bf16_panel(
         return (0..rows).step_by(TILE_ROWS / 2).for_each(|row| avx512_rows(walks(row), row, c, add));
     };
     c.fetch(0..2 * TILE_ROWS);
-    // The first rows find their panel in memory, the others in the cache. They are all there are where no more of it is kept than a ring.
+    // The first rows find their panel in memory, the others in the cache. They are all there are where no more of it is kept than
+    // a ring.
     let height = rows.next_multiple_of(TILE_ROWS).min(2 * TILE_ROWS);
     match &mut codes {
         None => tile_rows(tiles, walks(0), 0..height, c, add, |step| amx::fetch_ahead(numbers, step)),

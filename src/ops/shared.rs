@@ -4,6 +4,7 @@ use std::marker::PhantomData;
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
+use super::buffer::LINE;
 use super::left::TILE_ROWS;
 
 /// A row-major matrix whose parts are written by different threads.
@@ -100,9 +101,6 @@ fn fetch<T>(line: *const T) {
     let _ = line;
 }
 
-/// Numbers in a line of the cache.
-const LINE: usize = 16;
-
 /// Columns that tiles have.
 const SIDE: usize = 32;
 
@@ -170,7 +168,7 @@ impl Columns<'_> {
     #[inline]
     pub fn fetch(&self, rows: Range<usize>) {
         for row in rows.start..rows.end.min(self.rows) {
-            for column in (0..self.width).step_by(LINE) {
+            for column in (0..self.width).step_by(LINE / size_of::<f32>()) {
                 fetch(self.start.wrapping_add(row * self.stride + column));
             }
         }
