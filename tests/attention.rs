@@ -286,6 +286,15 @@ proptest! {
                 check::same_bits("alone", &got.0, &together.0[number * query * dim..][..query * dim]);
                 check::same_bits("log-sums alone", &got.1, &together.1[number * query..][..query]);
             }
+            // Branches that share their prompt, of which each is at its own token.
+            let branch = |number: usize| {
+                let seen = own - queries + number + 1;
+                Span { queries: number..number + 1, prefix: 0..prompt, own: apart..apart + seen }
+            };
+            let branches: Vec<Span> = (0..queries).map(branch).collect();
+            let side_by_side = attend(heads, &q, &split, &branches);
+            check::same_bits("side by side", &side_by_side.0, &together.0);
+            check::same_bits("log-sums side by side", &side_by_side.1, &together.1);
         }
     }
 }

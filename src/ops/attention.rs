@@ -4,7 +4,8 @@
 //! backward recomputes them from the log-sum-exp kept per query, as FlashAttention does (Dao et al. 2022, algorithm 4).
 //!
 //! Every sum runs over whole blocks of keys in the order of their positions, of which a prompt and a branch each begin with one: a
-//! query's result is the same bits whether it is computed with others or by itself.
+//! query's result is the same bits whether it is computed with others or by itself. Branches of one prompt walk over its keys
+//! together.
 
 use std::ops::Range;
 
@@ -63,25 +64,32 @@ pub struct Heads {
 
 /// Queries whose scores are computed together.
 const QUERIES: usize = 32;
+/// Blocks that each thread should have at least, where there are so many queries.
+const BLOCKS_PER_THREAD: usize = 4;
 /// Strands of a sum over keys.
 const LANES: usize = 16;
 
-/// One block of queries of one span with the heads that share a key head.
-struct Block<'a> {
+/// Consecutive queries of one span.
+struct Part<'a> {
     span: &'a Span,
-    /// Number of the first query of the block within the span, and how many.
+    /// Number of the first query within the span, and how many.
     first: usize,
     len: usize,
-    key_head: usize,
 }
 
-impl Block<'_> {
-    /// Keys that the last query of the block can see.
+impl Part<'_> {
+    /// Its queries in rows of the call.
+    fn queries(&self) -> Range<usize> {
+        let first = self.span.queries.start + self.first;
+        first..first + self.len
+    }
+
+    /// Keys that the last query can see.
     fn keys(&self) -> usize {
         self.span.visible(self.first + self.len - 1, None).end
     }
 
-    /// Blocks of prefix and own rows among the first `keys`, with the column where each begins.
+    /// Blocks of prefix and own rows among the first keys, with the column where each begins.
     fn context(&self) -> [(Range<usize>, usize); 2] {
         let Span { prefix, own, .. } = self.span;
         let blocks = |start: usize, rows: usize| start / BLOCK..(start + rows).div_ceil(BLOCK);
@@ -95,16 +103,55 @@ impl Block<'_> {
         let own = |position: usize| padded(prefix) + position.max(prefix) - prefix;
         [visible.start.min(prefix)..visible.end.min(prefix), own(visible.start)..own(visible.end)]
     }
+}
+
+/// Spans in parts of at most [`QUERIES`]. Neighbors with the same prefix are together as long as they have at most `most` queries:
+/// they walk over it once.
+fn joined(spans: &[Span], most: usize) -> Vec<Vec<Part<'_>>> {
+    let mut all: Vec<Vec<Part>> = Vec::with_capacity(spans.len());
+    let parts = spans.iter().flat_map(|span| {
+        let queries = span.queries.len();
+        (0..queries).step_by(QUERIES).map(move |first| Part { span, first, len: QUERIES.min(queries - first) })
+    });
+    for part in parts {
+        let joins = |before: &&mut Vec<Part>| {
+            let queries = before.iter().map(|part| part.len).sum::<usize>() + part.len;
+            !part.span.prefix.is_empty() && before[0].span.prefix == part.span.prefix && queries <= most
+        };
+        match all.last_mut().filter(joins) {
+            Some(before) => before.push(part),
+            None => all.push(vec![part]),
+        }
+    }
+    all
+}
+
+/// Parts with one prefix, and the heads that share a key head.
+#[derive(Clone, Copy)]
+struct Block<'a> {
+    parts: &'a [Part<'a>],
+    key_head: usize,
+}
+
+impl<'a> Block<'a> {
+    fn queries(&self) -> usize {
+        self.parts.iter().map(|part| part.len).sum()
+    }
 
     /// How many columns scores have.
     fn stride(&self) -> usize {
-        self.columns(0..self.keys())[1].end.next_multiple_of(BLOCK)
+        let columns = |part: &Part| part.columns(0..part.keys())[1].end.next_multiple_of(BLOCK);
+        self.parts.iter().map(columns).max().unwrap_or(0)
     }
-}
 
-fn blocks(span: &Span, key_head: usize) -> impl Iterator<Item = Block<'_>> {
-    let queries = span.queries.len();
-    (0..queries).step_by(QUERIES).map(move |first| Block { span, first, len: QUERIES.min(queries - first), key_head })
+    /// The parts with the rows of each, of which a query has so many.
+    fn rows(&self, group: usize) -> impl Iterator<Item = (&'a Part<'a>, Range<usize>)> {
+        self.parts.iter().scan(0, move |end, part| {
+            let first = *end;
+            *end += part.len * group;
+            Some((part, first..*end))
+        })
+    }
 }
 
 /// What attention returns beside its values: the log-sum-exp of the scores of every (query row, head), [rows, query heads].
@@ -119,37 +166,41 @@ pub fn forward(
     attended: &mut [f32],
     log_sums: &mut LogSums,
 ) {
-    let all: Vec<Block> =
-        spans.iter().flat_map(|span| (0..heads.key).flat_map(move |head| blocks(span, head))).collect();
     let (group, width) = (heads.query / heads.key, heads.query * heads.dim);
+    let queries_of_all: usize = spans.iter().map(|span| span.queries.len()).sum();
+    let most = queries_of_all * heads.key / (BLOCKS_PER_THREAD * rayon::current_num_threads());
+    let joined = joined(spans, most.min(QUERIES));
+    let blocks = joined.iter().flat_map(|parts| (0..heads.key).map(move |key_head| Block { parts, key_head }));
+    let all: Vec<Block> = blocks.collect();
     let (attended, log_sums) = (SharedRows::new(attended, width), SharedRows::new(log_sums, heads.query));
-    let attend = |block: &Block| {
-        let stride = block.stride();
+    let attend = |block: Block| {
+        let (stride, chunk) = (block.stride(), group * heads.dim);
         let queries = heads.gather(block, queries, heads.scale);
         let mut weights = heads.scores(block, &queries, keys);
-        let mut sums = Buffer::<f32>::new(block.len * group);
-        for (row, weights) in weights.chunks_exact_mut(stride).enumerate() {
-            let visible = block.span.visible(block.first + row / group, heads.window);
-            sums[row] = softmax(weights, block.columns(visible), heads.soft_cap);
+        let mut sums = Buffer::<f32>::new(block.queries() * group);
+        for (part, rows) in block.rows(group) {
+            let first = rows.start;
+            for row in rows {
+                let visible = part.span.visible(part.first + (row - first) / group, heads.window);
+                sums[row] = softmax(&mut weights[row * stride..][..stride], part.columns(visible), heads.soft_cap);
+            }
         }
         let values = heads.combine(block, &weights, keys);
-        for row in 0..block.len {
-            let (to, first) = (block.span.queries.start + block.first + row, block.key_head * group);
+        let from = values.chunks_exact(chunk).zip(sums.chunks_exact(group));
+        for (to, (values, sums)) in block.parts.iter().flat_map(Part::queries).zip(from) {
+            let first = block.key_head * group;
             // SAFETY: each query row's heads belong to one block.
             let (attended, log_sums) = unsafe {
-                let chunk = group * heads.dim;
-                (
-                    attended.part(to, block.key_head * chunk..block.key_head * chunk + chunk),
-                    log_sums.part(to, first..first + group),
-                )
+                let attended = attended.part(to, block.key_head * chunk..block.key_head * chunk + chunk);
+                (attended, log_sums.part(to, first..first + group))
             };
-            attended.copy_from_slice(&values[row * group * heads.dim..][..group * heads.dim]);
-            log_sums.copy_from_slice(&sums[row * group..][..group]);
+            attended.copy_from_slice(values);
+            log_sums.copy_from_slice(sums);
         }
     };
     in_turns(all.len(), Threads::All, |turns| {
         let _tiles = keys.kernel().tiles();
-        turns.for_each(|number| attend(&all[number]));
+        turns.for_each(|number| attend(all[number]));
     });
 }
 
@@ -158,15 +209,14 @@ impl Heads {
         self.query / self.key
     }
 
-    /// The block's part of a [rows, query · dim] matrix as [len · group, dim], multiplied with `scale`.
-    fn gather(&self, block: &Block, rows: &[f32], scale: f32) -> Buffer {
+    /// The block's part of a [rows, query · dim] matrix as [queries · group, dim], multiplied with `scale`.
+    fn gather(&self, block: Block, rows: &[f32], scale: f32) -> Buffer {
         let (width, chunk) = (self.query * self.dim, self.group() * self.dim);
-        let mut gathered = Buffer::new(block.len * chunk);
-        let first = block.span.queries.start + block.first;
+        let mut gathered = Buffer::new(block.queries() * chunk);
         vectorized(
             #[inline(always)]
             || {
-                for (to, row) in gathered.chunks_exact_mut(chunk).zip(first..) {
+                for (to, row) in gathered.chunks_exact_mut(chunk).zip(block.parts.iter().flat_map(Part::queries)) {
                     let from = &rows[row * width + block.key_head * chunk..][..chunk];
                     to.iter_mut().zip(from).for_each(|(to, from)| *to = scale * from);
                 }
@@ -175,25 +225,56 @@ impl Heads {
         gathered
     }
 
-    /// `rows` [len · group, dim] times the keys of the block's context: [len · group, stride]. What is not visible holds
+    /// `rows` [queries · group, dim] times the keys of the block's context: [queries · group, stride]. What is not visible holds
     /// anything.
-    fn scores(&self, block: &Block, rows: &[f32], keys: &Keys) -> Buffer {
-        let stride = block.stride();
-        let rows = Left::new(rows, self.dim, keys.kernel());
-        let mut scores = Buffer::new(keys.room(rows.rows()) * stride);
-        for (blocks, start) in block.context() {
-            keys.scores(&rows, block.key_head, blocks, &mut scores[start..], stride);
+    fn scores(&self, block: Block, rows: &[f32], keys: &Keys) -> Buffer {
+        let (dim, head, stride) = (self.dim, block.key_head, block.stride());
+        let left = Left::new(rows, dim, keys.kernel());
+        let room = keys.room(left.rows());
+        let mut scores = Buffer::new(room * stride);
+        for (part, of_part) in block.rows(self.group()) {
+            let [(prefix, _), (own, start)] = part.context();
+            if of_part.start == 0 {
+                keys.scores(&left, head, prefix, (&mut scores, stride), room);
+            }
+            if of_part.len() == left.rows() {
+                keys.scores(&left, head, own, (&mut scores[start..], stride), room);
+            } else {
+                let left = Left::new(&rows[of_part.start * dim..of_part.end * dim], dim, keys.kernel());
+                let to = (&mut scores[of_part.start * stride + start..], stride);
+                keys.scores(&left, head, own, to, of_part.len());
+            }
         }
-        scores.truncate(rows.rows() * stride);
+        scores.truncate(left.rows() * stride);
         scores
     }
 
-    /// `weights` [len · group, stride] times the values of the block's context: [len · group, dim].
-    fn combine(&self, block: &Block, weights: &[f32], keys: &Keys) -> Buffer {
-        let weights = Left::new(weights, block.stride(), keys.kernel());
-        let mut combined = Buffer::new(keys.room(weights.rows()) * self.dim);
-        keys.combine(&weights, block.key_head, block.context(), &mut combined);
-        combined.truncate(weights.rows() * self.dim);
+    /// `weights` [queries · group, stride] times the values of the block's context: [queries · group, dim].
+    fn combine(&self, block: Block, weights: &[f32], keys: &Keys) -> Buffer {
+        let (dim, head, stride) = (self.dim, block.key_head, block.stride());
+        let rows = weights.len() / stride;
+        let room = keys.room(rows);
+        let mut combined = Buffer::new(room * dim);
+        let left = |rows: Range<usize>, columns: Range<usize>| {
+            let mut left = Left::room(rows.len(), columns.len(), keys.kernel());
+            left.write(0..columns.len(), &weights[rows.start * stride + columns.start..], stride);
+            left
+        };
+        if let [part] = block.parts {
+            keys.combine(&left(0..rows, 0..stride), head, part.context(), &mut combined, room, false);
+        } else {
+            for (part, of_part) in block.rows(self.group()) {
+                let [prefix, (own, start)] = part.context();
+                if of_part.start == 0 {
+                    let left = left(0..rows, 0..start);
+                    keys.combine(&left, head, [prefix, (0..0, 0)], &mut combined, room, false);
+                }
+                let left = left(of_part.clone(), start..start + own.len() * BLOCK);
+                let to = &mut combined[of_part.start * dim..];
+                keys.combine(&left, head, [(own, 0), (0..0, 0)], to, of_part.len(), true);
+            }
+        }
+        combined.truncate(rows * dim);
         combined
     }
 }
@@ -279,10 +360,9 @@ pub fn backward(heads: Heads, saved: &Saved, spans: &[Span], gradients: Gradient
         let whole = padded(rows.len());
         let [keys_t, values_t] = [(); 2].map(|()| Buffer::zeros(whole * dim));
         let mut own = TreeGradient { first: rows.start, rows: whole, keys_t, values_t };
-        for block in tree.iter().flat_map(|span| blocks(span, *head)) {
-            let queries = own.add(heads, &block, saved);
-            for (row, from) in queries.chunks_exact(chunk).enumerate() {
-                let to = block.span.queries.start + block.first + row;
+        for part in joined(tree, 0).iter().flatten() {
+            let queries = own.add(heads, part, *head, saved);
+            for (to, from) in part.queries().zip(queries.chunks_exact(chunk)) {
                 // SAFETY: each query row's heads belong to one block.
                 let to = unsafe { d_queries.part(to, head * chunk..head * chunk + chunk) };
                 to.iter_mut().zip(from).for_each(|(to, from)| *to = heads.scale * from);
@@ -310,7 +390,8 @@ struct TreeGradient {
 impl TreeGradient {
     /// With P the weights, D = rowsum(dO · O) and dS = P · (dO Vᵀ − D): adds dK = dSᵀ Q and dV = Pᵀ dO of a block of queries,
     /// and returns dQ = dS K before the scale.
-    fn add(&mut self, heads: Heads, block: &Block, saved: &Saved) -> Buffer {
+    fn add(&mut self, heads: Heads, part: &Part, key_head: usize, saved: &Saved) -> Buffer {
+        let block = Block { parts: std::slice::from_ref(part), key_head };
         let (dim, group, stride) = (heads.dim, heads.group(), block.stride());
         let queries = heads.gather(block, saved.queries, heads.scale);
         let d_outputs = heads.gather(block, saved.grad, 1.0);
@@ -320,11 +401,10 @@ impl TreeGradient {
         for (row, (weights, d_scores)) in
             weights.chunks_exact_mut(stride).zip(d_scores.chunks_exact_mut(stride)).enumerate()
         {
-            let query = block.first + row / group;
-            let visible = block.span.visible(query, heads.window);
+            let visible = part.span.visible(part.first + row / group, heads.window);
             let log_sum =
-                saved.log_sums[(block.span.queries.start + query) * heads.query + block.key_head * group + row % group];
-            let [prefix, own] = block.columns(visible);
+                saved.log_sums[(part.queries().start + row / group) * heads.query + key_head * group + row % group];
+            let [prefix, own] = part.columns(visible);
             for outside in [0..prefix.start, prefix.end..own.start, own.end..stride] {
                 weights[outside.clone()].fill(0.0);
                 d_scores[outside].fill(0.0);
@@ -343,7 +423,7 @@ impl TreeGradient {
         }
         let (keys, rows) = (saved.keys, self.rows);
         let [queries_t, d_outputs_t] = [&queries, &d_outputs].map(|rows| Left::transposed(rows, dim, keys.kernel()));
-        for (blocks, start) in block.context().into_iter().filter(|(blocks, _)| !blocks.is_empty()) {
+        for (blocks, start) in part.context().into_iter().filter(|(blocks, _)| !blocks.is_empty()) {
             let (at, columns) = (blocks.start * BLOCK - self.first, start..start + blocks.len() * BLOCK);
             keys.add_product(&queries_t, (&d_scores, stride), columns.clone(), (&mut self.keys_t[at..], rows));
             keys.add_product(&d_outputs_t, (&weights, stride), columns, (&mut self.values_t[at..], rows));

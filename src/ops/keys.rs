@@ -161,9 +161,16 @@ impl Keys {
         if self.kernel == Kernel::Amx { m.next_multiple_of(TILE_ROWS) } else { m }
     }
 
-    /// `rows` [m, dim] times the keys of one head in some blocks: the first columns of `scores`, which has room for their products
-    /// and whose rows are `stride` values apart.
-    pub(super) fn scores(&self, rows: &Left, head: usize, blocks: Range<usize>, scores: &mut [f32], stride: usize) {
+    /// `rows` [m, dim] times the keys of one head in some blocks: the first columns of `scores`, whose rows are `stride` values
+    /// apart, and of which the first `room` may be written.
+    pub(super) fn scores(
+        &self,
+        rows: &Left,
+        head: usize,
+        blocks: Range<usize>,
+        (scores, stride): (&mut [f32], usize),
+        room: usize,
+    ) {
         let tiles = self.kernel.tiles();
         for (number, block) in blocks.enumerate() {
             let (index, to) = (head * (self.rows / BLOCK) + block, &mut scores[number * BLOCK..]);
@@ -175,7 +182,7 @@ impl Keys {
                 }
                 Numbers::Bf16(keys) => {
                     let len = padded(self.dim) * BLOCK;
-                    let mut to = Columns::first(to, self.room(rows.rows()), BLOCK, stride);
+                    let mut to = Columns::first(to, room, BLOCK, stride);
                     bf16_panel(
                         tiles.as_ref(),
                         (rows.tiles(0, 0), Panel::Bf16(&keys[index * len..][..len])),
@@ -188,18 +195,24 @@ impl Keys {
         }
     }
 
-    /// `weights` times the values of one head in some blocks, from a column of the weights on, and in others: `combined`, which has
-    /// room for their products, [m, dim].
+    /// `weights` times the values of one head in some blocks, from a column of the weights on, and in others: `combined` [m, dim], or
+    /// what is added to it if `add` is set. Its first `room` rows may be written.
     pub(super) fn combine(
         &self,
         weights: &Left,
         head: usize,
         context: [(Range<usize>, usize); 2],
         combined: &mut [f32],
+        room: usize,
+        add: bool,
     ) {
         let (m, dim) = (weights.rows(), self.dim);
         let mut context = context.into_iter().filter(|(blocks, _)| !blocks.is_empty());
-        let Some(first) = context.next() else { return combined.fill(0.0) };
+        let Some(first) = context.next() else {
+            return if !add {
+                combined.fill(0.0)
+            };
+        };
         let then = context.next();
         match &self.values {
             Numbers::F32(values) => {
@@ -207,7 +220,7 @@ impl Keys {
                     let weights = Matrix::new(&weights.f32()[from..], m, blocks.len() * BLOCK, weights.width());
                     let start = (head * self.rows + blocks.start * BLOCK) * dim;
                     let values = Matrix::dense(&values[start..][..blocks.len() * BLOCK * dim], dim);
-                    matmul(combined, dim, number > 0, weights, values);
+                    matmul(combined, dim, add || number > 0, weights, values);
                 }
             }
             Numbers::Bf16(values) => {
@@ -219,14 +232,8 @@ impl Keys {
                     };
                     let first = walk(&first);
                     let columns = PANEL.min(dim - panel * PANEL);
-                    let mut to = Columns::first(&mut combined[panel * PANEL..], self.room(m), columns, dim);
-                    bf16_panel(
-                        tiles.as_ref(),
-                        (first.0, Panel::Bf16(first.1)),
-                        then.as_ref().map(walk),
-                        &mut to,
-                        false,
-                    );
+                    let mut to = Columns::first(&mut combined[panel * PANEL..], room, columns, dim);
+                    bf16_panel(tiles.as_ref(), (first.0, Panel::Bf16(first.1)), then.as_ref().map(walk), &mut to, add);
                 }
             }
         }
