@@ -12,7 +12,7 @@ use crate::cuda::plan;
 use crate::given;
 use crate::inputs::Inputs;
 use crate::learner::tree::{Piece, batches, pieces};
-use crate::model::host::kept_layers;
+use crate::model::host::kept_bytes;
 use crate::model::stored::reading_bytes;
 use crate::model::{Architecture, Footprint, KeyValueStore, Projection};
 use crate::ops::keys::BLOCK;
@@ -230,7 +230,8 @@ impl Work {
             cache: KeyValueStore::bytes(architecture, self.stored_rows, inputs.model.place.kernel),
             sampling: FLOAT
                 * (self.forward_rows * forward_width(architecture) + self.rollouts * architecture.vocabulary + blocks),
-            learning: FLOAT * (self.learning(architecture) + blocks),
+            learning: FLOAT * (self.learning(architecture) + blocks)
+                + kept_bytes(architecture, self.micro_rows, inputs.model.place.kernel),
             head: FLOAT * 2 * self.targets * architecture.hidden + head::bytes(self.targets, architecture.hidden),
             loading: reading_bytes(),
             together,
@@ -238,20 +239,19 @@ impl Work {
         Ok((memory, None))
     }
 
-    /// Numbers alive in the backward pass of the last layer.
+    /// Numbers alive in the backward pass of the last layer, beside what layers keep.
     fn learning(&self, architecture: &Architecture) -> usize {
         let Architecture { hidden, heads, key_value_heads, head_dim, ref layers, .. } = *architecture;
-        let kept = kept_layers(architecture, self.micro_rows).max(1) * architecture.attention_width();
         // The inputs of all layers and a gradient; those of queries, keys and values, and of what attention returned.
-        let widths = (layers.len() + 2) * hidden + kept + 2 * (heads + key_value_heads) * head_dim;
+        let widths = (layers.len() + 2) * hidden + 2 * (heads + key_value_heads) * head_dim;
         // Keys and values in both layouts, and their gradients.
         self.micro_rows * widths + 6 * self.key_rows * key_value_heads * head_dim
     }
 }
 
-/// Numbers per row alive in a layer's forward pass: its input and output, and what attention is given and returns.
+/// Numbers per row alive in a layer's forward pass: its input, output and what is between, and what attention is given and returns.
 fn forward_width(architecture: &Architecture) -> usize {
-    2 * architecture.hidden + architecture.attention_width()
+    3 * architecture.hidden + architecture.attention_width()
 }
 
 /// Numbers per row of a block of rows in a layer's backward pass: about six hidden states, and three inner ones in half precision.

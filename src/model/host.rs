@@ -7,7 +7,8 @@ use std::sync::Arc;
 
 use anyhow::Result;
 
-use super::layer::{AdapterGradient, Attended, Frozen, Layer, Work};
+use super::backward::AdapterGradient;
+use super::layer::{Activations, Frozen, Layer, Work};
 use super::parts::{LayerTensors, Tensors};
 use super::{Architecture, Call, LayerDone, Projection, Question, Traced};
 use crate::ops::buffer::Buffer;
@@ -22,8 +23,8 @@ use crate::ops::rope::Rotation;
 use crate::ops::rows::on_the_pool;
 use crate::policy::Adapter;
 
-/// What attention may keep for the backward pass of a micro-batch instead of computing it again, in bytes.
-const KEPT: usize = 1 << 29;
+/// What layers may keep for the backward pass of a micro-batch instead of computing it again, in bytes.
+const KEPT: usize = 3 << 28;
 
 /// The frozen tensors, and what multiplies with them.
 pub(super) struct Decoder {
@@ -44,8 +45,8 @@ pub(super) struct LayerCall<'a> {
     dropout: Option<&'a Dropout>,
 }
 
-/// What a layer is computed from again, with what attention did there if there is room for it.
-type LayerInput = (Buffer, Option<Attended>);
+/// What a layer is computed from again, and all that it did if there is room for it.
+type LayerInput = (Buffer, Option<Activations>);
 
 /// What a forward pass keeps for a backward one.
 pub(super) struct Kept {
@@ -55,6 +56,13 @@ pub(super) struct Kept {
     /// What the head found, and what it summed up for the gradient.
     head: LogProbabilities,
     others: Buffer,
+}
+
+impl Kept {
+    /// Leaves the inputs of layers alone.
+    pub fn forget(&mut self) {
+        self.inputs.iter_mut().for_each(|(_, done)| *done = None);
+    }
 }
 
 impl<'a> LayerCall<'a> {
@@ -112,13 +120,20 @@ impl Decoder {
         embedded
     }
 
-    /// One layer: `x` [rows, hidden] to the output, of the same shape, and what attention did on the way. The call's keys and
-    /// values are added to `keys`.
-    fn layer(&self, index: usize, x: &[f32], context: &LayerCall, keys: &mut Keys) -> Result<(Buffer, Attended)> {
+    /// One layer: `x` [rows, hidden] to the output, of the same shape, and what it did on the way if that is to be kept. The call's
+    /// keys and values are added to `keys`.
+    fn layer(
+        &self,
+        index: usize,
+        x: &[f32],
+        context: &LayerCall,
+        keys: &mut Keys,
+        keep: bool,
+    ) -> Result<(Buffer, Option<Activations>)> {
         on_the_pool(|| {
             let mut y = Buffer::new(x.len());
-            let attended = self.work(index, context)?.forward(x, keys, &mut y);
-            Ok((y, attended))
+            let done = self.work(index, context)?.forward(x, keys, &mut y, keep);
+            Ok((y, keep.then_some(done)))
         })
     }
 
@@ -165,7 +180,7 @@ impl Decoder {
         let context = LayerCall::new(&self.architecture, call, None);
         let mut x = self.embed(call);
         for (index, keys) in store.iter_mut().enumerate() {
-            x = self.layer(index, &x, &context, keys)?.0;
+            x = self.layer(index, &x, &context, keys, false)?.0;
         }
         Ok(self.normed(&x, selected))
     }
@@ -185,13 +200,13 @@ impl Decoder {
     /// Log-probabilities, and what a backward pass needs beside them if there will be one.
     pub fn trace(&self, call: &Call, question: &Question, keep: bool) -> Result<Traced<Kept>> {
         let context = LayerCall::new(&self.architecture, call, question.dropout);
-        let kept = if keep { kept_layers(&self.architecture, call.ids.len()) } else { 0 };
+        let kept = if keep { kept_layers(&self.architecture, call.ids.len(), self.kernel) } else { 0 };
         let (mut keys, mut inputs) = (self.keys(call), Vec::new());
         let mut x = self.embed(call);
         for index in 0..self.layers.len() {
-            let (output, attended) = self.layer(index, &x, &context, &mut keys)?;
+            let (output, done) = self.layer(index, &x, &context, &mut keys, index < kept)?;
             if keep {
-                inputs.push((x, (index < kept).then_some(attended)));
+                inputs.push((x, done));
             }
             x = output;
         }
@@ -204,7 +219,7 @@ impl Decoder {
         Ok(Traced { logprobs, entropies, kept })
     }
 
-    /// From the log-probabilities to the first layer, each computed again from its input.
+    /// From the log-probabilities to the first layer, each computed again from its input unless there was room for what it did.
     pub fn backward(
         &self,
         (call, question, kept): (&Call, &Question, Kept),
@@ -240,9 +255,14 @@ impl Decoder {
     }
 }
 
-/// How many layers' attention is kept in a micro-batch of so many rows.
-pub fn kept_layers(architecture: &Architecture, rows: usize) -> usize {
-    (KEPT / (size_of::<f32>() * architecture.attention_width() * rows).max(1)).min(architecture.layers.len())
+/// How many layers keep what they did in a micro-batch of so many rows.
+fn kept_layers(architecture: &Architecture, rows: usize, kernel: Kernel) -> usize {
+    (KEPT / (Activations::row_bytes(architecture, kernel) * rows).max(1)).min(architecture.layers.len())
+}
+
+/// What that takes, in bytes. One layer's is there while it is computed again.
+pub fn kept_bytes(architecture: &Architecture, rows: usize, kernel: Kernel) -> usize {
+    kept_layers(architecture, rows, kernel).max(1) * rows * Activations::row_bytes(architecture, kernel)
 }
 
 impl Layer {
