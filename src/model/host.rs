@@ -256,7 +256,7 @@ impl Decoder {
 }
 
 /// How many layers keep what they did in a micro-batch of so many rows.
-fn kept_layers(architecture: &Architecture, rows: usize, kernel: Kernel) -> usize {
+pub fn kept_layers(architecture: &Architecture, rows: usize, kernel: Kernel) -> usize {
     (KEPT / (Activations::row_bytes(architecture, kernel) * rows).max(1)).min(architecture.layers.len())
 }
 
