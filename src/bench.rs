@@ -255,7 +255,9 @@ impl Bench {
         let again = if architecture.output_norms { all } else { all - weights(Projection::DownProj) };
         let (times, kept) = match self.model.place().gpu {
             Some(_) => (3, 0),
-            None => (2, kept_layers(architecture, rows.min(self.micro_tokens), self.model.kernel)),
+            None => {
+                (2, kept_layers(architecture, rows.min(self.model.micro_rows(self.micro_tokens)), self.model.kernel))
+            }
         };
         let recomputed = again / architecture.layers.len() * (architecture.layers.len() - kept);
         let head = times * architecture.vocabulary * architecture.hidden;

@@ -12,7 +12,7 @@ use crate::cuda::plan;
 use crate::given;
 use crate::inputs::Inputs;
 use crate::learner::tree::{Piece, batches, pieces};
-use crate::model::host::kept_bytes;
+use crate::model::host::{kept_bytes, micro_rows};
 use crate::model::stored::reading_bytes;
 use crate::model::{Architecture, Footprint, KeyValueStore, Projection};
 use crate::ops::keys::BLOCK;
@@ -95,11 +95,12 @@ impl Plan {
         let shapes = |sources: &[Source], chosen: &[Choice]| shapes(sources, chosen, &model.tokenizer);
         let mut work = Work::default();
         let mut prompt_tokens = Vec::new();
+        let together = micro_rows(&model.architecture, model.place.kernel, config.batch.micro_tokens);
         for step in 0..looked_at(config, inputs.steps) {
             let shapes = shapes(training, &choose_tasks(training, config.batch.prompts, config.seed, step))?;
             let settings = Settings::training(config, step);
             work.sample(&shapes, config.batch.group, &settings, &config.sampling, model.stored_tokens());
-            work.learn(&shapes, config);
+            work.learn(&shapes, config, together);
             prompt_tokens.extend(shapes.iter().map(|shape| shape.prompt));
         }
         let held_out = choose_heldout(heldout, config.evaluation.tasks, config.seed);
@@ -180,7 +181,7 @@ impl Work {
     }
 
     /// Packs a step as the learner does, but for kinds of tasks, which the learner keeps apart.
-    fn learn(&mut self, shapes: &[Shape], config: &Config) {
+    fn learn(&mut self, shapes: &[Shape], config: &Config, together: usize) {
         let (group, longest, budget) = (config.batch.group, config.sampling.max_tokens, config.batch.micro_tokens);
         let mut all: Vec<(Piece, usize)> = Vec::new();
         for Shape { prompt, given } in shapes {
@@ -190,7 +191,7 @@ impl Work {
             all.extend(cut.map(|piece| (piece.clone(), targets(&piece))));
         }
         let rows: Vec<usize> = all.iter().map(|(piece, _)| piece.rows).collect();
-        for batch in batches(&rows, budget) {
+        for batch in batches(&rows, together) {
             let branches: usize = all[batch.clone()].iter().map(|(piece, _)| piece.branches.len()).sum();
             self.micro_rows = self.micro_rows.max(rows[batch.clone()].iter().sum());
             // Every prompt and branch fills its last block of keys, half of it with nothing.

@@ -255,6 +255,15 @@ impl Decoder {
     }
 }
 
+/// Rows that are enough for a micro-batch: more of them would hardly save time, for weights are transposed once for all.
+const ENOUGH: usize = 1024;
+
+/// How many rows a micro-batch has best, where it may have `budget`: as many as all layers can keep what they did of, if that is enough.
+pub fn micro_rows(architecture: &Architecture, kernel: Kernel, budget: usize) -> usize {
+    let kept = KEPT / (Activations::row_bytes(architecture, kernel) * architecture.layers.len()).max(1);
+    if kernel == Kernel::Cuda || kept < ENOUGH { budget } else { kept.min(budget) }
+}
+
 /// How many layers keep what they did in a micro-batch of so many rows.
 pub fn kept_layers(architecture: &Architecture, rows: usize, kernel: Kernel) -> usize {
     (KEPT / (Activations::row_bytes(architecture, kernel) * rows).max(1)).min(architecture.layers.len())

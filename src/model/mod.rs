@@ -277,6 +277,11 @@ impl Model {
         }
     }
 
+    /// How many rows a micro-batch has best, where it may have `budget`.
+    pub fn micro_rows(&self, budget: usize) -> usize {
+        host::micro_rows(&self.architecture, self.kernel, budget)
+    }
+
     /// Zeros for the gradients of an adapter.
     ///
     /// # Errors
