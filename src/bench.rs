@@ -15,7 +15,6 @@ use crate::event::Observer;
 use crate::learner::portion::{Loss, Portion};
 use crate::learner::tree::{Branch, Signal, Tree};
 use crate::learner::{Learner, StepShape};
-use crate::model::host::kept_layers;
 use crate::model::{Architecture, Footprint, KeyValueStore, Model, Projection};
 use crate::model_files::{ModelFiles, Policy};
 use crate::ops::head;
@@ -243,8 +242,8 @@ impl Bench {
         Some((page_faults()? - before?) / (self.repeats as u64 + 1))
     }
 
-    /// Operations with frozen weights in a learner's pass: forward, the recomputation of layers that were not kept, which leaves the
-    /// last projection out, and backward; the head forward and backward, and on a GPU forward again in between.
+    /// Operations with frozen weights in a learner's pass: forward, the recomputation, which leaves the last projection out,
+    /// and backward; the head forward and backward, and on a GPU forward again in between.
     fn operations(&self, rows: usize, targets: usize) -> f64 {
         let architecture = &self.model.architecture;
         let weights = |projection: Projection| {
@@ -252,14 +251,8 @@ impl Bench {
             architecture.layers.len() * wide * narrow
         };
         let all: usize = Projection::ALL.into_iter().map(weights).sum();
-        let again = if architecture.output_norms { all } else { all - weights(Projection::DownProj) };
-        let (times, kept) = match self.model.place().gpu {
-            Some(_) => (3, 0),
-            None => {
-                (2, kept_layers(architecture, rows.min(self.model.micro_rows(self.micro_tokens)), self.model.kernel))
-            }
-        };
-        let recomputed = again / architecture.layers.len() * (architecture.layers.len() - kept);
+        let recomputed = if architecture.output_norms { all } else { all - weights(Projection::DownProj) };
+        let times = if self.model.place().gpu.is_some() { 3 } else { 2 };
         let head = times * architecture.vocabulary * architecture.hidden;
         2.0 * ((2 * all + recomputed) * rows + head * targets) as f64
     }

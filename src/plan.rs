@@ -12,7 +12,7 @@ use crate::cuda::plan;
 use crate::given;
 use crate::inputs::Inputs;
 use crate::learner::tree::{Piece, batches, pieces};
-use crate::model::host::{kept_bytes, micro_rows};
+use crate::model::host::kept_layers;
 use crate::model::stored::reading_bytes;
 use crate::model::{Architecture, Footprint, KeyValueStore, Projection};
 use crate::ops::keys::BLOCK;
@@ -95,12 +95,11 @@ impl Plan {
         let shapes = |sources: &[Source], chosen: &[Choice]| shapes(sources, chosen, &model.tokenizer);
         let mut work = Work::default();
         let mut prompt_tokens = Vec::new();
-        let together = micro_rows(&model.architecture, model.place.kernel, config.batch.micro_tokens);
         for step in 0..looked_at(config, inputs.steps) {
             let shapes = shapes(training, &choose_tasks(training, config.batch.prompts, config.seed, step))?;
             let settings = Settings::training(config, step);
             work.sample(&shapes, config.batch.group, &settings, &config.sampling, model.stored_tokens());
-            work.learn(&shapes, config, together);
+            work.learn(&shapes, config);
             prompt_tokens.extend(shapes.iter().map(|shape| shape.prompt));
         }
         let held_out = choose_heldout(heldout, config.evaluation.tasks, config.seed);
@@ -181,7 +180,7 @@ impl Work {
     }
 
     /// Packs a step as the learner does, but for kinds of tasks, which the learner keeps apart.
-    fn learn(&mut self, shapes: &[Shape], config: &Config, together: usize) {
+    fn learn(&mut self, shapes: &[Shape], config: &Config) {
         let (group, longest, budget) = (config.batch.group, config.sampling.max_tokens, config.batch.micro_tokens);
         let mut all: Vec<(Piece, usize)> = Vec::new();
         for Shape { prompt, given } in shapes {
@@ -191,7 +190,7 @@ impl Work {
             all.extend(cut.map(|piece| (piece.clone(), targets(&piece))));
         }
         let rows: Vec<usize> = all.iter().map(|(piece, _)| piece.rows).collect();
-        for batch in batches(&rows, together) {
+        for batch in batches(&rows, budget) {
             let branches: usize = all[batch.clone()].iter().map(|(piece, _)| piece.branches.len()).sum();
             self.micro_rows = self.micro_rows.max(rows[batch.clone()].iter().sum());
             // Every prompt and branch fills its last block of keys, half of it with nothing.
@@ -231,8 +230,7 @@ impl Work {
             cache: KeyValueStore::bytes(architecture, self.stored_rows, inputs.model.place.kernel),
             sampling: FLOAT
                 * (self.forward_rows * forward_width(architecture) + self.rollouts * architecture.vocabulary + blocks),
-            learning: FLOAT * (self.learning(architecture) + blocks)
-                + kept_bytes(architecture, self.micro_rows, inputs.model.place.kernel),
+            learning: FLOAT * (self.learning(architecture) + blocks),
             head: FLOAT * 2 * self.targets * architecture.hidden + head::bytes(self.targets, architecture.hidden),
             loading: reading_bytes(),
             together,
@@ -240,19 +238,20 @@ impl Work {
         Ok((memory, None))
     }
 
-    /// Numbers alive in the backward pass of the last layer, beside what layers keep.
+    /// Numbers alive in the backward pass of the last layer.
     fn learning(&self, architecture: &Architecture) -> usize {
         let Architecture { hidden, heads, key_value_heads, head_dim, ref layers, .. } = *architecture;
+        let kept = kept_layers(architecture, self.micro_rows).max(1) * architecture.attention_width();
         // The inputs of all layers and a gradient; those of queries, keys and values, and of what attention returned.
-        let widths = (layers.len() + 2) * hidden + 2 * (heads + key_value_heads) * head_dim;
+        let widths = (layers.len() + 2) * hidden + kept + 2 * (heads + key_value_heads) * head_dim;
         // Keys and values in both layouts, and their gradients.
         self.micro_rows * widths + 6 * self.key_rows * key_value_heads * head_dim
     }
 }
 
-/// Numbers per row alive in a layer's forward pass: its input, output and what is between, and what attention is given and returns.
+/// Numbers per row alive in a layer's forward pass: its input and output, and what attention is given and returns.
 fn forward_width(architecture: &Architecture) -> usize {
-    3 * architecture.hidden + architecture.attention_width()
+    2 * architecture.hidden + architecture.attention_width()
 }
 
 /// Numbers per row of a block of rows in a layer's backward pass: about six hidden states, and three inner ones in half precision.

@@ -100,7 +100,7 @@ fn kept(dropout: StepDropout, place: [usize; 2], channels: usize) -> HashMap<[us
     let branches = || vec![Branch::demonstration(vec![1; 41]); 2];
     let tree = |_| Tree { name: "tree".into(), prompt_ids: vec![1; 30], branches: branches() };
     let trees: Vec<Tree> = (0..4).map(tree).collect();
-    let micro = &pack(&trees, 4096, 4096).unwrap()[0];
+    let micro = &pack(&trees, 4096).unwrap()[0];
     let StepDropout { share, seed, step } = dropout;
     let dropout = micro.dropout(share, seed, step, 0);
     let [layer, projection] = place;

@@ -7,7 +7,7 @@ use candle_core::{DType, Device, Tensor};
 use candor::config::{Dtype, Learner as Settings, Lora, Schedule};
 use candor::learner::optimizer::learning_rate;
 use candor::learner::portion::Portion;
-use candor::learner::tree::{Branch, Signal, Tree, pack};
+use candor::learner::tree::{Branch, Signal, Tree};
 use candor::learner::{Learner, StepShape, completion_logprobs};
 use candor::model::Model;
 use candor::objective::{KlEstimator, LossMean};
@@ -257,21 +257,6 @@ pub fn assert_same_in_micro_batches(learner: &Learner, trees: &[Tree], shape: &S
         assert_same_gradient(&format!("micro_tokens {micro_tokens}"), learner, &got, &want);
     }
     want
-}
-
-/// Trees are together up to what layers can keep, and whole up to what they may take. Catches one limit in the other's place: trees
-/// that are cut for want of room to keep, or micro-batches of which half is computed twice.
-#[test]
-fn trees_share_a_micro_batch_only_up_to_what_is_kept() {
-    let ids: Vec<u32> = (0..30).collect();
-    // A row for every token but the last.
-    let trees: Vec<Tree> = [10, 10, 5, 29, 10].iter().map(|rows| imitation(&ids[..rows + 1])).collect();
-    let rows = |budget: usize, together: usize| -> Vec<usize> {
-        pack(&trees, budget, together).unwrap().iter().map(|micro| micro.ids.len()).collect()
-    };
-    assert_eq!(rows(100, 20), [20, 5, 29, 10]);
-    assert_eq!(rows(100, 100), [64]);
-    assert!(pack(&trees, 20, 20).is_err(), "a completion of 29 tokens does not fit");
 }
 
 #[test]

@@ -215,7 +215,7 @@ pub struct Batch {
     pub prompts: usize,
     /// Rollouts per prompt; tasks that carry their completions ignore it.
     pub group: usize,
-    /// Tokens per forward and backward pass, at most; changes speed and memory, never the gradient.
+    /// Tokens per forward and backward pass; changes speed and memory, never the gradient.
     pub micro_tokens: usize,
     /// What happens to a task whose prompt leaves no room for a completion.
     pub long_prompts: LongPrompts,

@@ -43,7 +43,7 @@ pub struct Learner {
 /// How a step is computed, beside the learner's settings.
 #[derive(Clone, Copy, Debug)]
 pub struct StepShape {
-    /// Rows per forward and backward pass, at most.
+    /// Rows per forward and backward pass.
     pub micro_tokens: usize,
     /// The longest completion allowed, in tokens.
     pub max_tokens: usize,
@@ -160,8 +160,7 @@ impl Learner {
             metrics: Metrics::default(),
             gpu: Vec::new(),
         };
-        let together = self.model.micro_rows(shape.micro_tokens);
-        let packed = portions.iter().map(|portion| Ok((portion, pack(&portion.trees, shape.micro_tokens, together)?)));
+        let packed = portions.iter().map(|portion| Ok((portion, pack(&portion.trees, shape.micro_tokens)?)));
         let packed = packed.collect::<Result<Vec<_>>>()?;
         let layers = self.model.architecture.layers.len();
         let (mut done, total) =
@@ -234,7 +233,7 @@ pub fn completion_logprobs(
     temperature: f64,
 ) -> Result<Vec<Vec<f64>>> {
     let mut all = Vec::new();
-    for micro in pack(trees, micro_tokens, micro_tokens)? {
+    for micro in pack(trees, micro_tokens)? {
         let logprobs = logprobs(model, adapter, &micro, temperature)?;
         all.extend(micro.branches.iter().map(|(_, range)| logprobs[range.clone()].to_vec()));
     }

@@ -108,12 +108,12 @@ impl MicroBatch<'_> {
     }
 }
 
-/// Packs whole trees, in order, into micro-batches, together as long as they have at most `together` rows. A tree that alone has more
-/// than `budget` is split by branches, its prompt repeated.
+/// Packs whole trees, in order, into micro-batches of at most `budget` rows. A tree that is larger is split by branches,
+/// its prompt repeated.
 ///
 /// # Errors
 /// If a prompt or a completion is empty, or a prompt with one branch exceeds the budget; tree and branch are named.
-pub fn pack(trees: &[Tree], budget: usize, together: usize) -> Result<Vec<MicroBatch<'_>>> {
+pub fn pack(trees: &[Tree], budget: usize) -> Result<Vec<MicroBatch<'_>>> {
     let mut all: Vec<(usize, &Tree, Piece)> = Vec::new();
     for (number, tree) in trees.iter().enumerate() {
         ensure!(!tree.prompt_ids.is_empty(), "{}: the prompt has no tokens", tree.name);
@@ -133,7 +133,7 @@ pub fn pack(trees: &[Tree], budget: usize, together: usize) -> Result<Vec<MicroB
         all.extend(cut.map(|piece| (number, tree, piece)));
     }
     let sizes: Vec<usize> = all.iter().map(|(.., piece)| piece.rows).collect();
-    Ok(batches(&sizes, together).into_iter().map(|range| lay_out(&all[range])).collect())
+    Ok(batches(&sizes, budget).into_iter().map(|range| lay_out(&all[range])).collect())
 }
 
 /// Branches of one tree that share a micro-batch.

@@ -7,8 +7,7 @@ use std::sync::Arc;
 
 use anyhow::Result;
 
-use super::backward::AdapterGradient;
-use super::layer::{Activations, Frozen, Layer, Work};
+use super::layer::{AdapterGradient, Attended, Frozen, Layer, Work};
 use super::parts::{LayerTensors, Tensors};
 use super::{Architecture, Call, LayerDone, Projection, Question, Traced};
 use crate::ops::buffer::Buffer;
@@ -23,8 +22,8 @@ use crate::ops::rope::Rotation;
 use crate::ops::rows::on_the_pool;
 use crate::policy::Adapter;
 
-/// What layers may keep for the backward pass of a micro-batch instead of computing it again, in bytes.
-const KEPT: usize = 3 << 28;
+/// What attention may keep for the backward pass of a micro-batch instead of computing it again, in bytes.
+const KEPT: usize = 1 << 29;
 
 /// The frozen tensors, and what multiplies with them.
 pub(super) struct Decoder {
@@ -45,8 +44,8 @@ pub(super) struct LayerCall<'a> {
     dropout: Option<&'a Dropout>,
 }
 
-/// What a layer is computed from again, and all that it did if there is room for it.
-type LayerInput = (Buffer, Option<Activations>);
+/// What a layer is computed from again, with what attention did there if there is room for it.
+type LayerInput = (Buffer, Option<Attended>);
 
 /// What a forward pass keeps for a backward one.
 pub(super) struct Kept {
@@ -56,13 +55,6 @@ pub(super) struct Kept {
     /// What the head found, and what it summed up for the gradient.
     head: LogProbabilities,
     others: Buffer,
-}
-
-impl Kept {
-    /// Leaves the inputs of layers alone.
-    pub fn forget(&mut self) {
-        self.inputs.iter_mut().for_each(|(_, done)| *done = None);
-    }
 }
 
 impl<'a> LayerCall<'a> {
@@ -120,20 +112,13 @@ impl Decoder {
         embedded
     }
 
-    /// One layer: `x` [rows, hidden] to the output, of the same shape, and what it did on the way if that is to be kept. The call's
-    /// keys and values are added to `keys`.
-    fn layer(
-        &self,
-        index: usize,
-        x: &[f32],
-        context: &LayerCall,
-        keys: &mut Keys,
-        keep: bool,
-    ) -> Result<(Buffer, Option<Activations>)> {
+    /// One layer: `x` [rows, hidden] to the output, of the same shape, and what attention did on the way. The call's keys and
+    /// values are added to `keys`.
+    fn layer(&self, index: usize, x: &[f32], context: &LayerCall, keys: &mut Keys) -> Result<(Buffer, Attended)> {
         on_the_pool(|| {
             let mut y = Buffer::new(x.len());
-            let done = self.work(index, context)?.forward(x, keys, &mut y, keep);
-            Ok((y, keep.then_some(done)))
+            let attended = self.work(index, context)?.forward(x, keys, &mut y);
+            Ok((y, attended))
         })
     }
 
@@ -180,7 +165,7 @@ impl Decoder {
         let context = LayerCall::new(&self.architecture, call, None);
         let mut x = self.embed(call);
         for (index, keys) in store.iter_mut().enumerate() {
-            x = self.layer(index, &x, &context, keys, false)?.0;
+            x = self.layer(index, &x, &context, keys)?.0;
         }
         Ok(self.normed(&x, selected))
     }
@@ -200,13 +185,13 @@ impl Decoder {
     /// Log-probabilities, and what a backward pass needs beside them if there will be one.
     pub fn trace(&self, call: &Call, question: &Question, keep: bool) -> Result<Traced<Kept>> {
         let context = LayerCall::new(&self.architecture, call, question.dropout);
-        let kept = if keep { kept_layers(&self.architecture, call.ids.len(), self.kernel) } else { 0 };
+        let kept = if keep { kept_layers(&self.architecture, call.ids.len()) } else { 0 };
         let (mut keys, mut inputs) = (self.keys(call), Vec::new());
         let mut x = self.embed(call);
         for index in 0..self.layers.len() {
-            let (output, done) = self.layer(index, &x, &context, &mut keys, index < kept)?;
+            let (output, attended) = self.layer(index, &x, &context, &mut keys)?;
             if keep {
-                inputs.push((x, done));
+                inputs.push((x, (index < kept).then_some(attended)));
             }
             x = output;
         }
@@ -219,7 +204,7 @@ impl Decoder {
         Ok(Traced { logprobs, entropies, kept })
     }
 
-    /// From the log-probabilities to the first layer, each computed again from its input unless there was room for what it did.
+    /// From the log-probabilities to the first layer, each computed again from its input.
     pub fn backward(
         &self,
         (call, question, kept): (&Call, &Question, Kept),
@@ -255,23 +240,9 @@ impl Decoder {
     }
 }
 
-/// Rows that are enough for a micro-batch: more of them would hardly save time, for weights are transposed once for all.
-const ENOUGH: usize = 1024;
-
-/// How many rows a micro-batch has best, where it may have `budget`: as many as all layers can keep what they did of, if that is enough.
-pub fn micro_rows(architecture: &Architecture, kernel: Kernel, budget: usize) -> usize {
-    let kept = KEPT / (Activations::row_bytes(architecture, kernel) * architecture.layers.len()).max(1);
-    if kernel == Kernel::Cuda || kept < ENOUGH { budget } else { kept.min(budget) }
-}
-
-/// How many layers keep what they did in a micro-batch of so many rows.
-pub fn kept_layers(architecture: &Architecture, rows: usize, kernel: Kernel) -> usize {
-    (KEPT / (Activations::row_bytes(architecture, kernel) * rows).max(1)).min(architecture.layers.len())
-}
-
-/// What that takes, in bytes. One layer's is there while it is computed again.
-pub fn kept_bytes(architecture: &Architecture, rows: usize, kernel: Kernel) -> usize {
-    kept_layers(architecture, rows, kernel).max(1) * rows * Activations::row_bytes(architecture, kernel)
+/// How many layers' attention is kept in a micro-batch of so many rows.
+pub fn kept_layers(architecture: &Architecture, rows: usize) -> usize {
+    (KEPT / (size_of::<f32>() * architecture.attention_width() * rows).max(1)).min(architecture.layers.len())
 }
 
 impl Layer {

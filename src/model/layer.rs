@@ -1,4 +1,7 @@
-//! One layer of the decoder, forward. What is computed from a block of rows stays in the cache from attention to the residual sum.
+//! One layer of the decoder, forward and backward.
+//!
+//! The backward pass computes the layer again from its input, so that nothing but the inputs of layers is kept. What is
+//! computed from a block of rows stays in the cache from the norm to the residual sum.
 
 use std::ops::Range;
 
@@ -7,13 +10,13 @@ use anyhow::Result;
 use super::{Architecture, LayerCall, Projection};
 use crate::ops::attention::{self, Heads, LogSums};
 use crate::ops::buffer::{Buffer, copy};
-use crate::ops::feed_forward::{Gated, Pair, SharedPair};
+use crate::ops::feed_forward::{Gated, Inner};
 use crate::ops::kernel::Kernel;
 use crate::ops::keys::Keys;
 use crate::ops::left::Left;
-use crate::ops::linear::{Linear, apply_together};
-use crate::ops::norm::{RmsNorm, add_to};
-use crate::ops::panels::Threads;
+use crate::ops::linear::{Down, Linear, LowRankGradient, apply_together};
+use crate::ops::norm::{RmsNorm, sum_of};
+use crate::ops::panels::{Panels, Threads};
 use crate::ops::quantized::{Unpacked, Weight};
 use crate::ops::rope::Direction;
 use crate::ops::rows::in_blocks;
@@ -44,46 +47,29 @@ pub(super) struct Layer {
 
 /// A layer at work on the rows of a call.
 pub(super) struct Work<'a> {
-    pub layer: &'a Layer,
+    layer: &'a Layer,
     /// Its number.
-    pub index: usize,
-    pub architecture: &'a Architecture,
-    pub call: &'a LayerCall<'a>,
+    index: usize,
+    architecture: &'a Architecture,
+    call: &'a LayerCall<'a>,
     /// Weights as products want them, by [`Projection`].
-    pub weights: [Unpacked<'a>; 7],
-    pub kernel: Kernel,
+    weights: [Unpacked<'a>; 7],
+    kernel: Kernel,
 }
 
 /// The projections to queries, keys and values.
-pub(super) const HEADS: [Projection; 3] = [Projection::QProj, Projection::KProj, Projection::VProj];
+const HEADS: [Projection; 3] = [Projection::QProj, Projection::KProj, Projection::VProj];
+
+/// Gradients of a layer's adapter, by [`Projection`].
+pub type AdapterGradient = [Option<LowRankGradient>; 7];
 
 /// What attention was given and returned; rows of the call.
 pub struct Attended {
-    pub queries: Buffer,
-    pub keys: Buffer,
-    pub values: Buffer,
-    pub attended: Buffer,
-    pub log_sums: LogSums,
-}
-
-/// What a backward pass needs beside the layer's input; rows of the call.
-pub struct Activations {
-    pub attended: Attended,
-    /// The residual stream between attention and the feed-forward block.
-    pub middle: Buffer,
-    /// Gate and up, if they were to be kept.
-    pub pair: Option<Pair>,
-    /// What attention's output projection and the feed-forward block returned, if that is normalized; else no rows.
-    pub returned: [Buffer; 2],
-}
-
-impl Activations {
-    /// What a row takes, in bytes.
-    pub fn row_bytes(architecture: &Architecture, kernel: Kernel) -> usize {
-        let returned = if architecture.output_norms { 2 } else { 0 };
-        let floats = architecture.attention_width() + (1 + returned) * architecture.hidden;
-        size_of::<f32>() * floats + Pair::row_bytes(architecture.intermediate, kernel)
-    }
+    queries: Buffer,
+    keys: Buffer,
+    values: Buffer,
+    attended: Buffer,
+    log_sums: LogSums,
 }
 
 impl<'a> Work<'a> {
@@ -100,16 +86,16 @@ impl<'a> Work<'a> {
         Ok(Self { layer, index, architecture, call, weights, kernel })
     }
 
-    pub fn rows(&self) -> usize {
+    fn rows(&self) -> usize {
         self.call.call.ids.len()
     }
 
-    pub fn heads(&self) -> Heads {
+    fn heads(&self) -> Heads {
         self.architecture.heads_of(self.architecture.layers[self.index])
     }
 
     /// A projection of some rows with their adapter.
-    pub fn linear(&self, projection: Projection, adapter: Option<&'a Adapter>, rows: Range<usize>) -> Linear<'_> {
+    fn linear(&self, projection: Projection, adapter: Option<&'a Adapter>, rows: Range<usize>) -> Linear<'_> {
         Linear {
             weight: &self.weights[projection as usize],
             bias: self.layer.projections[projection as usize].bias.as_deref(),
@@ -120,7 +106,7 @@ impl<'a> Work<'a> {
     }
 
     /// `outputs[i] = projections[i](x)` for a block of rows, each with the adapter of its own; `left` prepares some of them.
-    pub fn project<'x, const N: usize>(
+    fn project<'x, const N: usize>(
         &self,
         projections: [Projection; N],
         left: impl Fn(&Range<usize>) -> Left<'x>,
@@ -148,7 +134,7 @@ impl<'a> Work<'a> {
     }
 
     /// Some rows of a block as they are, of `width` values each.
-    pub fn dense<'x>(&self, x: &'x [f32], width: usize, part: &Range<usize>) -> Left<'x> {
+    fn dense<'x>(&self, x: &'x [f32], width: usize, part: &Range<usize>) -> Left<'x> {
         Left::new(&x[part.start * width..part.end * width], width, self.kernel)
     }
 
@@ -181,46 +167,38 @@ impl<'a> Work<'a> {
         Attended { queries, keys: new_keys, values, attended, log_sums }
     }
 
-    /// `y = layer(x)`, both [rows, hidden]; new keys and values are added to `keys`. Returns what a backward pass needs, gate and up
-    /// if they are to be kept. Where only that is wanted, `y` has no rows.
-    pub fn forward(&self, x: &[f32], keys: &mut Keys, y: &mut [f32], keep_pair: bool) -> Activations {
-        let Architecture { hidden, intermediate, output_norms, .. } = *self.architecture;
-        let (rows, width) = (self.rows(), self.heads().query * self.heads().dim);
-        let attended = self.attend(x, keys);
-        let returned = || Buffer::new(if output_norms { rows * hidden } else { 0 });
-        let mut pair = keep_pair.then(|| Pair::room(rows, intermediate, self.kernel));
-        let (mut middle, mut returned) = (Buffer::new(rows * hidden), [returned(), returned()]);
-        let (values, kept) = (&attended.attended, pair.as_mut().map(Pair::shared));
-        let [of_attention, of_feed_forward] = &mut returned;
-        let outputs = [y, &mut middle, of_attention, of_feed_forward];
-        let outputs = outputs.map(|output| {
-            let width = if output.is_empty() { 0 } else { hidden };
-            (output, width)
-        });
+    /// `y = layer(x)`, both [rows, hidden]; new keys and values are added to `keys`. Returns what attention did.
+    pub fn forward(&self, x: &[f32], keys: &mut Keys, y: &mut [f32]) -> Attended {
+        let (hidden, width) = (self.architecture.hidden, self.heads().query * self.heads().dim);
+        let kept = self.attend(x, keys);
+        let attended = &kept.attended;
         in_blocks(
-            rows,
-            outputs,
+            self.rows(),
+            [(y, hidden)],
             || (),
-            |(), rows, [y, middle, of_attention, of_feed_forward], threads| {
-                // What is not normalized is added where it is.
-                let returned = if output_norms { &mut *of_attention } else { &mut *middle };
-                let attended = part(values, &rows, width);
-                let left = |part: &Range<usize>| self.dense(attended, width, part);
-                self.project([Projection::OProj], left, &rows, [returned], threads);
-                let norm = self.layer.attention_output_norm.as_ref();
-                residual_sum(part(x, &rows, hidden), (of_attention, norm), middle);
-                let returned = if output_norms { &mut *of_feed_forward } else { &mut *y };
-                self.feed_forward(middle, &rows, kept.as_ref(), returned, threads);
-                if !y.is_empty() {
-                    let norm = self.layer.feed_forward_output_norm.as_ref();
-                    residual_sum(middle, (of_feed_forward, norm), y);
-                }
+            |(), rows, [y], threads| {
+                let x = &x[rows.start * hidden..rows.end * hidden];
+                let attended = &attended[rows.start * width..rows.end * width];
+                let middle = self.middle(x, attended, &rows, threads);
+                let left = |part: &Range<usize>| self.normed(&self.layer.feed_forward_norm, &middle.x, part);
+                let returned = self.feed_forward(left, &rows, threads);
+                add_normed(&middle.x, &returned, self.layer.feed_forward_output_norm.as_ref(), y);
             },
         );
-        Activations { attended, middle, pair, returned }
+        kept
     }
 
-    pub fn gated(&self, adapter: Option<&'a Adapter>, rows: Range<usize>) -> Gated<'_> {
+    /// From what attention returned to the feed-forward block.
+    fn middle(&self, x: &[f32], attended: &[f32], rows: &Range<usize>, threads: Threads) -> Middle {
+        let (mut returned, mut sum) = (Buffer::new(x.len()), Buffer::new(x.len()));
+        let width = attended.len() / rows.len();
+        let left = |part: &Range<usize>| self.dense(attended, width, part);
+        self.project([Projection::OProj], left, rows, [&mut *returned], threads);
+        add_normed(x, &returned, self.layer.attention_output_norm.as_ref(), &mut sum);
+        Middle { returned, x: sum }
+    }
+
+    fn gated(&self, adapter: Option<&'a Adapter>, rows: Range<usize>) -> Gated<'_> {
         Gated {
             gate: self.linear(Projection::GateProj, adapter, rows.clone()),
             up: self.linear(Projection::UpProj, adapter, rows),
@@ -229,47 +207,282 @@ impl<'a> Work<'a> {
         }
     }
 
-    /// What the feed-forward block makes of a block of rows before that is normalized, and gate and up for `kept`, for which all rows
-    /// have the same adapter. Where only these are wanted, there is no room for what is returned.
-    fn feed_forward(
+    /// What the feed-forward block makes of its normalized input, some rows of which `left` prepares, before its output is
+    /// normalized.
+    fn feed_forward<'x>(
         &self,
-        x: &[f32],
+        left: impl Fn(&Range<usize>) -> Left<'x>,
         rows: &Range<usize>,
-        kept: Option<&SharedPair>,
-        returned: &mut [f32],
         threads: Threads,
-    ) {
+    ) -> Buffer {
         let hidden = self.architecture.hidden;
+        let mut returned = Buffer::new(rows.len() * hidden);
         for (part, adapter) in self.call.adapters(rows) {
-            let x = self.normed(&self.layer.feed_forward_norm, x, &part);
+            let x = left(&part);
             let (rows, part) = (of_call(rows, &part), part.start * hidden..part.end * hidden);
-            let kept = kept.map(|kept| (kept, rows.start));
-            let gated = self.gated(adapter, rows.clone());
-            if returned.is_empty() {
-                gated.pair(&x, kept, threads, |_, _| {});
-                continue;
-            }
-            let product = gated.forward(&x, kept, threads);
+            let product = self.gated(adapter, rows.clone()).forward(&x, threads);
             let out = self.linear(Projection::DownProj, adapter, rows);
             apply_together(&[out], &product, [&mut returned[part]], threads);
         }
+        returned
     }
 }
 
-/// Adds a residual stream to what a block returned, which `sum` holds unless it is normalized first.
-fn residual_sum(x: &[f32], (returned, norm): (&[f32], Option<&RmsNorm>), sum: &mut [f32]) {
-    if let Some(norm) = norm {
-        norm.forward(returned, sum);
-    }
-    add_to(x, sum);
+/// A block of rows between attention and the feed-forward block.
+struct Middle {
+    /// What attention's output projection returned.
+    returned: Buffer,
+    /// The residual stream after it.
+    x: Buffer,
 }
 
-/// Some rows of `width` values each, if there are any.
-pub(super) fn part<'x>(values: &'x [f32], rows: &Range<usize>, width: usize) -> &'x [f32] {
-    if values.is_empty() { values } else { &values[rows.start * width..rows.end * width] }
+/// `y = x + returned`, normalized first where the family does so.
+fn add_normed(x: &[f32], returned: &[f32], norm: Option<&RmsNorm>, y: &mut [f32]) {
+    match norm {
+        Some(norm) => {
+            norm.forward(returned, y);
+            y.iter_mut().zip(x).for_each(|(y, x)| *y += x);
+        }
+        None => sum_of(x, returned, y),
+    }
+}
+
+/// The gradient of what a block returned, from that of the residual sum; `None` if that is the same.
+fn before_norm(returned: &[f32], norm: Option<&RmsNorm>, grad: &[f32]) -> Option<Buffer> {
+    norm.map(|norm| {
+        let mut before = Buffer::zeros(grad.len());
+        norm.backward(returned, grad, &mut before);
+        before
+    })
 }
 
 /// A part of a block, counted from the block's first row, in rows of the call.
 fn of_call(block: &Range<usize>, part: &Range<usize>) -> Range<usize> {
     block.start + part.start..block.start + part.end
+}
+
+/// The backward pass.
+impl Work<'_> {
+    /// Replaces `grad`, the gradient of the layer's output, by that of its input `x`, both [rows, hidden]. All rows have the
+    /// same adapter, whose gradients are returned. What attention did is computed again unless it was kept. `keys` is room for
+    /// the call's keys, and so is `swapped`.
+    pub fn backward(
+        &self,
+        x: &[f32],
+        kept: Option<Attended>,
+        grad: &mut [f32],
+        [keys, swapped]: [&mut Keys; 2],
+    ) -> AdapterGradient {
+        let outputs = |weight: &Panels| weight.transposed(0..weight.dims().0, Threads::All);
+        let transposed = self.weights.each_ref().map(|weight| outputs(weight));
+        let kept = match kept {
+            Some(kept) => {
+                keys.write(&kept.keys, &kept.values, self.call.call.stores);
+                kept
+            }
+            None => self.attend(x, keys),
+        };
+        let (wide, rows) = (self.heads().query * self.heads().dim, self.rows());
+        let mut d_attended = Buffer::new(rows * wide);
+        let mut gradient = self.middle_backward(x, &kept.attended, grad, &mut d_attended, &transposed);
+        let [queries, keys, values] = self.attention_backward(&kept, keys, swapped, &d_attended);
+        let first = self.heads_backward(x, grad, [queries, keys, values], &transposed);
+        for (total, part) in gradient.iter_mut().zip(first) {
+            add_gradient(total, part);
+        }
+        gradient
+    }
+
+    /// From the layer's output to what attention returned. `grad` becomes the gradient of the residual stream before it.
+    fn middle_backward(
+        &self,
+        x: &[f32],
+        attended: &[f32],
+        grad: &mut [f32],
+        d_attended: &mut [f32],
+        transposed: &[Panels; 7],
+    ) -> AdapterGradient {
+        let (hidden, width) = (self.architecture.hidden, self.heads().query * self.heads().dim);
+        let outputs = [(grad, hidden), (d_attended, width)];
+        let parts = in_blocks(self.rows(), outputs, Default::default, |gradient, rows, [grad, d_attended], threads| {
+            let x = &x[rows.start * hidden..rows.end * hidden];
+            let attended = &attended[rows.start * width..rows.end * width];
+            let Middle { returned, x } = self.middle(x, attended, &rows, threads);
+            let mut back = Back { work: self, transposed, gradient, rows, threads };
+            let d_normed = back.through_feed_forward(&x, grad);
+            self.layer.feed_forward_norm.backward(&x, &d_normed, grad);
+            let d_returned = before_norm(&returned, self.layer.attention_output_norm.as_ref(), grad);
+            let d_returned = d_returned.as_deref().unwrap_or(grad);
+            let left = Left::new(attended, width, self.kernel);
+            back.through(Projection::OProj, d_returned, (attended, &left), d_attended, false);
+        });
+        in_order(parts)
+    }
+
+    /// Gradients of queries, keys and values, by rows of the call.
+    fn attention_backward(&self, kept: &Attended, keys: &Keys, swapped: &mut Keys, d_attended: &[f32]) -> [Buffer; 3] {
+        let (heads, call) = (self.heads(), self.call.call);
+        let width = heads.key * heads.dim;
+        swapped.write(&kept.values, &kept.keys, call.stores);
+        let mut d_queries = Buffer::new(kept.queries.len());
+        let key_rows = call.spans.iter().map(|span| span.own.end).max().unwrap_or(0);
+        let (mut stored_keys, mut stored_values) = (Buffer::new(key_rows * width), Buffer::new(key_rows * width));
+        let Attended { queries, attended, log_sums, .. } = kept;
+        let saved = attention::Saved { queries, keys, swapped, attended, log_sums, grad: d_attended };
+        let gradients =
+            attention::Gradients { queries: &mut d_queries, keys: &mut stored_keys, values: &mut stored_values };
+        attention::backward(heads, &saved, call.spans, gradients);
+        let by_rows = |stored: &[f32]| {
+            let mut rows = Buffer::new(kept.keys.len());
+            for store in call.stores {
+                rows[store.from.start * width..store.from.end * width]
+                    .copy_from_slice(&stored[store.to * width..(store.to + store.from.len()) * width]);
+            }
+            rows
+        };
+        [d_queries, by_rows(&stored_keys), by_rows(&stored_values)]
+    }
+
+    /// From queries, keys and values to the layer's input: `grad` gets what comes through them.
+    fn heads_backward(
+        &self,
+        x: &[f32],
+        grad: &mut [f32],
+        d_heads: [Buffer; 3],
+        transposed: &[Panels; 7],
+    ) -> AdapterGradient {
+        let (hidden, heads) = (self.architecture.hidden, self.heads());
+        let (wide, narrow) = (heads.query * heads.dim, heads.key * heads.dim);
+        let [mut queries, mut keys, mut values] = d_heads;
+        let outputs = [(grad, hidden), (&mut *queries, wide), (&mut *keys, narrow), (&mut *values, narrow)];
+        let parts = in_blocks(self.rows(), outputs, Default::default, |gradient, rows, [grad, q, k, v], threads| {
+            let x = &x[rows.start * hidden..rows.end * hidden];
+            for heads in [&mut *q, &mut *k] {
+                self.call.rotation(self.index).apply(heads, rows.clone(), Direction::Backward);
+            }
+            let (mut normed, mut d_normed) = (Buffer::new(x.len()), Buffer::new(x.len()));
+            self.layer.attention_norm.forward(x, &mut normed);
+            if let (Some(query_norm), Some(key_norm)) = (&self.layer.query_norm, &self.layer.key_norm) {
+                let mut before = [q.len(), k.len(), v.len()].map(Buffer::new);
+                let left = |part: &Range<usize>| self.dense(&normed, hidden, part);
+                self.project(HEADS, left, &rows, before.each_mut().map(|before| &mut **before), threads);
+                for (norm, before, grad) in [(query_norm, &before[0], &mut *q), (key_norm, &before[1], &mut *k)] {
+                    let after = copy(grad);
+                    grad.fill(0.0);
+                    norm.backward(before, &after, grad);
+                }
+            }
+            let x_normed = (&*normed, &Left::new(&normed, hidden, self.kernel));
+            let mut back = Back { work: self, transposed, gradient, rows, threads };
+            back.through(Projection::QProj, q, x_normed, &mut d_normed, false);
+            back.through(Projection::KProj, k, x_normed, &mut d_normed, true);
+            back.through(Projection::VProj, v, x_normed, &mut d_normed, true);
+            self.layer.attention_norm.backward(x, &d_normed, grad);
+        });
+        in_order(parts)
+    }
+}
+
+/// A block of rows on its way back through projections.
+struct Back<'a> {
+    work: &'a Work<'a>,
+    transposed: &'a [Panels; 7],
+    gradient: &'a mut AdapterGradient,
+    /// Rows of the call.
+    rows: Range<usize>,
+    threads: Threads,
+}
+
+impl<'a> Back<'a> {
+    /// A projection in the direction of gradients.
+    fn linear(&self, projection: Projection) -> Linear<'a> {
+        let (work, weight) = (self.work, &self.transposed[projection as usize]);
+        let adapter = work.call.only_adapter();
+        let adapter = adapter.and_then(|adapter| adapter.low_rank(work.index, projection, work.kernel));
+        let mask = work.call.mask(self.rows.clone(), work.index, projection);
+        Linear { weight, bias: None, adapter, mask, backward: true }
+    }
+
+    /// Writes the gradient of a projection's input `x`, in both forms, to `dx`, or adds it, and adds the adapter's to its own.
+    fn through(
+        &mut self,
+        projection: Projection,
+        grad: &[f32],
+        (x, x_left): (&[f32], &Left),
+        dx: &mut [f32],
+        add: bool,
+    ) {
+        let linear = self.linear(projection);
+        let left = Left::new(grad, linear.weight.dims().1, self.work.kernel);
+        let d_down = linear.down(&left);
+        linear.apply_all(&left, d_down.as_ref(), dx, add, self.threads);
+        if linear.adapter.is_some() {
+            let down = Linear { backward: false, ..linear }.down(x_left);
+            self.keep(projection, x, down.as_ref(), grad, d_down.as_ref());
+        }
+    }
+
+    /// Adds the gradients of a projection's adapter, if it carries one.
+    fn keep(&mut self, projection: Projection, x: &[f32], down: Option<&Down>, grad: &[f32], d_down: Option<&Down>) {
+        let linear = self.linear(projection);
+        let (Some(adapter), Some(down), Some(d_down)) = (linear.adapter, down, d_down) else { return };
+        let seen = linear.mask.map(|mask| mask.of(x, x.len() / self.rows.len()));
+        let own = self.gradient[projection as usize].get_or_insert_with(|| adapter.zeros());
+        adapter.add_gradient(seen.as_deref().unwrap_or(x), down, grad, d_down, own);
+    }
+
+    /// The gradient of the feed-forward block's normalized input, given the input and the gradient of the residual sum after the
+    /// block.
+    fn through_feed_forward(&mut self, x: &[f32], grad: &[f32]) -> Buffer {
+        let (work, rows, threads) = (self.work, self.rows.clone(), self.threads);
+        let (hidden, intermediate) = (work.architecture.hidden, work.architecture.intermediate);
+        let norm = work.layer.feed_forward_output_norm.as_ref();
+        let mut normed = Buffer::new(x.len());
+        work.layer.feed_forward_norm.forward(x, &mut normed);
+        let returned = norm.map(|_| work.feed_forward(|part| work.dense(&normed, hidden, part), &rows, threads));
+        let d_returned = before_norm(returned.as_deref().unwrap_or(&[]), norm, grad);
+        let d_returned = d_returned.as_deref().unwrap_or(grad);
+        let (x, grad) = (Left::new(&normed, hidden, work.kernel), Left::new(d_returned, hidden, work.kernel));
+        let [gate, up, out] =
+            [Projection::GateProj, Projection::UpProj, Projection::DownProj].map(|projection| self.linear(projection));
+        let room = |wanted: bool| wanted.then(|| Buffer::new(rows.len() * intermediate));
+        let trained = gate.adapter.is_some() || up.adapter.is_some();
+        let mut inner = Inner { product: room(out.adapter.is_some()), grads: [room(trained), room(trained)] };
+        let gated = work.gated(work.call.only_adapter(), rows);
+        let (d_down, downs) = (out.down(&grad), [gated.gate.down(&x), gated.up.down(&x)]);
+        let [gate_down, up_down] = downs.each_ref().map(Option::as_ref);
+        let grads = gated.backward(&x, [gate_down, up_down], &out, (&grad, d_down.as_ref()), &mut inner, threads);
+        let mut d_normed = Buffer::new(normed.len());
+        let own = [(Projection::GateProj, gate, gate_down), (Projection::UpProj, up, up_down)];
+        for (index, (projection, linear, down)) in own.into_iter().enumerate() {
+            let d_down = linear.down(&grads[index]);
+            linear.apply_all(&grads[index], d_down.as_ref(), &mut d_normed, index > 0, threads);
+            if let Some(grad) = &inner.grads[index] {
+                self.keep(projection, &normed, down, grad, d_down.as_ref());
+            }
+        }
+        if let Some(product) = &inner.product {
+            let left = Left::new(product, intermediate, work.kernel);
+            let down = Linear { backward: false, ..out }.down(&left);
+            self.keep(Projection::DownProj, product, down.as_ref(), d_returned, d_down.as_ref());
+        }
+        d_normed
+    }
+}
+
+/// The sum of the parts' gradients, in their order.
+fn in_order(parts: Vec<AdapterGradient>) -> AdapterGradient {
+    let mut total = AdapterGradient::default();
+    for part in parts {
+        total.iter_mut().zip(part).for_each(|(total, part)| add_gradient(total, part));
+    }
+    total
+}
+
+fn add_gradient(total: &mut Option<LowRankGradient>, part: Option<LowRankGradient>) {
+    match (total, part) {
+        (_, None) => {}
+        (total @ None, part) => *total = part,
+        (Some(total), Some(part)) => total.add(&part),
+    }
 }

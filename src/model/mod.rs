@@ -9,11 +9,10 @@
 //! * [`gguf`], [`safetensors`]: the two kinds of files
 //! * [`stored`]: a tensor in a file, read in pieces
 //! * [`parts`]: what a model is put together from
-//! * [`host`]: the decoder on this processor; [`layer`], [`backward`]: one layer of it
+//! * [`host`]: the decoder on this processor; [`layer`]: one layer of it, forward and backward
 //! * [`cache`]: keys and values of past tokens, for the sampler
 
 pub mod architecture;
-mod backward;
 pub mod cache;
 pub mod family;
 pub mod gguf;
@@ -187,14 +186,6 @@ impl<'a> Trace<'a> {
         let Traced { logprobs, entropies, kept: own } = traced;
         Self { logprobs, entropies, call, question, kept: own.map(kept) }
     }
-
-    /// Gives back the memory of what layers did on this processor: a backward pass computes it again, to the same bits, as it does
-    /// where there is no room for it.
-    pub fn forget(&mut self) {
-        if let Some(Kept::Host(kept)) = &mut self.kept {
-            kept.forget();
-        }
-    }
 }
 
 impl Model {
@@ -277,11 +268,6 @@ impl Model {
         }
     }
 
-    /// How many rows a micro-batch has best, where it may have `budget`.
-    pub fn micro_rows(&self, budget: usize) -> usize {
-        host::micro_rows(&self.architecture, self.kernel, budget)
-    }
-
     /// Zeros for the gradients of an adapter.
     ///
     /// # Errors
@@ -351,7 +337,7 @@ impl Model {
     }
 
     /// Adds the gradient of Σ coefficient · log-probability over the targets of a trace that was kept, with respect to the
-    /// adapter that all rows have. From the last layer to the first, each computed again from its input unless there was room for it.
+    /// adapter that all rows have. From the last layer to the first, each computed again from its input.
     ///
     /// # Errors
     /// As [`Model::forward`], or if `layer_done` fails.

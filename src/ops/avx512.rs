@@ -198,16 +198,6 @@ pub(super) fn round_tiles(
     true
 }
 
-/// Rounds values to bf16, if the processor has an instruction that does and there are whole tiles' rows of them.
-pub(super) fn round_values(from: &[f32], to: &mut [u16]) -> bool {
-    if !Kernel::Avx512Bf16.available() || from.len() != to.len() || !from.len().is_multiple_of(TILE_WIDTH) {
-        return false;
-    }
-    // SAFETY: the instructions are there, and by the above as many numbers on both sides.
-    unsafe { round_tile(to, to.len() / TILE_WIDTH, from.as_ptr(), TILE_WIDTH) };
-    true
-}
-
 /// # Safety
 /// The instructions must be there, and 32 values of each row.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]

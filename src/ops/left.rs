@@ -40,30 +40,6 @@ pub(crate) fn to_bf16(x: f32) -> u16 {
     if x.is_nan() { 0x7fc0 } else { rounded as u16 }
 }
 
-/// Rounds values to the nearest bf16 each, as many as there are.
-pub(super) fn round(from: &[f32], to: &mut [u16]) {
-    #[cfg(target_arch = "x86_64")]
-    if super::avx512::round_values(from, to) {
-        return;
-    }
-    vectorized(
-        #[inline(always)]
-        || to.iter_mut().zip(from).for_each(|(to, from)| *to = to_bf16(*from)),
-    );
-}
-
-/// Rows of bf16 in f32; rows lie so many values apart as stands beside them.
-pub(super) fn expand(from: &[u16], from_stride: usize, to: &mut [f32], stride: usize) {
-    vectorized(
-        #[inline(always)]
-        || {
-            for (to, from) in to.chunks_exact_mut(stride).zip(from.chunks_exact(from_stride)) {
-                to.iter_mut().zip(from).for_each(|(to, from)| *to = to_f32(*from));
-            }
-        },
-    );
-}
-
 /// What a kernel's type holds of each value, and what that leaves, if it leaves anything.
 pub fn parts(values: &[f32], kernel: Kernel) -> Vec<Vec<f32>> {
     if !kernel.rounds_inputs() {

@@ -54,11 +54,11 @@ impl RmsNorm {
     }
 }
 
-/// `y += x`.
-pub fn add_to(x: &[f32], y: &mut [f32]) {
+/// `y = a + b`.
+pub fn sum_of(a: &[f32], b: &[f32], y: &mut [f32]) {
     vectorized(
         #[inline(always)]
-        || y.iter_mut().zip(x).for_each(|(y, x)| *y += x),
+        || y.iter_mut().zip(a.iter().zip(b)).for_each(|(y, (a, b))| *y = a + b),
     );
 }
 
