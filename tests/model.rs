@@ -11,7 +11,7 @@ use candle_core::{Device, Tensor};
 use candor::config::{Lora, Projection};
 use candor::learner::Learner;
 use candor::learner::portion::Portion;
-use candor::model::{Call, Model};
+use candor::model::{Call, Gradients, Model, Question};
 use candor::ops::attention::Span;
 use candor::ops::keys::{Store, padded};
 use candor::ops::left::Left;
@@ -204,6 +204,42 @@ fn nothing_is_read_that_an_earlier_call_left() {
                 assert!(run(between, &broken).0.iter().any(|x| x.is_nan()), "the adapter breaks nothing");
                 assert!(run(&small, &good) == want, "{}, {kernel:?}", folder.display());
             }
+        }
+    }
+}
+
+/// There may be no room for what attention did on the way to the log-probabilities. Catches a backward pass that computes it again in
+/// another way, or leaves out a part that only some families have.
+#[test]
+fn gradients_do_not_depend_on_what_was_kept() {
+    const ROWS: usize = 150;
+    let ids: Vec<u32> = (10..10 + ROWS as u32).collect();
+    let rows: Vec<u32> = (0..ROWS as u32).collect();
+    let coefficients: Vec<f32> = (0..ROWS).map(|row| (row as f32).sin()).collect();
+    for folder in tiny_models() {
+        for kernel in check::kernels() {
+            let model = Model::open(&folder, kernel).unwrap();
+            let (adapter, _) = adapter(&model, &folder.join("adapter_lora"));
+            let gradients = |forget: bool| {
+                let spans = [Span { queries: 0..ROWS, prefix: 0..0, own: 0..ROWS }];
+                let (stores, adapters) = ([Store { from: 0..ROWS, to: 0 }], [(0..ROWS, Some(&adapter))]);
+                let positions: Vec<usize> = (0..ROWS).collect();
+                let call =
+                    Call { ids: &ids, positions: &positions, spans: &spans, stores: &stores, adapters: &adapters };
+                let logits = model.logits(1.0);
+                let question = Question { predicting: &rows, targets: &ids, logits, dropout: None };
+                let mut trace = model.trace(call, question, true).unwrap();
+                if forget {
+                    trace.forget();
+                }
+                let mut gradients = model.gradients(&adapter).unwrap();
+                model.backward(trace, &coefficients, &mut gradients, &mut || Ok(())).unwrap();
+                let Gradients::Host(gradients) = gradients else { unreachable!("the model is on this processor") };
+                gradients.concat()
+            };
+            let (kept, again) = (gradients(false), gradients(true));
+            assert!(kept.iter().any(|x| *x != 0.0), "{}: no gradient", folder.display());
+            check::same_bits(&format!("{}, {kernel:?}", folder.display()), &again, &kept);
         }
     }
 }

@@ -57,6 +57,13 @@ pub(super) struct Kept {
     others: Buffer,
 }
 
+impl Kept {
+    /// Leaves the inputs of layers alone.
+    pub fn forget(&mut self) {
+        self.inputs.iter_mut().for_each(|(_, attended)| *attended = None);
+    }
+}
+
 impl<'a> LayerCall<'a> {
     fn new(architecture: &'a Architecture, call: &'a Call<'a>, dropout: Option<&'a Dropout>) -> Self {
         let kinds = architecture.attention.iter();

@@ -186,6 +186,14 @@ impl<'a> Trace<'a> {
         let Traced { logprobs, entropies, kept: own } = traced;
         Self { logprobs, entropies, call, question, kept: own.map(kept) }
     }
+
+    /// Gives back the memory of what attention did on this processor: a backward pass computes it again, to the same bits, as it does
+    /// where there is no room for it.
+    pub fn forget(&mut self) {
+        if let Some(Kept::Host(kept)) = &mut self.kept {
+            kept.forget();
+        }
+    }
 }
 
 impl Model {
