@@ -126,7 +126,7 @@ fn joined(spans: &[Span], most: usize) -> Vec<Vec<Part<'_>>> {
     all
 }
 
-/// Parts with one prefix, and the heads that share a key head.
+/// Parts with one prefix, at least one, and the heads that share a key head.
 #[derive(Clone, Copy)]
 struct Block<'a> {
     parts: &'a [Part<'a>],
@@ -166,7 +166,7 @@ pub fn forward(
     attended: &mut [f32],
     log_sums: &mut LogSums,
 ) {
-    let (group, width) = (heads.query / heads.key, heads.query * heads.dim);
+    let (group, width) = (heads.group(), heads.query * heads.dim);
     let queries_of_all: usize = spans.iter().map(|span| span.queries.len()).sum();
     let most = queries_of_all * heads.key / (BLOCKS_PER_THREAD * rayon::current_num_threads());
     let joined = joined(spans, most.min(QUERIES));
@@ -232,11 +232,10 @@ impl Heads {
         let left = Left::new(rows, dim, keys.kernel());
         let room = keys.room(left.rows());
         let mut scores = Buffer::new(room * stride);
+        let [(prefix, _), _] = block.parts[0].context();
+        keys.scores(&left, head, prefix, (&mut scores, stride), room);
         for (part, of_part) in block.rows(self.group()) {
-            let [(prefix, _), (own, start)] = part.context();
-            if of_part.start == 0 {
-                keys.scores(&left, head, prefix, (&mut scores, stride), room);
-            }
+            let [_, (own, start)] = part.context();
             if of_part.len() == left.rows() {
                 keys.scores(&left, head, own, (&mut scores[start..], stride), room);
             } else {
@@ -261,17 +260,15 @@ impl Heads {
             left
         };
         if let [part] = block.parts {
-            keys.combine(&left(0..rows, 0..stride), head, part.context(), &mut combined, room, false);
+            let left = Left::new(weights, stride, keys.kernel());
+            keys.combine(&left, head, &part.context(), &mut combined, room, false);
         } else {
+            let [prefix, (_, start)] = block.parts[0].context();
+            keys.combine(&left(0..rows, 0..start), head, &[prefix], &mut combined, room, false);
             for (part, of_part) in block.rows(self.group()) {
-                let [prefix, (own, start)] = part.context();
-                if of_part.start == 0 {
-                    let left = left(0..rows, 0..start);
-                    keys.combine(&left, head, [prefix, (0..0, 0)], &mut combined, room, false);
-                }
+                let [_, (own, _)] = part.context();
                 let left = left(of_part.clone(), start..start + own.len() * BLOCK);
-                let to = &mut combined[of_part.start * dim..];
-                keys.combine(&left, head, [(own, 0), (0..0, 0)], to, of_part.len(), true);
+                keys.combine(&left, head, &[(own, 0)], &mut combined[of_part.start * dim..], of_part.len(), true);
             }
         }
         combined.truncate(rows * dim);

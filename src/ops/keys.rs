@@ -201,23 +201,24 @@ impl Keys {
         &self,
         weights: &Left,
         head: usize,
-        context: [(Range<usize>, usize); 2],
+        context: &[(Range<usize>, usize)],
         combined: &mut [f32],
         room: usize,
         add: bool,
     ) {
         let (m, dim) = (weights.rows(), self.dim);
-        let mut context = context.into_iter().filter(|(blocks, _)| !blocks.is_empty());
+        let mut context = context.iter().filter(|(blocks, _)| !blocks.is_empty());
         let Some(first) = context.next() else {
-            return if !add {
-                combined.fill(0.0)
-            };
+            if !add {
+                combined.fill(0.0);
+            }
+            return;
         };
         let then = context.next();
         match &self.values {
             Numbers::F32(values) => {
                 for (number, (blocks, from)) in [first].into_iter().chain(then).enumerate() {
-                    let weights = Matrix::new(&weights.f32()[from..], m, blocks.len() * BLOCK, weights.width());
+                    let weights = Matrix::new(&weights.f32()[*from..], m, blocks.len() * BLOCK, weights.width());
                     let start = (head * self.rows + blocks.start * BLOCK) * dim;
                     let values = Matrix::dense(&values[start..][..blocks.len() * BLOCK * dim], dim);
                     matmul(combined, dim, add || number > 0, weights, values);
@@ -230,10 +231,10 @@ impl Keys {
                         let start = ((head * panels + panel) * self.rows + blocks.start * BLOCK) * PANEL;
                         (weights.tiles(0, *from), &values[start..][..blocks.len() * BLOCK * PANEL])
                     };
-                    let first = walk(&first);
+                    let first = walk(first);
                     let columns = PANEL.min(dim - panel * PANEL);
                     let mut to = Columns::first(&mut combined[panel * PANEL..], room, columns, dim);
-                    bf16_panel(tiles.as_ref(), (first.0, Panel::Bf16(first.1)), then.as_ref().map(walk), &mut to, add);
+                    bf16_panel(tiles.as_ref(), (first.0, Panel::Bf16(first.1)), then.map(walk), &mut to, add);
                 }
             }
         }

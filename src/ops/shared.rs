@@ -4,6 +4,7 @@ use std::marker::PhantomData;
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
+use super::amx::SIDE;
 use super::buffer::LINE;
 use super::left::TILE_ROWS;
 
@@ -100,9 +101,6 @@ fn fetch<T>(line: *const T) {
     #[cfg(not(target_arch = "x86_64"))]
     let _ = line;
 }
-
-/// Columns that tiles have.
-const SIDE: usize = 32;
 
 impl<'a> Columns<'a> {
     /// The first columns of a matrix of `rows` rows, `stride` values apart, all of which are ours.
