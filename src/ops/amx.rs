@@ -5,7 +5,7 @@
 use std::cell::Cell;
 use std::marker::PhantomData;
 
-use super::left::TILE;
+use super::left::{TILE, TILE_ROWS};
 
 /// Rows and columns of a block of the product.
 pub(super) const SIDE: usize = 32;
@@ -66,9 +66,9 @@ pub(super) struct Walk {
 }
 
 impl Walk {
-    /// The same with the 32 rows that follow.
-    fn below(self) -> Self {
-        Self { a: self.a.wrapping_add(2 * self.second), ..self }
+    /// The same for rows that begin so many tiles later.
+    fn below(self, tiles: usize) -> Self {
+        Self { a: self.a.wrapping_add(tiles * self.second), ..self }
     }
 }
 
@@ -141,7 +141,7 @@ impl<const TWO: bool> Sums<TWO> {
                 );
             } else {
                 std::arch::asm!(
-                    "tileloadd tmm4, [{a} + {s}]",
+                    "tileloaddt1 tmm4, [{a} + {s}]",
                     "tileloadd tmm6, [{b} + {s} * 2]",
                     "tdpbf16ps tmm0, tmm4, tmm6",
                     "tilezero tmm6",
@@ -213,7 +213,7 @@ impl Tiles {
     /// have as many rows.
     #[cfg(target_arch = "x86_64")]
     #[inline(always)]
-    pub unsafe fn multiply(
+    pub unsafe fn multiply<const TWO: bool>(
         &self,
         (mut first, mut then): (Walk, Option<Walk>),
         (mut c, stride): (*mut f32, usize),
@@ -221,14 +221,15 @@ impl Tiles {
         rows: usize,
         mut before: impl FnMut(usize),
     ) {
+        let tiles = if TWO { 2 } else { 1 };
         // SAFETY: the caller's; tiles are configured as long as `self` lives.
         unsafe {
-            for _ in 0..rows / SIDE {
-                self.block(first, then, Sums::<true> { c, stride }, keep, &mut before);
-                (first, then) = (first.below(), then.map(Walk::below));
-                c = c.wrapping_add(SIDE * stride);
+            for _ in 0..rows / (tiles * TILE_ROWS) {
+                self.block(first, then, Sums::<TWO> { c, stride }, keep, &mut before);
+                (first, then) = (first.below(tiles), then.map(|then| then.below(tiles)));
+                c = c.wrapping_add(tiles * TILE_ROWS * stride);
             }
-            if !rows.is_multiple_of(SIDE) {
+            if !rows.is_multiple_of(tiles * TILE_ROWS) {
                 self.block(first, then, Sums::<false> { c, stride }, keep, &mut before);
             }
         }
@@ -270,7 +271,7 @@ impl Tiles {
     /// # Safety
     /// Never called: there are no tiles.
     #[cfg(not(target_arch = "x86_64"))]
-    pub unsafe fn multiply(
+    pub unsafe fn multiply<const TWO: bool>(
         &self,
         _: (Walk, Option<Walk>),
         _: (*mut f32, usize),

@@ -182,42 +182,57 @@ pub(super) fn bf16_panel(
             (room.as_ptr(), codes.blocks(), ring, Some(Unpacking { codes, panel, room, ring }))
         }
     };
-    let walk = |row: usize, a: left::Tiles, b: *const u16, steps: usize, ring: usize| {
+    let walk = |row: usize, a: left::Tiles, b: *const u16, steps: Range<usize>, ring: usize| {
         let last = (rows.div_ceil(TILE_ROWS) - 1) * a.row_tiles;
-        assert!(steps > 0 && last + steps * TILE <= a.numbers.len(), "rows are padded to tiles");
-        let of_row = &a.numbers[row / TILE_ROWS * a.row_tiles + row % TILE_ROWS * TILE_WIDTH..];
-        amx::Walk { a: of_row.as_ptr(), b, steps, second: a.row_tiles, ring }
+        assert!(!steps.is_empty() && last + steps.end * TILE <= a.numbers.len(), "rows are padded to tiles");
+        let of_row = &a.numbers[row / TILE_ROWS * a.row_tiles + row % TILE_ROWS * TILE_WIDTH + steps.start * TILE..];
+        // SAFETY: the panel has these steps.
+        let b = unsafe { b.add(steps.start * codes::BLOCK) };
+        amx::Walk { a: of_row.as_ptr(), b, steps: steps.len(), second: a.row_tiles, ring }
     };
-    let walks = |row: usize| {
-        let then = then.map(|(a, panel)| walk(row, a, panel.as_ptr(), panel.len() / codes::BLOCK, WHOLE));
-        (walk(row, a, numbers, steps, ring), then)
+    let walks = |row: usize, part: Range<usize>| {
+        let then = then.filter(|_| part.end == steps);
+        let then = then.map(|(a, panel)| walk(row, a, panel.as_ptr(), 0..panel.len() / codes::BLOCK, WHOLE));
+        (walk(row, a, numbers, part, ring), then)
     };
     let Some(tiles) = tiles else {
         codes.iter_mut().for_each(|codes| (0..steps).for_each(|step| codes.unpack(step)));
-        return (0..rows).step_by(TILE_ROWS / 2).for_each(|row| avx512_rows(walks(row), row, c, add));
+        return (0..rows).step_by(TILE_ROWS / 2).for_each(|row| avx512_rows(walks(row, 0..steps), row, c, add));
     };
     c.fetch(0..2 * TILE_ROWS);
-    // The first rows find their panel in memory, the others in the cache. They are all there are where no more of it is kept than
-    // a ring.
+    codes.iter_mut().for_each(|codes| (0..AHEAD).for_each(|step| codes.unpack(step)));
     let height = rows.next_multiple_of(TILE_ROWS).min(2 * TILE_ROWS);
-    match &mut codes {
-        None => tile_rows(tiles, walks(0), 0..height, c, add, |step| amx::fetch_ahead(numbers, step)),
-        Some(codes) => {
-            (0..AHEAD).for_each(|step| codes.unpack(step));
-            tile_rows(tiles, walks(0), 0..height, c, add, |step| codes.unpack(step + AHEAD));
+    for part in parts(steps, rows > height) {
+        let add = add || part.start > 0;
+        // The first rows find their panel in memory, the others in the cache.
+        let first = walks(0, part.clone());
+        match &mut codes {
+            None => tile_rows::<true>(tiles, first, 0..height, c, add, |step| {
+                amx::fetch_ahead(numbers, part.start + step);
+            }),
+            Some(codes) => tile_rows::<true>(tiles, first, 0..height, c, add, |step| {
+                codes.unpack(part.start + step + AHEAD);
+            }),
         }
-    }
-    let mut row = height;
-    while row < rows {
-        let height = c.stretch(row);
-        tile_rows(tiles, walks(row), row..row + height, c, add, |_| {});
-        row += height;
+        let mut row = height;
+        while row < rows {
+            let height = c.stretch(row);
+            tile_rows::<false>(tiles, walks(row, part.clone()), row..row + height, c, add, |_| {});
+            row += height;
+        }
     }
 }
 
-/// Some rows, whole tiles. `before` is called before every step along k of the first walk.
+/// The steps along k, in parts of one length if many rows walk over them: of a panel as much as stays in the first-level cache.
+fn parts(steps: usize, many: bool) -> impl Iterator<Item = Range<usize>> {
+    const MOST: usize = 18;
+    let part = if many { steps.div_ceil(steps.div_ceil(MOST)) } else { steps };
+    (0..steps).step_by(part).map(move |start| start..steps.min(start + part))
+}
+
+/// Some rows, whole tiles, two at once if `TWO` is set. `before` is called before every step along k of the first walk.
 #[inline(always)]
-fn tile_rows(
+fn tile_rows<const TWO: bool>(
     tiles: &amx::Tiles,
     (first, then): (amx::Walk, Option<amx::Walk>),
     rows: Range<usize>,
@@ -228,7 +243,7 @@ fn tile_rows(
     let height = rows.len();
     // SAFETY: by the assert where walks are made, all tiles of these rows are there, and all inputs of the panels, at the latest after
     // `before`; `whole` gives room for as many rows of 32, all of which are written.
-    unsafe { c.whole(rows, add, |c| tiles.multiply((first, then), c, add, height, before)) };
+    unsafe { c.whole(rows, add, |c| tiles.multiply::<TWO>((first, then), c, add, height, before)) };
 }
 
 /// Up to half a tile of rows, beginning with this one, in vectors.
