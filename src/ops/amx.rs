@@ -4,7 +4,9 @@
 
 use std::cell::Cell;
 use std::marker::PhantomData;
+use std::ops::Range;
 
+use super::buffer::LINE;
 use super::left::{TILE, TILE_ROWS};
 
 /// Rows and columns of a block of the product.
@@ -282,18 +284,17 @@ impl Tiles {
     }
 }
 
-/// Begins to bring what the second operand will be a step and a half later into the second-level cache: 32 lines. The processor does
-/// not see loads of tiles coming as well as others; from memory a product takes two thirds of the time with this.
+/// Begins to bring some lines of an operand into the second-level cache.
 #[inline(always)]
-pub(super) fn fetch_ahead(b: *const u16, step: usize) {
+pub(super) fn fetch(operand: *const u16, lines: Range<usize>) {
     #[cfg(target_arch = "x86_64")]
-    for line in 0..32 {
+    for line in lines {
         use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
         // SAFETY: an address of which nothing is read.
-        unsafe { _mm_prefetch::<_MM_HINT_T1>(b.wrapping_add(step * PAIR + PAIR * 3 / 2 + 32 * line).cast()) };
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(operand.cast::<i8>().wrapping_add(LINE * line)) };
     }
     #[cfg(not(target_arch = "x86_64"))]
-    let _ = (b, step);
+    let _ = (operand, lines);
 }
 
 impl Drop for Tiles {

@@ -6,13 +6,13 @@
 use std::ops::Range;
 
 use super::attention::Heads;
+use super::bf16::bf16_panel;
 use super::buffer::Buffer;
 use super::kernel::Kernel;
 use super::left::{Left, TILE_ROWS, to_bf16};
 use super::matmul::{Matrix, matmul};
 use super::pages::Held;
 use super::panels::{PANEL, Panel, Threads};
-use super::products::bf16_panel;
 use super::rows::in_turns;
 use super::shared::{Columns, SharedRows};
 

@@ -6,12 +6,12 @@
 use std::ops::Range;
 
 use super::amx;
+use super::bf16::{self, bf16_panel};
 use super::buffer::Buffer;
-use super::codes::{self, Codes};
 use super::kernel::Kernel;
-use super::left::{self, Left, TILE, TILE_ROWS, TILE_WIDTH};
+use super::left::Left;
 use super::matmul::{Matrix, matmul, matmul_at};
-use super::panels::{GROUP, PANEL, Panel, Panels, Threads};
+use super::panels::{GROUP, PANEL, Panels, Threads};
 use super::rows::in_turns;
 use super::shared::{Columns, SharedRows};
 
@@ -98,8 +98,7 @@ impl Shared<'_> {
         // SAFETY: each panel's columns are written by the one thread that has the panel.
         let mut c = unsafe { to.columns(0..x.rows(), columns) };
         if weight.kernel().rounds_inputs() {
-            // A panel that serves one block of rows: a few steps of it at once stay in the first-level cache.
-            let numbers = weight.panel(panel, room, tiles.is_some() && x.rows() <= 2 * TILE_ROWS);
+            let numbers = weight.panel(panel, room, tiles.is_some() && bf16::few(x.rows()));
             let then = then.map(|(x, weight)| (x.tiles(0, 0), weight.bf16(panel).expect("what is added is packed")));
             return bf16_panel(tiles, (x.tiles(0, 0), numbers), then, &mut c, *add);
         }
@@ -137,131 +136,6 @@ fn f32_panel(x: &[f32], panel: &[f32], c: &mut Columns, add: bool) {
             c.add(&sums);
         }
     }
-}
-
-/// Steps along k by which a panel of codes is unpacked ahead of the product: the processor does both at once.
-const AHEAD: usize = 2;
-/// No ring: every step has a place of its own.
-const WHOLE: usize = 1 << (usize::BITS - 1);
-
-/// A panel in codes on its way to bf16.
-struct Unpacking<'a> {
-    codes: &'a Codes,
-    panel: usize,
-    room: &'a mut [u16],
-    /// How many steps along k are kept; later ones come in their places.
-    ring: usize,
-}
-
-impl Unpacking<'_> {
-    /// One step along k, if there is such a one.
-    fn unpack(&mut self, step: usize) {
-        let Self { codes, panel, room, ring } = self;
-        if step < codes.blocks() {
-            let at = (step & (*ring - 1)) * codes::BLOCK;
-            codes.unpack(*panel * codes.blocks() + step, &mut room[at..at + codes::BLOCK]);
-        }
-    }
-}
-
-/// All rows times one panel of bf16, and `then` others times another, as far as there are such.
-pub(super) fn bf16_panel(
-    tiles: Option<&amx::Tiles>,
-    (a, panel): (left::Tiles, Panel),
-    then: Option<(left::Tiles, &[u16])>,
-    c: &mut Columns,
-    add: bool,
-) {
-    let rows = c.rows();
-    let (numbers, steps, ring, mut codes) = match panel {
-        Panel::Bf16(numbers) => (numbers.as_ptr(), numbers.len() / codes::BLOCK, WHOLE, None),
-        Panel::Codes(codes, panel, room) => {
-            let ring = if room.len() < codes.room(false) { codes::RING } else { WHOLE };
-            assert!(room.len() >= codes.room(ring == codes::RING), "room for what is kept of a panel");
-            assert!(ring == WHOLE || tiles.is_some() && rows <= 2 * TILE_ROWS, "other rows need all of a panel");
-            (room.as_ptr(), codes.blocks(), ring, Some(Unpacking { codes, panel, room, ring }))
-        }
-    };
-    let walk = |row: usize, a: left::Tiles, b: *const u16, steps: Range<usize>, ring: usize| {
-        let last = (rows.div_ceil(TILE_ROWS) - 1) * a.row_tiles;
-        assert!(!steps.is_empty() && last + steps.end * TILE <= a.numbers.len(), "rows are padded to tiles");
-        let of_row = &a.numbers[row / TILE_ROWS * a.row_tiles + row % TILE_ROWS * TILE_WIDTH + steps.start * TILE..];
-        // SAFETY: the panel has these steps.
-        let b = unsafe { b.add(steps.start * codes::BLOCK) };
-        amx::Walk { a: of_row.as_ptr(), b, steps: steps.len(), second: a.row_tiles, ring }
-    };
-    let walks = |row: usize, part: Range<usize>| {
-        let then = then.filter(|_| part.end == steps);
-        let then = then.map(|(a, panel)| walk(row, a, panel.as_ptr(), 0..panel.len() / codes::BLOCK, WHOLE));
-        (walk(row, a, numbers, part, ring), then)
-    };
-    let Some(tiles) = tiles else {
-        codes.iter_mut().for_each(|codes| (0..steps).for_each(|step| codes.unpack(step)));
-        return (0..rows).step_by(TILE_ROWS / 2).for_each(|row| avx512_rows(walks(row, 0..steps), row, c, add));
-    };
-    c.fetch(0..2 * TILE_ROWS);
-    codes.iter_mut().for_each(|codes| (0..AHEAD).for_each(|step| codes.unpack(step)));
-    let height = rows.next_multiple_of(TILE_ROWS).min(2 * TILE_ROWS);
-    for part in parts(steps, rows > height) {
-        let add = add || part.start > 0;
-        // The first rows find their panel in memory, the others in the cache.
-        let first = walks(0, part.clone());
-        match &mut codes {
-            None => tile_rows::<true>(tiles, first, 0..height, c, add, |step| {
-                amx::fetch_ahead(numbers, part.start + step);
-            }),
-            Some(codes) => tile_rows::<true>(tiles, first, 0..height, c, add, |step| {
-                codes.unpack(part.start + step + AHEAD);
-            }),
-        }
-        let mut row = height;
-        while row < rows {
-            let height = c.stretch(row);
-            tile_rows::<false>(tiles, walks(row, part.clone()), row..row + height, c, add, |_| {});
-            row += height;
-        }
-    }
-}
-
-/// The steps along k, in parts of one length if many rows walk over them: of a panel as much as stays in the first-level cache.
-fn parts(steps: usize, many: bool) -> impl Iterator<Item = Range<usize>> {
-    const MOST: usize = 18;
-    let part = if many { steps.div_ceil(steps.div_ceil(MOST)) } else { steps };
-    (0..steps).step_by(part).map(move |start| start..steps.min(start + part))
-}
-
-/// Some rows, whole tiles, two at once if `TWO` is set. `before` is called before every step along k of the first walk.
-#[inline(always)]
-fn tile_rows<const TWO: bool>(
-    tiles: &amx::Tiles,
-    (first, then): (amx::Walk, Option<amx::Walk>),
-    rows: Range<usize>,
-    c: &mut Columns,
-    add: bool,
-    before: impl FnMut(usize),
-) {
-    let height = rows.len();
-    // SAFETY: by the assert where walks are made, all tiles of these rows are there, and all inputs of the panels, at the latest after
-    // `before`; `whole` gives room for as many rows of 32, all of which are written.
-    unsafe { c.whole(rows, add, |c| tiles.multiply::<TWO>((first, then), c, add, height, before)) };
-}
-
-/// Up to half a tile of rows, beginning with this one, in vectors.
-fn avx512_rows((first, then): (amx::Walk, Option<amx::Walk>), row: usize, c: &mut Columns, add: bool) {
-    let count = (c.rows() - row).min(TILE_ROWS / 2);
-    #[cfg(target_arch = "x86_64")]
-    // SAFETY: the kernel was chosen because AVX-512-BF16 is there; walks were made with `count` rows of all tiles and all inputs of
-    // the panels; `whole` gives room for as many rows of 32, all of which are written.
-    unsafe {
-        c.whole(row..row + count, add, |c| {
-            super::avx512::bf16_block(first.a, first.b, first.steps, c, count, add);
-            if let Some(then) = then {
-                super::avx512::bf16_block(then.a, then.b, then.steps, c, count, true);
-            }
-        });
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    unreachable!("kernels in bf16 are for x86-64");
 }
 
 /// All rows times one panel of rounded weights and their scales.
