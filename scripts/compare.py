@@ -24,8 +24,10 @@ def run(command):
 
 def rows(a):
     """Name, our command and figure, the peer's, whether more is better, and what is wanted."""
-    ours = [a.candor, "bench", a.gguf, "--quiet", "--repeats", "1"]
+    bench = [a.candor, "bench", a.gguf, "--quiet", "--repeats"]
+    ours, learner = [*bench, "1"], [*bench, "3", "--learner", "4x256"]
     peer = [a.python, os.path.join(os.path.dirname(__file__), "peers.py")]
+    peer_learner = [*peer, "learner", a.folder, "--repeats", "3"]
     llama = [os.path.join(a.llama or "", "llama-batched-bench"), "-m", a.gguf, "-t", "2", "-tb", "2", "-c", "16384", "-b", "2048",
              "-ub", "512", "-npp", "150", "-ntg", "128", "--output-format", "jsonl", "-npl"]  # fmt: skip
     step, boolq = "step_seconds", ["--step", "4x8x250+64"]
@@ -34,8 +36,8 @@ def rows(a):
         ("step", ours + ["--step", "4x8x97+64"], step, peer + ["step", a.folder], step, False, 8),
         ("step memory", ours + ["--step", "4x8x97+64"], "peak_bytes", peer + ["step", a.folder], "peak_bytes", False, 2.5),
         ("boolq step", ours + boolq, step, peer + ["step", a.folder, "--prompt", "250"], step, False, 10),
-        ("learner", ours + ["--learner", "4x256"], per_second, peer + ["learner", a.folder], per_second, True, 3),
-        ("learner memory", ours + ["--learner", "4x256"], "peak_bytes", peer + ["learner", a.folder], "peak_bytes", False, 2),
+        ("learner", learner, per_second, peer_learner, per_second, True, 3),
+        ("learner memory", learner, "peak_bytes", peer_learner, "peak_bytes", False, 2),
         ("decode 32, transformers", ours + ["--decode", "32x150+128"], decode,
          peer + ["generate", a.folder, "--prompt", "150", "--new", "128"], decode, True, 5),
         ("decode 32, llama.cpp", ours + ["--decode", "32x150+128"], decode, llama + ["32"], "speed_tg", True, 3.5),
