@@ -6,11 +6,10 @@ use std::cell::Cell;
 use std::marker::PhantomData;
 use std::ops::Range;
 
-use super::buffer::LINE;
 use super::left::{TILE, TILE_ROWS};
 
 /// Rows and columns of a block of the product.
-pub(super) const SIDE: usize = 32;
+pub(super) const SIDE: usize = 2 * TILE_ROWS;
 
 /// Whether the processor has bf16 tiles and the kernel of the operating system lets this process use them. Asked once.
 pub(super) fn permitted() -> bool {
@@ -113,9 +112,10 @@ impl<const TWO: bool> Sums<TWO> {
         }
     }
 
-    /// One step along k. A tile is zeroed when it was read for the last time: it costs nothing, and a zero takes none of the registers
-    /// that tiles are renamed to. Where another thread computes on the same core there are about nine: with eight tiles full, one
-    /// instruction waits for the other, and a step takes four times as long as alone; with this it takes two and a half times.
+    /// One step along k. A tile is zeroed when it was read for the last time. It costs nothing, and a zero takes none of the registers that
+    /// tiles are renamed to. Where another thread computes on the same core, a thread behaves as if it had nine of them: with eight tiles
+    /// full one instruction waits for the other, and a step takes four times as long as alone. With zeros it takes two and a half times,
+    /// and twice as long with 16 rows.
     ///
     /// # Safety
     /// Tiles must be configured, and the tiles of both operands there.
@@ -290,6 +290,8 @@ pub(super) fn fetch(operand: *const u16, lines: Range<usize>) {
     #[cfg(target_arch = "x86_64")]
     for line in lines {
         use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+
+        use super::buffer::LINE;
         // SAFETY: an address of which nothing is read.
         unsafe { _mm_prefetch::<_MM_HINT_T1>(operand.cast::<i8>().wrapping_add(LINE * line)) };
     }
