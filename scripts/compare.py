@@ -24,10 +24,10 @@ def run(command):
 
 def rows(a):
     """Name, our command and figure, the peer's, whether more is better, and what is wanted."""
-    bench = [a.candor, "bench", a.gguf, "--quiet", "--repeats"]
-    ours, learner = [*bench, "1"], [*bench, "3", "--learner", "4x256"]
+    bench, passes = [a.candor, "bench", a.gguf, "--quiet", "--repeats"], "3"
+    ours, learner = [*bench, "1"], [*bench, passes, "--learner", "4x256"]
     peer = [a.python, os.path.join(os.path.dirname(__file__), "peers.py")]
-    peer_learner = [*peer, "learner", a.folder, "--repeats", "3"]
+    peer_learner = [*peer, "learner", a.folder, "--repeats", passes]
     llama = [os.path.join(a.llama or "", "llama-batched-bench"), "-m", a.gguf, "-t", "2", "-tb", "2", "-c", "16384", "-b", "2048",
              "-ub", "512", "-npp", "150", "-ntg", "128", "--output-format", "jsonl", "-npl"]  # fmt: skip
     step, boolq = "step_seconds", ["--step", "4x8x250+64"]

@@ -208,7 +208,8 @@ impl Tiles {
     }
 
     /// `c = Σ a · b` over one walk along k or two, added to what `c` holds if `keep` is set, for so many rows, whole tiles, of 32,
-    /// which lie `stride` values apart. `before` is called before every step of the first walk, with its number.
+    /// which lie `stride` values apart; 32 of them at once if `TWO` is set, else 16. `before` is called before every step of the first walk
+    /// of each, with its number.
     ///
     /// # Safety
     /// All that the walks speak of must be there for all rows, at the latest after `before` was called for that step, and `c` must
