@@ -5,7 +5,8 @@ use std::ops::Range;
 
 use candle_core::{Device, Result, Tensor};
 use candle_nn::ops::softmax;
-use candor::ops::attention::{self, Gradients, Heads, Saved, Span};
+use candor::ops::attention::{self, Heads, Span};
+use candor::ops::attention_backward::{self, Gradients, Saved};
 use candor::ops::buffer::Buffer;
 use candor::ops::gate::Activation;
 use candor::ops::kernel::Kernel;
@@ -91,7 +92,7 @@ pub fn attention<'a>(x: &[Vec<f32>], heads: Heads, spans: &'a [Span], kernel: Ke
         let [queries, d_keys, values] = &mut gradients;
         let saved =
             Saved { queries: &x[0], keys: &keys, swapped: &swapped, attended: &attended, log_sums: &log_sums, grad };
-        attention::backward(heads, &saved, spans, Gradients { queries, keys: d_keys, values });
+        attention_backward::backward(heads, &saved, spans, Gradients { queries, keys: d_keys, values });
         gradients.into()
     };
     Computed { value, backward: Box::new(backward) }

@@ -9,6 +9,7 @@ use anyhow::Result;
 
 use super::{Architecture, LayerCall, Projection};
 use crate::ops::attention::{self, Heads, LogSums};
+use crate::ops::attention_backward::{self, Gradients, Saved};
 use crate::ops::buffer::{Buffer, copy};
 use crate::ops::feed_forward::{Gated, Inner};
 use crate::ops::kernel::Kernel;
@@ -328,10 +329,9 @@ impl Work<'_> {
         let key_rows = call.spans.iter().map(|span| span.own.end).max().unwrap_or(0);
         let (mut stored_keys, mut stored_values) = (Buffer::new(key_rows * width), Buffer::new(key_rows * width));
         let Attended { queries, attended, log_sums, .. } = kept;
-        let saved = attention::Saved { queries, keys, swapped, attended, log_sums, grad: d_attended };
-        let gradients =
-            attention::Gradients { queries: &mut d_queries, keys: &mut stored_keys, values: &mut stored_values };
-        attention::backward(heads, &saved, call.spans, gradients);
+        let saved = Saved { queries, keys, swapped, attended, log_sums, grad: d_attended };
+        let gradients = Gradients { queries: &mut d_queries, keys: &mut stored_keys, values: &mut stored_values };
+        attention_backward::backward(heads, &saved, call.spans, gradients);
         let by_rows = |stored: &[f32]| {
             let mut rows = Buffer::new(kept.keys.len());
             for store in call.stores {

@@ -9,8 +9,6 @@
 
 use std::ops::Range;
 
-use rayon::prelude::*;
-
 use super::buffer::Buffer;
 use super::keys::{BLOCK, Keys, padded};
 use super::left::Left;
@@ -70,7 +68,7 @@ const BLOCKS_PER_THREAD: usize = 4;
 const LANES: usize = 16;
 
 /// Consecutive queries of one span.
-struct Part<'a> {
+pub(super) struct Part<'a> {
     span: &'a Span,
     /// Number of the first query within the span, and how many.
     first: usize,
@@ -79,7 +77,7 @@ struct Part<'a> {
 
 impl Part<'_> {
     /// Its queries in rows of the call.
-    fn queries(&self) -> Range<usize> {
+    pub(super) fn queries(&self) -> Range<usize> {
         let first = self.span.queries.start + self.first;
         first..first + self.len
     }
@@ -90,11 +88,16 @@ impl Part<'_> {
     }
 
     /// Blocks of prefix and own rows among the first keys, with the column where each begins.
-    fn context(&self) -> [(Range<usize>, usize); 2] {
+    pub(super) fn context(&self) -> [(Range<usize>, usize); 2] {
         let Span { prefix, own, .. } = self.span;
         let blocks = |start: usize, rows: usize| start / BLOCK..(start + rows).div_ceil(BLOCK);
         let own_rows = self.keys() - prefix.len();
         [(blocks(prefix.start, prefix.len()), 0), (blocks(own.start, own_rows), padded(prefix.len()))]
+    }
+
+    /// The columns of prefix and own rows that a query of the span sees.
+    fn visible(&self, query: usize, window: Option<usize>) -> [Range<usize>; 2] {
+        self.columns(self.span.visible(query, window))
     }
 
     /// The columns of logical key positions: prefix and own rows each begin with a block.
@@ -107,7 +110,7 @@ impl Part<'_> {
 
 /// Spans in parts of at most [`QUERIES`]. Neighbors with the same prefix are together as long as they have at most `most` queries:
 /// they walk over it once.
-fn joined(spans: &[Span], most: usize) -> Vec<Vec<Part<'_>>> {
+pub(super) fn joined(spans: &[Span], most: usize) -> Vec<Vec<Part<'_>>> {
     let mut all: Vec<Vec<Part>> = Vec::with_capacity(spans.len());
     let parts = spans.iter().flat_map(|span| {
         let queries = span.queries.len();
@@ -128,9 +131,9 @@ fn joined(spans: &[Span], most: usize) -> Vec<Vec<Part<'_>>> {
 
 /// Parts with one prefix, at least one, and the heads that share a key head.
 #[derive(Clone, Copy)]
-struct Block<'a> {
-    parts: &'a [Part<'a>],
-    key_head: usize,
+pub(super) struct Block<'a> {
+    pub(super) parts: &'a [Part<'a>],
+    pub(super) key_head: usize,
 }
 
 impl<'a> Block<'a> {
@@ -174,18 +177,15 @@ pub fn forward(
     let all: Vec<Block> = blocks.collect();
     let (attended, log_sums) = (SharedRows::new(attended, width), SharedRows::new(log_sums, heads.query));
     let attend = |block: Block| {
-        let (stride, chunk) = (block.stride(), group * heads.dim);
+        let chunk = group * heads.dim;
         let queries = heads.gather(block, queries, heads.scale);
-        let mut weights = heads.scores(block, &queries, keys);
-        let mut sums = Buffer::<f32>::new(block.queries() * group);
-        for (part, rows) in block.rows(group) {
-            let first = rows.start;
-            for row in rows {
-                let visible = part.span.visible(part.first + (row - first) / group, heads.window);
-                sums[row] = softmax(&mut weights[row * stride..][..stride], part.columns(visible), heads.soft_cap);
-            }
-        }
-        let values = heads.combine(block, &weights, keys);
+        let mut scores = heads.scores(block, &queries, keys);
+        let (visible, mut sums) = (heads.visible(block), Buffer::<f32>::new(queries.len() / heads.dim));
+        let values = heads.combine(block, &mut scores, keys, |row, scores| {
+            let (max, sum) = exponentials(scores, &visible[row / group], heads.soft_cap);
+            sums[row] = max + sum.ln();
+            1.0 / sum
+        });
         let from = values.chunks_exact(chunk).zip(sums.chunks_exact(group));
         for (to, (values, sums)) in block.parts.iter().flat_map(Part::queries).zip(from) {
             let first = block.key_head * group;
@@ -205,12 +205,12 @@ pub fn forward(
 }
 
 impl Heads {
-    fn group(&self) -> usize {
+    pub(super) fn group(&self) -> usize {
         self.query / self.key
     }
 
     /// The block's part of a [rows, query · dim] matrix as [queries · group, dim], multiplied with `scale`.
-    fn gather(&self, block: Block, rows: &[f32], scale: f32) -> Buffer {
+    pub(super) fn gather(&self, block: Block, rows: &[f32], scale: f32) -> Buffer {
         let (width, chunk) = (self.query * self.dim, self.group() * self.dim);
         let mut gathered = Buffer::new(block.queries() * chunk);
         vectorized(
@@ -248,21 +248,38 @@ impl Heads {
         scores
     }
 
-    /// `weights` [queries · group, stride] times the values of the block's context: [queries · group, dim].
-    fn combine(&self, block: Block, weights: &[f32], keys: &Keys) -> Buffer {
-        let (dim, head, stride) = (self.dim, block.key_head, block.stride());
-        let rows = weights.len() / stride;
-        let room = keys.room(rows);
-        let mut combined = Buffer::new(room * dim);
-        let left = |rows: Range<usize>, columns: Range<usize>| {
-            let mut left = Left::room(rows.len(), columns.len(), keys.kernel());
-            left.write(0..columns.len(), &weights[rows.start * stride + columns.start..], stride);
-            left
+    /// The columns that each query of the block sees of prefix and own rows.
+    pub(super) fn visible(&self, block: Block) -> Vec<[Range<usize>; 2]> {
+        let queries = |part: &'_ Part| {
+            (part.first..part.first + part.len).map(|query| part.visible(query, self.window)).collect::<Vec<_>>()
         };
+        block.parts.iter().flat_map(queries).collect()
+    }
+
+    /// Weights times the values of the block's context: [queries · group, dim]. `weigh(row, scores)` makes weights of a row of the
+    /// scores [queries · group, stride], and returns what is left to multiply the row of the product with.
+    fn combine(
+        &self,
+        block: Block,
+        scores: &mut [f32],
+        keys: &Keys,
+        mut weigh: impl FnMut(usize, &mut [f32]) -> f32,
+    ) -> Buffer {
+        let (dim, head, stride, kernel) = (self.dim, block.key_head, block.stride(), keys.kernel());
+        let rows = scores.len() / stride;
+        let (room, mut factors) = (keys.room(rows), Buffer::<f32>::new(rows));
+        let mut weigh = |row, scores: &mut [f32]| factors[row] = weigh(row, scores);
+        let mut combined = Buffer::new(room * dim);
         if let [part] = block.parts {
-            let left = Left::new(weights, stride, keys.kernel());
+            let left = Left::finished(scores, stride, kernel, weigh);
             keys.combine(&left, head, &part.context(), &mut combined, room, false);
         } else {
+            scores.chunks_exact_mut(stride).enumerate().for_each(|(row, scores)| weigh(row, scores));
+            let left = |rows: Range<usize>, columns: Range<usize>| {
+                let mut left = Left::room(rows.len(), columns.len(), kernel);
+                left.write(0..columns.len(), &scores[rows.start * stride + columns.start..], stride);
+                left
+            };
             let [prefix, (_, start)] = block.parts[0].context();
             keys.combine(&left(0..rows, 0..start), head, &[prefix], &mut combined, room, false);
             for (part, of_part) in block.rows(self.group()) {
@@ -272,13 +289,20 @@ impl Heads {
             }
         }
         combined.truncate(rows * dim);
+        vectorized(
+            #[inline(always)]
+            || {
+                for (row, factor) in combined.chunks_exact_mut(dim).zip(&*factors) {
+                    row.iter_mut().for_each(|value| *value *= factor);
+                }
+            },
+        );
         combined
     }
 }
 
-/// Replaces scores by their softmax, zero where they are not visible, and returns their log-sum-exp.
-fn softmax(scores: &mut [f32], visible: [Range<usize>; 2], soft_cap: Option<f32>) -> f32 {
-    let [prefix, own] = visible;
+/// Replaces scores s by exp(s − m), zero where they are not visible, where m is the largest that is. Returns it and their sum.
+fn exponentials(scores: &mut [f32], [prefix, own]: &[Range<usize>; 2], soft_cap: Option<f32>) -> (f32, f32) {
     vectorized(
         #[inline(always)]
         || {
@@ -288,180 +312,50 @@ fn softmax(scores: &mut [f32], visible: [Range<usize>; 2], soft_cap: Option<f32>
             for outside in [0..prefix.start, prefix.end..own.start, own.end..scores.len()] {
                 scores[outside].fill(f32::NEG_INFINITY);
             }
+            let (scores, _) = scores.as_chunks_mut::<LANES>();
             let mut most = [f32::NEG_INFINITY; LANES];
-            for chunk in scores.chunks_exact(LANES) {
+            for chunk in &*scores {
                 most.iter_mut().zip(chunk).for_each(|(most, score)| *most = most.max(*score));
             }
-            let max = most.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-            let mut lanes = [0.0f32; LANES];
-            for chunk in scores.chunks_exact_mut(LANES) {
-                for (score, lane) in chunk.iter_mut().zip(&mut lanes) {
+            let max = across(most, f32::max);
+            let mut sums = [0.0f32; LANES];
+            for chunk in scores {
+                for (score, sum) in chunk.iter_mut().zip(&mut sums) {
                     *score = exp(*score - max);
-                    *lane += *score;
+                    *sum += *score;
                 }
             }
-            let sum: f32 = lanes.iter().sum();
-            let inverse = 1.0 / sum;
-            scores.iter_mut().for_each(|score| *score *= inverse);
-            max + sum.ln()
+            (max, across(sums, |a, b| a + b))
+        },
+    )
+}
+
+/// One number of a vector's, by halves.
+#[inline(always)]
+fn across(mut lanes: [f32; LANES], f: impl Fn(f32, f32) -> f32) -> f32 {
+    for half in [8, 4, 2, 1] {
+        for lane in 0..half {
+            lanes[lane] = f(lanes[lane], lanes[lane + half]);
+        }
+    }
+    lanes[0]
+}
+
+/// Σ a · b.
+#[inline(always)]
+pub(super) fn dot(a: &[f32], b: &[f32]) -> f32 {
+    vectorized(
+        #[inline(always)]
+        || {
+            let mut lanes = [0.0f32; LANES];
+            let (a, b) = (a.chunks(LANES), b.chunks(LANES));
+            a.zip(b).for_each(|(a, b)| lanes.iter_mut().zip(a.iter().zip(b)).for_each(|(lane, (a, b))| *lane += a * b));
+            across(lanes, |a, b| a + b)
         },
     )
 }
 
 #[inline(always)]
-fn tanh(x: f32) -> f32 {
+pub(super) fn tanh(x: f32) -> f32 {
     1.0 - 2.0 / (1.0 + exp(2.0 * x))
-}
-
-/// What the backward pass reads: rows of the call, and its keys and values in both layouts.
-pub struct Saved<'a> {
-    /// [rows, query · dim].
-    pub queries: &'a [f32],
-    /// Keys and values as the forward pass had them.
-    pub keys: &'a Keys,
-    /// The same with the roles changed: values in blocks, keys row by row.
-    pub swapped: &'a Keys,
-    /// What the forward pass returned, and its log-sums.
-    pub attended: &'a [f32],
-    /// [rows, query heads].
-    pub log_sums: &'a LogSums,
-    /// The gradient of what it returned.
-    pub grad: &'a [f32],
-}
-
-/// Where gradients go: of queries by rows of the call, of keys and values by key rows.
-pub struct Gradients<'a> {
-    /// [rows, query · dim].
-    pub queries: &'a mut [f32],
-    /// [key rows, key · dim].
-    pub keys: &'a mut [f32],
-    /// [key rows, key · dim].
-    pub values: &'a mut [f32],
-}
-
-/// The gradients of a forward pass over whole trees: each begins with the span of its prompt, which has no prefix, and its
-/// keys lie together.
-pub fn backward(heads: Heads, saved: &Saved, spans: &[Span], gradients: Gradients) {
-    let starts = (0..spans.len()).filter(|&index| spans[index].prefix.is_empty());
-    let mut starts: Vec<usize> = starts.collect();
-    starts.push(spans.len());
-    let trees = starts.windows(2).map(|pair| &spans[pair[0]..pair[1]]);
-    let tasks: Vec<(&[Span], usize)> = trees.flat_map(|tree| (0..heads.key).map(move |head| (tree, head))).collect();
-    let (dim, chunk) = (heads.dim, heads.group() * heads.dim);
-    let d_queries = SharedRows::new(gradients.queries, heads.query * dim);
-    let d_keys = SharedRows::new(gradients.keys, heads.key * dim);
-    let d_values = SharedRows::new(gradients.values, heads.key * dim);
-    tasks.par_iter().with_max_len(1).for_each(|(tree, head)| {
-        let rows = tree.iter().map(|span| span.own.start).min().unwrap_or(0)
-            ..tree.iter().map(|span| span.own.end).max().unwrap_or(0);
-        let whole = padded(rows.len());
-        let [keys_t, values_t] = [(); 2].map(|()| Buffer::zeros(whole * dim));
-        let mut own = TreeGradient { first: rows.start, rows: whole, keys_t, values_t };
-        for part in joined(tree, 0).iter().flatten() {
-            let queries = own.add(heads, part, *head, saved);
-            for (to, from) in part.queries().zip(queries.chunks_exact(chunk)) {
-                // SAFETY: each query row's heads belong to one block.
-                let to = unsafe { d_queries.part(to, head * chunk..head * chunk + chunk) };
-                to.iter_mut().zip(from).for_each(|(to, from)| *to = heads.scale * from);
-            }
-        }
-        for (index, row) in rows.enumerate() {
-            // SAFETY: each tree has its own key rows, and each task its own columns.
-            let to = unsafe { [&d_keys, &d_values].map(|gradient| gradient.part(row, head * dim..head * dim + dim)) };
-            for (to, from_t) in to.into_iter().zip([&own.keys_t, &own.values_t]) {
-                to.iter_mut().zip(from_t[index..].iter().step_by(whole)).for_each(|(to, from)| *to = *from);
-            }
-        }
-    });
-}
-
-/// Gradients of the keys and values of one tree and key head, transposed: [dim, rows].
-struct TreeGradient {
-    /// The first key row, and how many there are, in whole blocks.
-    first: usize,
-    rows: usize,
-    keys_t: Buffer,
-    values_t: Buffer,
-}
-
-impl TreeGradient {
-    /// With P the weights, D = rowsum(dO · O) and dS = P · (dO Vᵀ − D): adds dK = dSᵀ Q and dV = Pᵀ dO of a block of queries,
-    /// and returns dQ = dS K before the scale.
-    fn add(&mut self, heads: Heads, part: &Part, key_head: usize, saved: &Saved) -> Buffer {
-        let block = Block { parts: std::slice::from_ref(part), key_head };
-        let (dim, group, stride) = (heads.dim, heads.group(), block.stride());
-        let queries = heads.gather(block, saved.queries, heads.scale);
-        let d_outputs = heads.gather(block, saved.grad, 1.0);
-        let outputs = heads.gather(block, saved.attended, 1.0);
-        let mut weights = heads.scores(block, &queries, saved.keys);
-        let mut d_scores = heads.scores(block, &d_outputs, saved.swapped);
-        for (row, (weights, d_scores)) in
-            weights.chunks_exact_mut(stride).zip(d_scores.chunks_exact_mut(stride)).enumerate()
-        {
-            let visible = part.span.visible(part.first + row / group, heads.window);
-            let log_sum =
-                saved.log_sums[(part.queries().start + row / group) * heads.query + key_head * group + row % group];
-            let [prefix, own] = part.columns(visible);
-            for outside in [0..prefix.start, prefix.end..own.start, own.end..stride] {
-                weights[outside.clone()].fill(0.0);
-                d_scores[outside].fill(0.0);
-            }
-            let (d_output, output) = (&d_outputs[row * dim..][..dim], &outputs[row * dim..][..dim]);
-            vectorized(
-                #[inline(always)]
-                || {
-                    let pull = dot(d_output, output);
-                    for part in [prefix, own] {
-                        let (weights, d_scores) = (&mut weights[part.clone()], &mut d_scores[part]);
-                        score_gradient(weights, d_scores, log_sum, pull, heads.soft_cap);
-                    }
-                },
-            );
-        }
-        let (keys, rows) = (saved.keys, self.rows);
-        let [queries_t, d_outputs_t] = [&queries, &d_outputs].map(|rows| Left::transposed(rows, dim, keys.kernel()));
-        for (blocks, start) in part.context().into_iter().filter(|(blocks, _)| !blocks.is_empty()) {
-            let (at, columns) = (blocks.start * BLOCK - self.first, start..start + blocks.len() * BLOCK);
-            keys.add_product(&queries_t, (&d_scores, stride), columns.clone(), (&mut self.keys_t[at..], rows));
-            keys.add_product(&d_outputs_t, (&weights, stride), columns, (&mut self.values_t[at..], rows));
-        }
-        heads.combine(block, &d_scores, saved.swapped)
-    }
-}
-
-#[inline(always)]
-fn dot(a: &[f32], b: &[f32]) -> f32 {
-    let mut lanes = [0.0f32; LANES];
-    let (a, b) = (a.chunks(LANES), b.chunks(LANES));
-    a.zip(b).for_each(|(a, b)| lanes.iter_mut().zip(a.iter().zip(b)).for_each(|(lane, (a, b))| *lane += a * b));
-    lanes.iter().sum()
-}
-
-/// Turns scores before the cap into weights, and the gradient of the weights into that of these scores.
-#[inline(always)]
-fn score_gradient(scores: &mut [f32], d_scores: &mut [f32], log_sum: f32, pull: f32, soft_cap: Option<f32>) {
-    // Each by itself: in one loop the compiler computes both for every score. Without a cap a slope of 1 is exact.
-    match soft_cap {
-        None => each_score_gradient(scores, d_scores, log_sum, pull, |score| (score, 1.0)),
-        Some(cap) => each_score_gradient(scores, d_scores, log_sum, pull, |score| {
-            let ratio = tanh(score / cap);
-            (cap * ratio, 1.0 - ratio * ratio)
-        }),
-    }
-}
-
-#[inline(always)]
-fn each_score_gradient(
-    scores: &mut [f32],
-    d_scores: &mut [f32],
-    log_sum: f32,
-    pull: f32,
-    capped: impl Fn(f32) -> (f32, f32),
-) {
-    for (score, d_score) in scores.iter_mut().zip(d_scores) {
-        let (capped, slope) = capped(*score);
-        let weight = exp(capped - log_sum);
-        *d_score = weight * (*d_score - pull) * slope;
-        *score = weight;
-    }
 }

@@ -7,11 +7,13 @@
 
 use std::arch::x86_64::{
     __m512, __m512bh, __m512i, __mmask16, _MM_HINT_T0, _mm_loadu_si128, _mm_prefetch, _mm256_loadu_epi16,
-    _mm512_add_ps, _mm512_castsi512_ps, _mm512_cvtepi8_epi32, _mm512_cvtepi32_ps, _mm512_cvtepu16_epi32,
-    _mm512_cvtne2ps_pbh, _mm512_dpbf16_ps, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_mask_storeu_ps,
-    _mm512_maskz_loadu_ps, _mm512_set1_epi32, _mm512_set1_ps, _mm512_setzero_ps, _mm512_slli_epi32,
-    _mm512_storeu_epi16, _mm512_storeu_ps,
+    _mm512_add_ps, _mm512_castpd_ps, _mm512_castps_pd, _mm512_castsi512_ps, _mm512_cvtepi8_epi32, _mm512_cvtepi32_ps,
+    _mm512_cvtepu16_epi32, _mm512_cvtne2ps_pbh, _mm512_dpbf16_ps, _mm512_fmadd_ps, _mm512_loadu_ps,
+    _mm512_mask_storeu_ps, _mm512_maskz_loadu_ps, _mm512_set1_epi32, _mm512_set1_ps, _mm512_setzero_ps,
+    _mm512_shuffle_f32x4, _mm512_slli_epi32, _mm512_storeu_epi16, _mm512_storeu_ps, _mm512_unpackhi_pd,
+    _mm512_unpackhi_ps, _mm512_unpacklo_pd, _mm512_unpacklo_ps,
 };
+use std::array;
 use std::mem::transmute;
 
 use super::kernel::Kernel;
@@ -355,6 +357,41 @@ unsafe fn int8_tile<const ROWS: usize>(
         for row in 0..ROWS {
             _mm512_storeu_ps(c.add(row * c_row), sums[row][0]);
             _mm512_storeu_ps(c.add(row * c_row + LANES), sums[row][1]);
+        }
+    }
+}
+
+/// Sixteen rows of sixteen numbers of 32 bits as columns; rows are so many numbers apart as stands beside them.
+///
+/// # Safety
+/// AVX-512 must be there, and sixteen numbers of sixteen rows on both sides.
+#[target_feature(enable = "avx512f")]
+pub(super) unsafe fn transpose((from, from_row): (*const f32, usize), (to, to_row): (*mut f32, usize)) {
+    // SAFETY: the caller's.
+    let rows: [__m512; LANES] = array::from_fn(|row| unsafe { _mm512_loadu_ps(from.add(row * from_row)) });
+    // Numbers of neighbors side by side, then pairs of them, then what is left: quarters of vectors.
+    let pairs: [__m512; LANES] = array::from_fn(|index| {
+        let (a, b) = (rows[index & !1], rows[index | 1]);
+        if index & 1 == 0 { _mm512_unpacklo_ps(a, b) } else { _mm512_unpackhi_ps(a, b) }
+    });
+    let fours: [__m512; LANES] = array::from_fn(|index| {
+        let (row, column) = (index & !3, index & 3);
+        let [a, b] = [pairs[row + column / 2], pairs[row + 2 + column / 2]].map(|pair| _mm512_castps_pd(pair));
+        _mm512_castpd_ps(if column & 1 == 0 { _mm512_unpacklo_pd(a, b) } else { _mm512_unpackhi_pd(a, b) })
+    });
+    for column in 0..4 {
+        let [a, b, c, d] = [0, 4, 8, 12].map(|row| fours[row + column]);
+        let (ab, cd) = (_mm512_shuffle_f32x4::<0x88>(a, b), _mm512_shuffle_f32x4::<0x88>(c, d));
+        let (ab_odd, cd_odd) = (_mm512_shuffle_f32x4::<0xdd>(a, b), _mm512_shuffle_f32x4::<0xdd>(c, d));
+        let whole = [
+            _mm512_shuffle_f32x4::<0x88>(ab, cd),
+            _mm512_shuffle_f32x4::<0x88>(ab_odd, cd_odd),
+            _mm512_shuffle_f32x4::<0xdd>(ab, cd),
+            _mm512_shuffle_f32x4::<0xdd>(ab_odd, cd_odd),
+        ];
+        for (quarter, whole) in whole.into_iter().enumerate() {
+            // SAFETY: the caller's.
+            unsafe { _mm512_storeu_ps(to.add((quarter * 4 + column) * to_row), whole) };
         }
     }
 }

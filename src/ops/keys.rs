@@ -240,44 +240,38 @@ impl Keys {
         }
     }
 
-    /// `total` [wide, ·] += x · y for `x` [wide, m] and some columns of `y` [m, ·], whole blocks, which are the first of `total`;
-    /// rows of `y` and `total` are so many values apart as stands beside them. As the kernel of these keys does it.
-    pub(super) fn add_product(
-        &self,
-        x: &Left,
-        (y, y_stride): (&[f32], usize),
-        columns: Range<usize>,
-        (total, stride): (&mut [f32], usize),
-    ) {
+    /// `total` [wide, 32] += x · y for `x` [wide, m] and `y` [m, 32], as the kernel of these keys does it.
+    pub(super) fn add_product(&self, x: &Left, y: &[f32], total: &mut [f32]) {
         let (wide, m) = (x.rows(), x.width());
         if !self.kernel.rounds_inputs() {
-            let y = Matrix::new(&y[columns.start..], m, columns.len(), y_stride);
-            return matmul(total, stride, true, Matrix::dense(x.f32(), m), y);
+            return matmul(total, BLOCK, true, Matrix::dense(x.f32(), m), Matrix::dense(&y[..m * BLOCK], BLOCK));
         }
         let (tiles, mut panel) = (self.kernel.tiles(), Buffer::<u16>::new(padded(m) * PANEL));
-        for block in columns.clone().step_by(BLOCK) {
-            pair_rows(&y[block..], m, y_stride, &mut panel);
-            let mut to = Columns::first(&mut total[block - columns.start..], wide, BLOCK, stride);
-            bf16_panel(tiles.as_ref(), (x.tiles(0, 0), Panel::Bf16(&panel)), None, &mut to, true);
-        }
+        pair_rows(&y[..m * BLOCK], &mut panel);
+        let mut to = Columns::first(total, wide, BLOCK, BLOCK);
+        bf16_panel(tiles.as_ref(), (x.tiles(0, 0), Panel::Bf16(&panel)), None, &mut to, true);
     }
 }
 
-/// The first 32 columns of `m` rows as a panel: pairs of rows side by side.
-fn pair_rows(y: &[f32], m: usize, stride: usize, panel: &mut [u16]) {
-    const ZEROS: [f32; PANEL] = [0.0; PANEL];
-    let row = |row: usize| if row < m { &y[row * stride..][..PANEL] } else { &ZEROS };
-    for (pair, to) in panel.chunks_exact_mut(2 * PANEL).enumerate() {
-        let (even, odd) = (row(2 * pair), row(2 * pair + 1));
-        super::vectorized(
-            #[inline(always)]
-            || {
-                for (to, (even, odd)) in to.chunks_exact_mut(2).zip(even.iter().zip(odd)) {
-                    (to[0], to[1]) = (to_bf16(*even), to_bf16(*odd));
+/// Rows of 32 as a panel: pairs of rows side by side, with zeros after the last.
+fn pair_rows(rows: &[f32], panel: &mut [u16]) {
+    super::vectorized(
+        #[inline(always)]
+        || {
+            let (pairs, last) = rows.as_chunks::<{ 2 * PANEL }>();
+            let (panel, _) = panel.as_chunks_mut::<{ 2 * PANEL }>();
+            let (whole, rest) = panel.split_at_mut(pairs.len());
+            for (to, pair) in whole.iter_mut().zip(pairs) {
+                for column in 0..PANEL {
+                    to[2 * column..][..2].copy_from_slice(&[column, PANEL + column].map(|at| to_bf16(pair[at])));
                 }
-            },
-        );
-    }
+            }
+            rest.as_flattened_mut().fill(0);
+            for (column, value) in last.iter().enumerate() {
+                rest[0][2 * column] = to_bf16(*value);
+            }
+        },
+    );
 }
 
 /// Up to 32 values in bf16, and zeros.

@@ -7,7 +7,7 @@ use std::ops::Range;
 
 use super::buffer::{Buffer, copy};
 use super::dropout::Mask;
-use super::kernel::Kernel;
+use super::kernel::{Kernel, has_avx512};
 use super::shared::SharedRows;
 use super::vectorized;
 
@@ -17,6 +17,9 @@ pub(super) const TILE_ROWS: usize = 16;
 pub(super) const TILE_WIDTH: usize = 32;
 /// Numbers in a tile.
 pub(super) const TILE: usize = TILE_ROWS * TILE_WIDTH;
+
+/// Rows and columns that are exchanged at once.
+const SQUARE: usize = 16;
 
 /// Rows for products, of some width.
 pub struct Left<'a> {
@@ -80,6 +83,30 @@ impl<'a> Left<'a> {
                     unsafe { left.shared().write_rows(first..first + count, 0..width, &made, width) };
                 }
             }
+        }
+        left
+    }
+
+    /// Prepares dense rows of `width` values that `finish(row, values)` has to finish before.
+    pub(super) fn finished(
+        rows: &'a mut [f32],
+        width: usize,
+        kernel: Kernel,
+        mut finish: impl FnMut(usize, &mut [f32]),
+    ) -> Self {
+        let mut finish = |first: usize, rows: &mut [f32]| {
+            rows.chunks_exact_mut(width).enumerate().for_each(|(row, values)| finish(first + row, values));
+        };
+        let count = rows.len() / width;
+        if !kernel.rounds_inputs() {
+            finish(0, rows);
+            return Self { rows: count, width, form: Form::F32(rows) };
+        }
+        let mut left = Self::room(count, width, kernel);
+        for (first, rows) in (0..count).step_by(TILE_ROWS).zip(rows.chunks_mut(TILE_ROWS * width)) {
+            finish(first, rows);
+            // SAFETY: nobody else has these rows.
+            unsafe { left.shared().write_rows(first..first + rows.len() / width, 0..width, rows, width) };
         }
         left
     }
@@ -226,8 +253,21 @@ impl SharedLeft<'_> {
 
 /// Writes dense rows of `width` values as columns.
 pub(super) fn transpose(values: &[f32], width: usize, to: &mut [f32]) {
-    for (column, to) in to.chunks_exact_mut(values.len() / width).enumerate() {
-        to.iter_mut().zip(values[column..].iter().step_by(width)).for_each(|(to, value)| *to = *value);
+    let rows = values.len() / width;
+    assert!(values.len() == rows * width && to.len() == values.len(), "as many columns as rows had values");
+    let squares = |count: usize| if has_avx512() { count / SQUARE * SQUARE } else { 0 };
+    let (done_rows, done_columns) = (squares(rows), squares(width));
+    #[cfg(target_arch = "x86_64")]
+    for row in (0..done_rows).step_by(SQUARE) {
+        for column in (0..done_columns).step_by(SQUARE) {
+            let (from, to) = (&values[row * width + column..], &mut to[column * rows + row..]);
+            // SAFETY: the instructions are there, and by the assert a whole square on both sides.
+            unsafe { super::avx512::transpose((from.as_ptr(), width), (to.as_mut_ptr(), rows)) };
+        }
+    }
+    for (column, to) in to.chunks_exact_mut(rows).enumerate() {
+        let rest = if column < done_columns { done_rows } else { 0 };
+        to.iter_mut().zip(values[column..].iter().step_by(width)).skip(rest).for_each(|(to, value)| *to = *value);
     }
 }
 

@@ -13,11 +13,12 @@
 //! * [`linear`], [`dropout`]: a frozen weight plus an optional low-rank adapter, and which of its inputs are dropped
 //! * [`norm`], [`rope`], [`gate`]: the point-wise parts of a layer
 //! * [`feed_forward`]: the gated block, fused
-//! * [`keys`], [`attention`]: queries over a tree of keys, never the full score matrix
+//! * [`keys`], [`attention`], [`attention_backward`]: queries over a tree of keys, never the full score matrix
 //! * [`head`]: hidden state to the log-probability of a given token, never the full logits
 
 mod amx;
 pub mod attention;
+pub mod attention_backward;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 mod bf16;

@@ -1,0 +1,196 @@
+//! The gradients of attention, by blocks of 32 keys: for some queries, scores and their gradients exist for one block at a time and
+//! stay in the first-level cache. Scores are computed again, and become weights by the log-sum-exp that was kept of each query
+//! (Dao et al. 2022, algorithm 4).
+
+use std::ops::Range;
+
+use rayon::prelude::*;
+
+use super::attention::{Block, Heads, LogSums, Part, Span, dot, joined, tanh};
+use super::buffer::Buffer;
+use super::keys::{BLOCK, Keys, padded};
+use super::left::{Left, transpose};
+use super::shared::SharedRows;
+use super::{exp, vectorized};
+
+/// What the backward pass reads: rows of the call, and its keys and values in both layouts.
+pub struct Saved<'a> {
+    /// [rows, query · dim].
+    pub queries: &'a [f32],
+    /// Keys and values as the forward pass had them.
+    pub keys: &'a Keys,
+    /// The same with the roles changed: values in blocks, keys row by row.
+    pub swapped: &'a Keys,
+    /// What the forward pass returned, and its log-sums.
+    pub attended: &'a [f32],
+    /// [rows, query heads].
+    pub log_sums: &'a LogSums,
+    /// The gradient of what it returned.
+    pub grad: &'a [f32],
+}
+
+/// Where gradients go: of queries by rows of the call, of keys and values by key rows.
+pub struct Gradients<'a> {
+    /// [rows, query · dim].
+    pub queries: &'a mut [f32],
+    /// [key rows, key · dim].
+    pub keys: &'a mut [f32],
+    /// [key rows, key · dim].
+    pub values: &'a mut [f32],
+}
+
+/// The gradients of a forward pass over whole trees: each begins with the span of its prompt, which has no prefix, and its
+/// keys lie together.
+pub fn backward(heads: Heads, saved: &Saved, spans: &[Span], gradients: Gradients) {
+    let starts = (0..spans.len()).filter(|&index| spans[index].prefix.is_empty());
+    let mut starts: Vec<usize> = starts.collect();
+    starts.push(spans.len());
+    let trees = starts.windows(2).map(|pair| &spans[pair[0]..pair[1]]);
+    let tasks: Vec<(&[Span], usize)> = trees.flat_map(|tree| (0..heads.key).map(move |head| (tree, head))).collect();
+    let (dim, chunk) = (heads.dim, heads.group() * heads.dim);
+    let d_queries = SharedRows::new(gradients.queries, heads.query * dim);
+    let d_keys = SharedRows::new(gradients.keys, heads.key * dim);
+    let d_values = SharedRows::new(gradients.values, heads.key * dim);
+    tasks.par_iter().with_max_len(1).for_each(|(tree, head)| {
+        let _tiles = saved.keys.kernel().tiles();
+        let mut own = TreeGradient::new(tree, dim);
+        for part in joined(tree, 0).iter().flatten() {
+            let queries = own.add(heads, part, *head, saved);
+            for (to, from) in part.queries().zip(queries.chunks_exact(chunk)) {
+                // SAFETY: each query row's heads belong to one block.
+                let to = unsafe { d_queries.part(to, head * chunk..head * chunk + chunk) };
+                to.iter_mut().zip(from).for_each(|(to, from)| *to = heads.scale * from);
+            }
+        }
+        let mut block = Buffer::new(BLOCK * dim);
+        for (to, from_t) in [(&d_keys, &own.keys_t), (&d_values, &own.values_t)] {
+            for (first, from_t) in own.rows.clone().step_by(BLOCK).zip(from_t.chunks_exact(dim * BLOCK)) {
+                transpose(from_t, BLOCK, &mut block);
+                for (row, from) in (first..own.rows.end).zip(block.chunks_exact(dim)) {
+                    // SAFETY: each tree has its own key rows, and each task its own columns.
+                    unsafe { to.part(row, head * dim..head * dim + dim) }.copy_from_slice(from);
+                }
+            }
+        }
+    });
+}
+
+/// Gradients of the keys and values of one tree and key head, by blocks, transposed: [blocks, dim, 32].
+struct TreeGradient {
+    /// The key rows.
+    rows: Range<usize>,
+    keys_t: Buffer,
+    values_t: Buffer,
+}
+
+/// What is known of a query's scores before they are computed again.
+struct Known {
+    log_sum: f32,
+    /// D: what all gradients of its weights have in common.
+    pull: f32,
+    /// The columns that it sees of prefix and own rows.
+    visible: [Range<usize>; 2],
+}
+
+impl TreeGradient {
+    fn new(tree: &[Span], dim: usize) -> Self {
+        let rows = tree.iter().map(|span| span.own.start).min().unwrap_or(0)
+            ..tree.iter().map(|span| span.own.end).max().unwrap_or(0);
+        let [keys_t, values_t] = [(); 2].map(|()| Buffer::zeros(padded(rows.len()) * dim));
+        Self { rows, keys_t, values_t }
+    }
+
+    /// With P the weights, D = rowsum(dO · O) and dS = P · (dO Vᵀ − D): adds dK = dSᵀ Q and dV = Pᵀ dO of some queries, and returns
+    /// dQ = dS K before the scale.
+    fn add(&mut self, heads: Heads, part: &Part, head: usize, saved: &Saved) -> Buffer {
+        let (dim, Saved { keys, swapped, .. }) = (heads.dim, saved);
+        let (kernel, block) = (keys.kernel(), Block { parts: std::slice::from_ref(part), key_head: head });
+        let inputs = [(saved.queries, heads.scale), (saved.grad, 1.0)].map(|(x, scale)| heads.gather(block, x, scale));
+        let [queries, d_outputs] = inputs.each_ref().map(|x| Left::new(x, dim, kernel));
+        let [queries_t, d_outputs_t] = inputs.each_ref().map(|x| Left::transposed(x, dim, kernel));
+        let rows = known(heads, block, saved);
+        let room = keys.room(rows.len());
+        let [mut weights, mut d_scores] = [(); 2].map(|()| Buffer::new(room * BLOCK));
+        let (mut d_queries, mut add) = (Buffer::new(room * dim), false);
+        for (of_context, (blocks, start)) in part.context().into_iter().enumerate() {
+            for (number, block) in blocks.enumerate() {
+                keys.scores(&queries, head, block..block + 1, (&mut weights, BLOCK), room);
+                swapped.scores(&d_outputs, head, block..block + 1, (&mut d_scores, BLOCK), room);
+                let column = start + number * BLOCK;
+                score_gradients(&mut weights, &mut d_scores, &rows, (of_context, column), heads.soft_cap);
+                let at = (block * BLOCK - self.rows.start) * dim..(block * BLOCK + BLOCK - self.rows.start) * dim;
+                keys.add_product(&queries_t, &d_scores, &mut self.keys_t[at.clone()]);
+                keys.add_product(&d_outputs_t, &weights, &mut self.values_t[at]);
+                let left = Left::new(&d_scores[..rows.len() * BLOCK], BLOCK, kernel);
+                swapped.combine(&left, head, &[(block..block + 1, 0)], &mut d_queries, room, add);
+                add = true;
+            }
+        }
+        d_queries.truncate(rows.len() * dim);
+        d_queries
+    }
+}
+
+/// Of a block of one part: by queries and the heads that share the key head.
+fn known(heads: Heads, block: Block, saved: &Saved) -> Vec<Known> {
+    let (dim, group) = (heads.dim, heads.group());
+    let queries = block.parts[0].queries().zip(heads.visible(block));
+    let all = queries.flat_map(|(row, visible)| (0..group).map(move |of_group| (row, of_group, visible.clone())));
+    let known = |(row, of_group, visible): (usize, usize, _)| {
+        let index = row * heads.query + block.key_head * group + of_group;
+        let [grad, attended] = [saved.grad, saved.attended].map(|x| &x[index * dim..][..dim]);
+        Known { log_sum: saved.log_sums[index], pull: dot(grad, attended), visible }
+    };
+    all.map(known).collect()
+}
+
+/// Turns scores before the cap into weights, and the gradients of the weights into those of these scores, for some queries and a block
+/// of keys, [queries, 32] each; zeros where they are not visible.
+fn score_gradients(
+    scores: &mut [f32],
+    d_scores: &mut [f32],
+    queries: &[Known],
+    at: (usize, usize),
+    soft_cap: Option<f32>,
+) {
+    // Each by itself: in one loop the compiler computes both for every score. Without a cap a slope of 1 is exact.
+    match soft_cap {
+        None => each_score_gradient(scores, d_scores, queries, at, |score| (score, 1.0)),
+        Some(cap) => each_score_gradient(scores, d_scores, queries, at, |score| {
+            let ratio = tanh(score / cap);
+            (cap * ratio, 1.0 - ratio * ratio)
+        }),
+    }
+}
+
+#[inline(always)]
+fn each_score_gradient(
+    scores: &mut [f32],
+    d_scores: &mut [f32],
+    queries: &[Known],
+    (of_context, column): (usize, usize),
+    capped: impl Fn(f32) -> (f32, f32),
+) {
+    vectorized(
+        #[inline(always)]
+        || {
+            let rows = scores.as_chunks_mut::<BLOCK>().0.iter_mut().zip(d_scores.as_chunks_mut::<BLOCK>().0);
+            for ((scores, d_scores), Known { log_sum, pull, visible }) in rows.zip(queries) {
+                for (score, d_score) in scores.iter_mut().zip(d_scores.iter_mut()) {
+                    let (capped, slope) = capped(*score);
+                    let weight = exp(capped - log_sum);
+                    *d_score = weight * (*d_score - pull) * slope;
+                    *score = weight;
+                }
+                let seen = |end: usize| end.clamp(column, column + BLOCK) - column;
+                let seen = seen(visible[of_context].start)..seen(visible[of_context].end);
+                if seen.len() < BLOCK {
+                    for outside in [0..seen.start, seen.end.max(seen.start)..BLOCK] {
+                        scores[outside.clone()].fill(0.0);
+                        d_scores[outside].fill(0.0);
+                    }
+                }
+            }
+        },
+    );
+}
