@@ -7,6 +7,7 @@
 //! query's result is the same bits whether it is computed with others or by itself. Branches of one prompt walk over its keys
 //! together.
 
+use std::array;
 use std::ops::Range;
 
 use super::buffer::Buffer;
@@ -181,10 +182,9 @@ pub fn forward(
         let queries = heads.gather(block, queries, heads.scale);
         let mut scores = heads.scores(block, &queries, keys);
         let (visible, mut sums) = (heads.visible(block), Buffer::<f32>::new(queries.len() / heads.dim));
-        let values = heads.combine(block, &mut scores, keys, |row, scores| {
-            let (max, sum) = exponentials(scores, &visible[row / group], heads.soft_cap);
-            sums[row] = max + sum.ln();
-            1.0 / sum
+        let values = heads.combine(block, &mut scores, keys, |first, scores, factors| {
+            let visible = |row: usize| &visible[(first + row) / group];
+            exponentials(scores, &mut sums[first..], factors, visible, heads.soft_cap);
         });
         let from = values.chunks_exact(chunk).zip(sums.chunks_exact(group));
         for (to, (values, sums)) in block.parts.iter().flat_map(Part::queries).zip(from) {
@@ -256,25 +256,27 @@ impl Heads {
         block.parts.iter().flat_map(queries).collect()
     }
 
-    /// Weights times the values of the block's context: [queries · group, dim]. `weigh(row, scores)` makes weights of a row of the
-    /// scores [queries · group, stride], and returns what is left to multiply the row of the product with.
+    /// Weights times the values of the block's context: [queries · group, dim]. `weigh(first, scores, factors)` makes weights of
+    /// consecutive rows of the scores [queries · group, stride], and says what is left to multiply each row of the product with.
     fn combine(
         &self,
         block: Block,
         scores: &mut [f32],
         keys: &Keys,
-        mut weigh: impl FnMut(usize, &mut [f32]) -> f32,
+        mut weigh: impl FnMut(usize, &mut [f32], &mut [f32]),
     ) -> Buffer {
         let (dim, head, stride, kernel) = (self.dim, block.key_head, block.stride(), keys.kernel());
         let rows = scores.len() / stride;
         let (room, mut factors) = (keys.room(rows), Buffer::<f32>::new(rows));
-        let mut weigh = |row, scores: &mut [f32]| factors[row] = weigh(row, scores);
+        let mut weigh = |first: usize, scores: &mut [f32]| {
+            weigh(first, scores, &mut factors[first..first + scores.len() / stride]);
+        };
         let mut combined = Buffer::new(room * dim);
         if let [part] = block.parts {
             let left = Left::finished(scores, stride, kernel, weigh);
             keys.combine(&left, head, &part.context(), &mut combined, room, false);
         } else {
-            scores.chunks_exact_mut(stride).enumerate().for_each(|(row, scores)| weigh(row, scores));
+            weigh(0, scores);
             let left = |rows: Range<usize>, columns: Range<usize>| {
                 let mut left = Left::room(rows.len(), columns.len(), kernel);
                 left.write(0..columns.len(), &scores[rows.start * stride + columns.start..], stride);
@@ -301,44 +303,63 @@ impl Heads {
     }
 }
 
-/// Replaces scores s by exp(s − m), zero where they are not visible, where m is the largest that is. Returns it and their sum.
-fn exponentials(scores: &mut [f32], [prefix, own]: &[Range<usize>; 2], soft_cap: Option<f32>) -> (f32, f32) {
+/// Replaces scores s of some rows by exp(s − m), zero where they are not visible, where m is the largest of a row that is. Writes the
+/// log-sum-exp of each row, and one by the sum.
+#[inline(always)]
+fn exponentials<'a>(
+    scores: &mut [f32],
+    log_sums: &mut [f32],
+    factors: &mut [f32],
+    visible: impl Fn(usize) -> &'a [Range<usize>; 2],
+    soft_cap: Option<f32>,
+) {
     vectorized(
         #[inline(always)]
         || {
             if let Some(cap) = soft_cap {
                 scores.iter_mut().for_each(|score| *score = cap * tanh(*score / cap));
             }
-            for outside in [0..prefix.start, prefix.end..own.start, own.end..scores.len()] {
-                scores[outside].fill(f32::NEG_INFINITY);
-            }
-            let (scores, _) = scores.as_chunks_mut::<LANES>();
-            let mut most = [f32::NEG_INFINITY; LANES];
-            for chunk in &*scores {
-                most.iter_mut().zip(chunk).for_each(|(most, score)| *most = most.max(*score));
-            }
-            let max = across(most, f32::max);
-            let mut sums = [0.0f32; LANES];
-            for chunk in scores {
-                for (score, sum) in chunk.iter_mut().zip(&mut sums) {
-                    *score = exp(*score - max);
-                    *sum += *score;
+            let rows = scores.chunks_exact_mut(scores.len() / factors.len());
+            for (row, (scores, (log_sum, factor))) in rows.zip(log_sums.iter_mut().zip(&mut *factors)).enumerate() {
+                let [prefix, own] = visible(row);
+                for outside in [0..prefix.start, prefix.end..own.start, own.end..scores.len()] {
+                    scores[outside].fill(f32::NEG_INFINITY);
                 }
+                let (scores, _) = scores.as_chunks_mut::<LANES>();
+                let mut most = [f32::NEG_INFINITY; LANES];
+                for chunk in &*scores {
+                    most.iter_mut().zip(chunk).for_each(|(most, score)| *most = larger(*most, *score));
+                }
+                let max = across(most, larger);
+                let mut sums = [0.0f32; LANES];
+                for chunk in scores {
+                    for (score, sum) in chunk.iter_mut().zip(&mut sums) {
+                        *score = exp(*score - max);
+                        *sum += *score;
+                    }
+                }
+                (*log_sum, *factor) = (max, across(sums, |a, b| a + b));
             }
-            (max, across(sums, |a, b| a + b))
         },
-    )
+    );
+    for (log_sum, factor) in log_sums.iter_mut().zip(factors) {
+        *log_sum += factor.ln();
+        *factor = 1.0 / *factor;
+    }
+}
+
+/// One instruction, as f32's own is not. Of a NaN the sum will be one.
+#[inline(always)]
+fn larger(a: f32, b: f32) -> f32 {
+    if a > b { a } else { b }
 }
 
 /// One number of a vector's, by halves.
 #[inline(always)]
-fn across(mut lanes: [f32; LANES], f: impl Fn(f32, f32) -> f32) -> f32 {
-    for half in [8, 4, 2, 1] {
-        for lane in 0..half {
-            lanes[lane] = f(lanes[lane], lanes[lane + half]);
-        }
-    }
-    lanes[0]
+fn across(lanes: [f32; LANES], f: impl Fn(f32, f32) -> f32) -> f32 {
+    let eight: [f32; 8] = array::from_fn(|lane| f(lanes[lane], lanes[lane + 8]));
+    let four: [f32; 4] = array::from_fn(|lane| f(eight[lane], eight[lane + 4]));
+    f(f(four[0], four[2]), f(four[1], four[3]))
 }
 
 /// Σ a · b.

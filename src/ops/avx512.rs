@@ -6,18 +6,14 @@
 #![cfg(target_arch = "x86_64")]
 
 use std::arch::x86_64::{
-    __m512, __m512bh, __m512i, __mmask16, _MM_HINT_T0, _mm_loadu_si128, _mm_prefetch, _mm256_loadu_epi16,
-    _mm512_add_ps, _mm512_castpd_ps, _mm512_castps_pd, _mm512_castsi512_ps, _mm512_cvtepi8_epi32, _mm512_cvtepi32_ps,
-    _mm512_cvtepu16_epi32, _mm512_cvtne2ps_pbh, _mm512_dpbf16_ps, _mm512_fmadd_ps, _mm512_loadu_ps,
-    _mm512_mask_storeu_ps, _mm512_maskz_loadu_ps, _mm512_set1_epi32, _mm512_set1_ps, _mm512_setzero_ps,
-    _mm512_shuffle_f32x4, _mm512_slli_epi32, _mm512_storeu_epi16, _mm512_storeu_ps, _mm512_unpackhi_pd,
-    _mm512_unpackhi_ps, _mm512_unpacklo_pd, _mm512_unpacklo_ps,
+    __m512, __m512bh, __mmask16, _MM_HINT_T0, _mm_loadu_si128, _mm_prefetch, _mm256_loadu_epi16, _mm512_add_ps,
+    _mm512_castsi512_ps, _mm512_cvtepi8_epi32, _mm512_cvtepi32_ps, _mm512_cvtepu16_epi32, _mm512_dpbf16_ps,
+    _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_mask_storeu_ps, _mm512_maskz_loadu_ps, _mm512_set1_epi32, _mm512_set1_ps,
+    _mm512_setzero_ps, _mm512_slli_epi32, _mm512_storeu_ps,
 };
-use std::array;
 use std::mem::transmute;
 
-use super::kernel::Kernel;
-use super::left::{TILE, TILE_ROWS, TILE_WIDTH, in_tiles, to_bf16};
+use super::left::{TILE, TILE_WIDTH};
 use super::panels::GROUP;
 
 /// Numbers in a vector.
@@ -173,68 +169,6 @@ macro_rules! by_rows {
     };
 }
 
-/// Writes up to 16 rows of so many values into tiles, from a column of the first on, rounded to bf16, if the processor has an
-/// instruction that rounds. Tile by tile, as they lie in memory.
-pub(super) fn round_tiles(
-    tiles: &mut [u16],
-    rows: usize,
-    (column, width): (usize, usize),
-    values: &[f32],
-    stride: usize,
-) -> bool {
-    if !Kernel::Avx512Bf16.available() {
-        return false;
-    }
-    assert!((1..=TILE_ROWS).contains(&rows) && (rows - 1) * stride + width <= values.len(), "all rows are there");
-    if column == 0 && tiles.len() == width * TILE_ROWS {
-        for (number, tile) in tiles.chunks_exact_mut(TILE).enumerate() {
-            // SAFETY: the instructions are there; by the assert, so are 32 values of each row.
-            unsafe { round_tile(tile, rows, values.as_ptr().add(number * TILE_WIDTH), stride) };
-        }
-    } else {
-        for row in 0..rows {
-            // SAFETY: the instructions are there.
-            unsafe { round_row(tiles, row, column, &values[row * stride..][..width]) };
-        }
-    }
-    true
-}
-
-/// # Safety
-/// The instructions must be there, and 32 values of each row.
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
-unsafe fn round_tile(tile: &mut [u16], rows: usize, values: *const f32, stride: usize) {
-    for (row, to) in tile.chunks_exact_mut(TILE_WIDTH).take(rows).enumerate() {
-        // SAFETY: the caller's.
-        unsafe { round(values.add(row * stride), to.as_mut_ptr()) };
-    }
-}
-
-/// # Safety
-/// 32 numbers must be there on both sides.
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
-#[inline]
-unsafe fn round(from: *const f32, to: *mut u16) {
-    // SAFETY: the caller's.
-    unsafe {
-        let [first, second] = [0, LANES].map(|at| _mm512_loadu_ps(from.add(at)));
-        let rounded: __m512i = transmute(_mm512_cvtne2ps_pbh(second, first));
-        _mm512_storeu_epi16(to.cast(), rounded);
-    }
-}
-
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
-fn round_row(tiles: &mut [u16], row: usize, column: usize, values: &[f32]) {
-    in_tiles(tiles, row, column, values, |from, to| {
-        if from.len() < TILE_WIDTH {
-            return to.iter_mut().zip(from).for_each(|(to, from)| *to = to_bf16(*from));
-        }
-        assert!(to.len() == TILE_WIDTH && from.len() == TILE_WIDTH, "pieces fit into a tile");
-        // SAFETY: by the assert, 32 numbers are there on both sides.
-        unsafe { round(from.as_ptr(), to.as_mut_ptr()) };
-    });
-}
-
 /// `c = a · b` (or `+=`) for up to 8 rows of bf16 in tiles, so many along k, and `b` of pairs of k [steps · 16, 32, 2]; `c` has as
 /// many rows of 32 in f32, which are so many values apart as stands beside it.
 ///
@@ -357,41 +291,6 @@ unsafe fn int8_tile<const ROWS: usize>(
         for row in 0..ROWS {
             _mm512_storeu_ps(c.add(row * c_row), sums[row][0]);
             _mm512_storeu_ps(c.add(row * c_row + LANES), sums[row][1]);
-        }
-    }
-}
-
-/// Sixteen rows of sixteen numbers of 32 bits as columns; rows are so many numbers apart as stands beside them.
-///
-/// # Safety
-/// AVX-512 must be there, and sixteen numbers of sixteen rows on both sides.
-#[target_feature(enable = "avx512f")]
-pub(super) unsafe fn transpose((from, from_row): (*const f32, usize), (to, to_row): (*mut f32, usize)) {
-    // SAFETY: the caller's.
-    let rows: [__m512; LANES] = array::from_fn(|row| unsafe { _mm512_loadu_ps(from.add(row * from_row)) });
-    // Numbers of neighbors side by side, then pairs of them, then what is left: quarters of vectors.
-    let pairs: [__m512; LANES] = array::from_fn(|index| {
-        let (a, b) = (rows[index & !1], rows[index | 1]);
-        if index & 1 == 0 { _mm512_unpacklo_ps(a, b) } else { _mm512_unpackhi_ps(a, b) }
-    });
-    let fours: [__m512; LANES] = array::from_fn(|index| {
-        let (row, column) = (index & !3, index & 3);
-        let [a, b] = [pairs[row + column / 2], pairs[row + 2 + column / 2]].map(|pair| _mm512_castps_pd(pair));
-        _mm512_castpd_ps(if column & 1 == 0 { _mm512_unpacklo_pd(a, b) } else { _mm512_unpackhi_pd(a, b) })
-    });
-    for column in 0..4 {
-        let [a, b, c, d] = [0, 4, 8, 12].map(|row| fours[row + column]);
-        let (ab, cd) = (_mm512_shuffle_f32x4::<0x88>(a, b), _mm512_shuffle_f32x4::<0x88>(c, d));
-        let (ab_odd, cd_odd) = (_mm512_shuffle_f32x4::<0xdd>(a, b), _mm512_shuffle_f32x4::<0xdd>(c, d));
-        let whole = [
-            _mm512_shuffle_f32x4::<0x88>(ab, cd),
-            _mm512_shuffle_f32x4::<0x88>(ab_odd, cd_odd),
-            _mm512_shuffle_f32x4::<0xdd>(ab, cd),
-            _mm512_shuffle_f32x4::<0xdd>(ab_odd, cd_odd),
-        ];
-        for (quarter, whole) in whole.into_iter().enumerate() {
-            // SAFETY: the caller's.
-            unsafe { _mm512_storeu_ps(to.add((quarter * 4 + column) * to_row), whole) };
         }
     }
 }

@@ -255,23 +255,21 @@ impl Keys {
 
 /// Rows of 32 as a panel: pairs of rows side by side, with zeros after the last.
 fn pair_rows(rows: &[f32], panel: &mut [u16]) {
-    super::vectorized(
-        #[inline(always)]
-        || {
-            let (pairs, last) = rows.as_chunks::<{ 2 * PANEL }>();
-            let (panel, _) = panel.as_chunks_mut::<{ 2 * PANEL }>();
-            let (whole, rest) = panel.split_at_mut(pairs.len());
-            for (to, pair) in whole.iter_mut().zip(pairs) {
-                for column in 0..PANEL {
-                    to[2 * column..][..2].copy_from_slice(&[column, PANEL + column].map(|at| to_bf16(pair[at])));
-                }
-            }
-            rest.as_flattened_mut().fill(0);
-            for (column, value) in last.iter().enumerate() {
-                rest[0][2 * column] = to_bf16(*value);
-            }
-        },
-    );
+    let ((pairs, last), (panel, _)) = (rows.as_chunks::<{ 2 * PANEL }>(), panel.as_chunks_mut::<{ 2 * PANEL }>());
+    let (whole, rest) = panel.split_at_mut(pairs.len());
+    #[cfg(target_arch = "x86_64")]
+    let done = super::rearrange::round_pairs(pairs, whole);
+    #[cfg(not(target_arch = "x86_64"))]
+    let done = false;
+    for (to, pair) in whole.iter_mut().zip(pairs).take(if done { 0 } else { pairs.len() }) {
+        for column in 0..PANEL {
+            to[2 * column..][..2].copy_from_slice(&[column, PANEL + column].map(|at| to_bf16(pair[at])));
+        }
+    }
+    rest.as_flattened_mut().fill(0);
+    for (column, value) in last.iter().enumerate() {
+        rest[0][2 * column] = to_bf16(*value);
+    }
 }
 
 /// Up to 32 values in bf16, and zeros.

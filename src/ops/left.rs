@@ -87,16 +87,14 @@ impl<'a> Left<'a> {
         left
     }
 
-    /// Prepares dense rows of `width` values that `finish(row, values)` has to finish before.
+    /// Prepares dense rows of `width` values that have to be finished before: `finish(first, rows)`, where there are some of them from
+    /// this one on.
     pub(super) fn finished(
         rows: &'a mut [f32],
         width: usize,
         kernel: Kernel,
         mut finish: impl FnMut(usize, &mut [f32]),
     ) -> Self {
-        let mut finish = |first: usize, rows: &mut [f32]| {
-            rows.chunks_exact_mut(width).enumerate().for_each(|(row, values)| finish(first + row, values));
-        };
         let count = rows.len() / width;
         if !kernel.rounds_inputs() {
             finish(0, rows);
@@ -262,12 +260,13 @@ pub(super) fn transpose(values: &[f32], width: usize, to: &mut [f32]) {
         for column in (0..done_columns).step_by(SQUARE) {
             let (from, to) = (&values[row * width + column..], &mut to[column * rows + row..]);
             // SAFETY: the instructions are there, and by the assert a whole square on both sides.
-            unsafe { super::avx512::transpose((from.as_ptr(), width), (to.as_mut_ptr(), rows)) };
+            unsafe { super::rearrange::transpose((from.as_ptr(), width), (to.as_mut_ptr(), rows)) };
         }
     }
     for (column, to) in to.chunks_exact_mut(rows).enumerate() {
-        let rest = if column < done_columns { done_rows } else { 0 };
-        to.iter_mut().zip(values[column..].iter().step_by(width)).skip(rest).for_each(|(to, value)| *to = *value);
+        let done = if column < done_columns { done_rows } else { 0 };
+        let rest = to[done..].iter_mut().enumerate();
+        rest.for_each(|(row, to)| *to = values[(done + row) * width + column]);
     }
 }
 
@@ -289,7 +288,7 @@ fn place(row: usize, channel: usize) -> usize {
 /// Writes up to 16 rows of so many values, from a column of the first tile on.
 fn write_tiles(tiles: &mut [u16], rows: usize, (column, width): (usize, usize), values: &[f32], stride: usize) {
     #[cfg(target_arch = "x86_64")]
-    if super::avx512::round_tiles(tiles, rows, (column, width), values, stride) {
+    if super::rearrange::round_tiles(tiles, rows, (column, width), values, stride) {
         return;
     }
     for (row, values) in values.chunks(stride).take(rows).enumerate() {

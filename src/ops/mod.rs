@@ -6,7 +6,7 @@
 //! * [`kernel`]: which instructions multiply matrices
 //! * [`buffer`], [`shared`]: memory that is used again, and rows that several threads write
 //! * [`matmul`], [`avx512`]: small products in f32
-//! * [`left`], [`panels`], [`products`], [`bf16`], [`pages`], [`amx`]: products with frozen weights, which are packed once
+//! * [`left`], [`panels`], [`products`], [`bf16`], [`pages`], [`amx`], [`rearrange`]: products with frozen weights, which are packed once
 //! * [`codes`]: frozen weights that stay as a GGUF file has them, until a panel is multiplied with
 //! * [`quantized`], [`nf4`]: frozen weights that stay smaller still, unpacked for one layer at a time
 //! * [`rows`]: work on rows, spread over threads
@@ -39,6 +39,8 @@ pub mod pages;
 pub mod panels;
 pub mod products;
 pub mod quantized;
+#[cfg(target_arch = "x86_64")]
+mod rearrange;
 pub mod rope;
 pub mod rows;
 mod shared;

@@ -63,6 +63,8 @@ static OPEN: Mutex<Option<(Arc<Chunk>, usize)>> = Mutex::new(None);
 
 /// Pieces of memory of this many bytes go back to the operating system when they are freed.
 const RETURNED: libc::c_int = 1 << 20;
+/// So much of smaller pieces stays with each thread: what one pass frees the next asks for, and fresh pages cost more than they hold.
+const STAYS: libc::c_int = 1 << 23;
 
 /// Has freed memory go back to the operating system. The C library would learn from the first large piece that is freed to keep
 /// such pieces, and a run that samples and learns in turn would hold the memory of both.
@@ -71,6 +73,7 @@ pub fn return_what_is_freed() {
     // SAFETY: a setting of the allocator, which may be changed at any time; whether it is taken changes nothing but memory.
     unsafe {
         libc::mallopt(libc::M_MMAP_THRESHOLD, RETURNED);
+        libc::mallopt(libc::M_TRIM_THRESHOLD, STAYS);
     }
 }
 

@@ -249,7 +249,7 @@ impl Panels {
                 let mut transposed = Buffer::new(wide_padded * depth);
                 each(&mut transposed, PANEL * wide_padded, threads, |inputs, panel| {
                     let mut room = [0; PANEL * PANEL];
-                    for (to, number) in panel.chunks_exact_mut(block).zip(panels.clone()) {
+                    for (to, number) in panel.as_chunks_mut().0.iter_mut().zip(panels.clone()) {
                         transpose_pairs(self.bf16_block(number, inputs, &mut room), to);
                     }
                 });
@@ -276,14 +276,18 @@ impl Panels {
     }
 
     /// 32 inputs of a panel in bf16. `room` is for those that are in codes.
-    fn bf16_block<'a>(&'a self, panel: usize, inputs: usize, room: &'a mut [u16; PANEL * PANEL]) -> &'a [u16] {
+    fn bf16_block<'a>(
+        &'a self,
+        panel: usize,
+        inputs: usize,
+        room: &'a mut [u16; PANEL * PANEL],
+    ) -> &'a [u16; PANEL * PANEL] {
         match &self.values {
             Values::Codes(codes) => {
                 codes.unpack(panel * codes.blocks() + inputs, room);
                 room
             }
-            _ => &self.bf16(panel).expect("weights of one kernel have one type")[inputs * PANEL * PANEL..]
-                [..PANEL * PANEL],
+            _ => &self.bf16(panel).expect("weights of one kernel have one type").as_chunks().0[inputs],
         }
     }
 
@@ -339,8 +343,11 @@ fn each<T: Send>(values: &mut [T], chunk: usize, threads: Threads, f: impl Fn(us
 }
 
 /// From [input pairs, outputs, 2] to [output pairs, inputs, 2], 32 of each.
-fn transpose_pairs(from: &[u16], to: &mut [u16]) {
-    let from = &from[..PANEL * PANEL];
+fn transpose_pairs(from: &[u16; PANEL * PANEL], to: &mut [u16; PANEL * PANEL]) {
+    #[cfg(target_arch = "x86_64")]
+    if super::rearrange::transpose_pairs(from, to) {
+        return;
+    }
     for (outputs, to) in to.chunks_exact_mut(2 * PANEL).enumerate() {
         for (to, from) in to.chunks_exact_mut(4).zip(from.chunks_exact(2 * PANEL)) {
             let pairs = &from[4 * outputs..][..4];
