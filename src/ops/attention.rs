@@ -7,7 +7,6 @@
 //! query's result is the same bits whether it is computed with others or by itself. Branches of one prompt walk over its keys
 //! together.
 
-use std::array;
 use std::ops::Range;
 
 use super::buffer::Buffer;
@@ -16,7 +15,7 @@ use super::left::Left;
 use super::panels::Threads;
 use super::rows::in_turns;
 use super::shared::SharedRows;
-use super::{exp, vectorized};
+use super::{LANES, across, exp, larger, vectorized};
 
 /// Consecutive query rows of one sequence, and the key rows that hold its context.
 ///
@@ -65,8 +64,6 @@ pub struct Heads {
 const QUERIES: usize = 32;
 /// Blocks that each thread should have at least, where there are so many queries.
 const BLOCKS_PER_THREAD: usize = 4;
-/// Strands of a sum over keys.
-const LANES: usize = 16;
 
 /// Consecutive queries of one span.
 pub(super) struct Part<'a> {
@@ -138,7 +135,7 @@ pub(super) struct Block<'a> {
 }
 
 impl<'a> Block<'a> {
-    fn queries(&self) -> usize {
+    pub(super) fn queries(&self) -> usize {
         self.parts.iter().map(|part| part.len).sum()
     }
 
@@ -348,32 +345,14 @@ fn exponentials<'a>(
     }
 }
 
-/// One instruction, as f32's own is not. Of a NaN the sum will be one.
-#[inline(always)]
-fn larger(a: f32, b: f32) -> f32 {
-    if a > b { a } else { b }
-}
-
-/// One number of a vector's, by halves.
-#[inline(always)]
-fn across(lanes: [f32; LANES], f: impl Fn(f32, f32) -> f32) -> f32 {
-    let eight: [f32; 8] = array::from_fn(|lane| f(lanes[lane], lanes[lane + 8]));
-    let four: [f32; 4] = array::from_fn(|lane| f(eight[lane], eight[lane + 4]));
-    f(f(four[0], four[2]), f(four[1], four[3]))
-}
-
 /// Σ a · b.
 #[inline(always)]
 pub(super) fn dot(a: &[f32], b: &[f32]) -> f32 {
-    vectorized(
-        #[inline(always)]
-        || {
-            let mut lanes = [0.0f32; LANES];
-            let (a, b) = (a.chunks(LANES), b.chunks(LANES));
-            a.zip(b).for_each(|(a, b)| lanes.iter_mut().zip(a.iter().zip(b)).for_each(|(lane, (a, b))| *lane += a * b));
-            across(lanes, |a, b| a + b)
-        },
-    )
+    let mut strands = [0.0f32; LANES];
+    for (a, b) in a.chunks(LANES).zip(b.chunks(LANES)) {
+        strands.iter_mut().zip(a.iter().zip(b)).for_each(|(strand, (a, b))| *strand += a * b);
+    }
+    across(strands, |a, b| a + b)
 }
 
 #[inline(always)]

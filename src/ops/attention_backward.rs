@@ -59,7 +59,10 @@ pub fn backward(heads: Heads, saved: &Saved, spans: &[Span], gradients: Gradient
             for (to, from) in part.queries().zip(queries.chunks_exact(chunk)) {
                 // SAFETY: each query row's heads belong to one block.
                 let to = unsafe { d_queries.part(to, head * chunk..head * chunk + chunk) };
-                to.iter_mut().zip(from).for_each(|(to, from)| *to = heads.scale * from);
+                vectorized(
+                    #[inline(always)]
+                    || to.iter_mut().zip(from).for_each(|(to, from)| *to = heads.scale * from),
+                );
             }
         }
         let mut block = Buffer::new(BLOCK * dim);
@@ -134,14 +137,21 @@ impl TreeGradient {
 /// Of a block of one part: by queries and the heads that share the key head.
 fn known(heads: Heads, block: Block, saved: &Saved) -> Vec<Known> {
     let (dim, group) = (heads.dim, heads.group());
-    let queries = block.parts[0].queries().zip(heads.visible(block));
-    let all = queries.flat_map(|(row, visible)| (0..group).map(move |of_group| (row, of_group, visible.clone())));
-    let known = |(row, of_group, visible): (usize, usize, _)| {
-        let index = row * heads.query + block.key_head * group + of_group;
-        let [grad, attended] = [saved.grad, saved.attended].map(|x| &x[index * dim..][..dim]);
-        Known { log_sum: saved.log_sums[index], pull: dot(grad, attended), visible }
-    };
-    all.map(known).collect()
+    let mut all = Vec::with_capacity(block.queries() * group);
+    for (row, visible) in block.parts[0].queries().zip(heads.visible(block)) {
+        let first = row * heads.query + block.key_head * group;
+        vectorized(
+            #[inline(always)]
+            || {
+                for index in first..first + group {
+                    let [grad, attended] = [saved.grad, saved.attended].map(|x| &x[index * dim..][..dim]);
+                    let (log_sum, pull) = (saved.log_sums[index], dot(grad, attended));
+                    all.push(Known { log_sum, pull, visible: visible.clone() });
+                }
+            },
+        );
+    }
+    all
 }
 
 /// Turns scores before the cap into weights, and the gradients of the weights into those of these scores, for some queries and a block

@@ -19,6 +19,8 @@ const AHEAD: usize = 2;
 const STEP: usize = codes::BLOCK * size_of::<u16>() / LINE;
 /// Lines that are fetched in a step of many rows.
 const LINES: usize = 4;
+/// Memory from the first to the last row of a product that is too much to be in the second-level cache already, in bytes.
+const FAR: usize = 1 << 18;
 /// No ring: every step has a place of its own.
 const WHOLE: usize = 1 << (usize::BITS - 1);
 
@@ -140,8 +142,13 @@ fn many_rows(
         tile_rows::<false>(tiles, walks, 0..TILE_ROWS, c, add, |step| codes.unpack(part.start + step + AHEAD));
         row = TILE_ROWS;
     }
+    // Sums that are not in the cache would be waited for, so they are asked for while the rows before them are computed.
+    let far = !add && c.bytes() >= FAR;
     while row < operands.rows {
-        let height = c.stretch(row);
+        let height = if far { TILE_ROWS } else { c.stretch(row) };
+        if far {
+            c.fetch(row + TILE_ROWS..row + 2 * TILE_ROWS);
+        }
         let walks = operands.walks(row, part.clone());
         tile_rows::<false>(tiles, walks, row..row + height, c, add, |_| {
             if let Some(line) = next.next() {

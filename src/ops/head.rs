@@ -12,7 +12,7 @@ use super::buffer::Buffer;
 use super::left::Left;
 use super::panels::{Panels, Threads};
 use super::rows::{in_blocks, scratch};
-use super::{exp, vectorized};
+use super::{LANES, across, exp, larger, vectorized};
 
 /// How logits are made from `weight · hidden`.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -71,17 +71,18 @@ impl Tally {
     /// Adds a stretch of logits. Each of them is replaced by what `then` makes of it and of exp(z − m).
     #[inline(always)]
     fn add(&mut self, logits: &mut [f32], then: impl Fn(f32, f32) -> f32) {
-        let max = logits.iter().copied().fold(self.max, f32::max);
-        let (mut sums, mut weighted) = ([0.0f32; 16], [0.0f32; 16]);
-        for chunk in logits.chunks_mut(16) {
-            for ((z, sum), weighted) in chunk.iter_mut().zip(&mut sums).zip(&mut weighted) {
-                let e = exp(*z - max);
-                *sum += e;
-                *weighted += e * (*z - max);
-                *z = then(*z, e);
-            }
+        let (whole, rest) = logits.as_chunks_mut::<LANES>();
+        let mut most = [self.max; LANES];
+        for chunk in &*whole {
+            most.iter_mut().zip(chunk).for_each(|(most, z)| *most = larger(*most, *z));
         }
-        let total = |lanes: [f32; 16]| lanes.iter().map(|&lane| f64::from(lane)).sum::<f64>();
+        let max = rest.iter().copied().fold(across(most, larger), larger);
+        let (mut sums, mut weighted) = ([0.0f32; LANES], [0.0f32; LANES]);
+        for chunk in whole {
+            exponentials(chunk, max, (&mut sums, &mut weighted), &then);
+        }
+        exponentials(rest, max, (&mut sums, &mut weighted), &then);
+        let total = |lanes: [f32; LANES]| lanes.iter().map(|&lane| f64::from(lane)).sum::<f64>();
         if self.sum > 0.0 {
             // What was summed up so far, seen from the new maximum.
             let shift = f64::from(self.max - max);
@@ -100,6 +101,22 @@ impl Tally {
     /// −Σ p ln p = ln Σ exp(z − m) − Σ p (z − m).
     fn entropy(&self) -> f32 {
         (self.sum.ln() - self.weighted / self.sum) as f32
+    }
+}
+
+/// Adds e = exp(z − m) and e · (z − m) of up to sixteen logits z, which become `then(z, e)`, to their strands.
+#[inline(always)]
+fn exponentials(
+    logits: &mut [f32],
+    max: f32,
+    (sums, weighted): (&mut [f32; LANES], &mut [f32; LANES]),
+    then: &impl Fn(f32, f32) -> f32,
+) {
+    for ((z, sum), weighted) in logits.iter_mut().zip(sums).zip(weighted) {
+        let e = exp(*z - max);
+        *sum += e;
+        *weighted += e * (*z - max);
+        *z = then(*z, e);
     }
 }
 
@@ -413,8 +430,8 @@ impl<'a> RowLogits<'a> {
 /// The sum of the probabilities of a stretch of tokens.
 #[inline(always)]
 fn total(logits_v: &[f32], probability: impl Fn(f32) -> f32) -> f64 {
-    let mut lanes = [0.0f32; 16];
-    for chunk in logits_v.chunks(16) {
+    let mut lanes = [0.0f32; LANES];
+    for chunk in logits_v.chunks(LANES) {
         chunk.iter().zip(&mut lanes).for_each(|(z, lane)| *lane += probability(*z));
     }
     lanes.iter().map(|&lane| f64::from(lane)).sum()

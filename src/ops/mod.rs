@@ -52,6 +52,23 @@ pub(crate) fn vectorized<R>(f: impl FnOnce() -> R) -> R {
     pulp::Arch::new().dispatch(f)
 }
 
+/// Strands of a sum, or of a maximum, over a row: a vector of the widest.
+pub(crate) const LANES: usize = 16;
+
+/// One number of all strands, by halves.
+#[inline(always)]
+pub(crate) fn across(strands: [f32; LANES], f: impl Fn(f32, f32) -> f32) -> f32 {
+    let eight: [f32; 8] = std::array::from_fn(|lane| f(strands[lane], strands[lane + 8]));
+    let four: [f32; 4] = std::array::from_fn(|lane| f(eight[lane], eight[lane + 4]));
+    f(f(four[0], four[2]), f(four[1], four[3]))
+}
+
+/// The larger number. In one instruction, which f32's own is not: it looks for NaN. Here a NaN is lost or not.
+#[inline(always)]
+pub(crate) fn larger(a: f32, b: f32) -> f32 {
+    if a > b { a } else { b }
+}
+
 /// eˣ by a polynomial that the compiler can vectorize; relative error below 3e-7 for −87 ≤ x ≤ 88, zero below −87.3.
 ///
 /// Range reduction by ln 2 in two parts, then the degree-6 Taylor polynomial on |r| ≤ ln 2 / 2. NaN stays NaN.

@@ -186,6 +186,11 @@ impl Columns<'_> {
         (self.start, self.stride)
     }
 
+    /// Memory from the first row to the last, in bytes.
+    pub(super) fn bytes(&self) -> usize {
+        self.rows * self.stride * size_of::<f32>()
+    }
+
     /// How many columns.
     pub fn width(&self) -> usize {
         self.width
