@@ -88,12 +88,22 @@ pub fn attention<'a>(x: &[Vec<f32>], heads: Heads, spans: &'a [Span], kernel: Ke
     let (attended, x) = (value.clone(), x.to_vec());
     let backward = move |grad: &[f32]| {
         let swapped = stored(heads, &x[2], &x[1], spans, kernel);
-        let mut gradients = [vec![f32::NAN; x[0].len()], vec![0.0; x[1].len()], vec![0.0; x[2].len()]];
-        let [queries, d_keys, values] = &mut gradients;
+        let (rows, width) = (x[0].len() / (heads.query * heads.dim), heads.key * heads.dim);
+        let mut by_rows = [x[0].len(), rows * width, rows * width].map(|len| vec![f32::NAN; len]);
+        let [queries, d_keys, values] = &mut by_rows;
         let saved =
             Saved { queries: &x[0], keys: &keys, swapped: &swapped, attended: &attended, log_sums: &log_sums, grad };
         attention_backward::backward(heads, &saved, spans, Gradients { queries, keys: d_keys, values });
-        gradients.into()
+        let [queries, d_keys, values] = by_rows;
+        let stored = [d_keys, values].map(|rows| {
+            let mut stored = vec![0.0; x[1].len()];
+            for Span { queries, own, .. } in spans {
+                let rows = &rows[queries.start * width..queries.end * width];
+                stored[own.start * width..own.end * width].copy_from_slice(rows);
+            }
+            stored
+        });
+        [vec![queries], stored.into()].concat()
     };
     Computed { value, backward: Box::new(backward) }
 }

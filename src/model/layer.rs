@@ -320,27 +320,16 @@ impl Work<'_> {
         in_order(parts)
     }
 
-    /// Gradients of queries, keys and values, by rows of the call.
+    /// Gradients of queries, keys and values.
     fn attention_backward(&self, kept: &Attended, keys: &Keys, swapped: &mut Keys, d_attended: &[f32]) -> [Buffer; 3] {
         let (heads, call) = (self.heads(), self.call.call);
-        let width = heads.key * heads.dim;
-        swapped.write(&kept.values, &kept.keys, call.stores);
-        let mut d_queries = Buffer::new(kept.queries.len());
-        let key_rows = call.spans.iter().map(|span| span.own.end).max().unwrap_or(0);
-        let (mut stored_keys, mut stored_values) = (Buffer::new(key_rows * width), Buffer::new(key_rows * width));
         let Attended { queries, attended, log_sums, .. } = kept;
+        swapped.write(&kept.values, &kept.keys, call.stores);
         let saved = Saved { queries, keys, swapped, attended, log_sums, grad: d_attended };
-        let gradients = Gradients { queries: &mut d_queries, keys: &mut stored_keys, values: &mut stored_values };
-        attention_backward::backward(heads, &saved, call.spans, gradients);
-        let by_rows = |stored: &[f32]| {
-            let mut rows = Buffer::new(kept.keys.len());
-            for store in call.stores {
-                rows[store.from.start * width..store.from.end * width]
-                    .copy_from_slice(&stored[store.to * width..(store.to + store.from.len()) * width]);
-            }
-            rows
-        };
-        [d_queries, by_rows(&stored_keys), by_rows(&stored_values)]
+        let mut all = [queries, &kept.keys, &kept.values].map(|of| Buffer::new(of.len()));
+        let [queries, keys, values] = &mut all;
+        attention_backward::backward(heads, &saved, call.spans, Gradients { queries, keys, values });
+        all
     }
 
     /// From queries, keys and values to the layer's input: `grad` gets what comes through them.

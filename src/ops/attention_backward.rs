@@ -29,18 +29,18 @@ pub struct Saved<'a> {
     pub grad: &'a [f32],
 }
 
-/// Where gradients go: of queries by rows of the call, of keys and values by key rows.
+/// Where gradients go, by rows of the call.
 pub struct Gradients<'a> {
     /// [rows, query · dim].
     pub queries: &'a mut [f32],
-    /// [key rows, key · dim].
+    /// [rows, key · dim].
     pub keys: &'a mut [f32],
-    /// [key rows, key · dim].
+    /// [rows, key · dim].
     pub values: &'a mut [f32],
 }
 
-/// The gradients of a forward pass over whole trees: each begins with the span of its prompt, which has no prefix, and its
-/// keys lie together.
+/// The gradients of a forward pass over whole trees: each begins with the span of its prompt, which has no prefix, its keys lie
+/// together, and every span's own keys are those of its queries.
 pub fn backward(heads: Heads, saved: &Saved, spans: &[Span], gradients: Gradients) {
     let starts = (0..spans.len()).filter(|&index| spans[index].prefix.is_empty());
     let mut starts: Vec<usize> = starts.collect();
@@ -67,11 +67,14 @@ pub fn backward(heads: Heads, saved: &Saved, spans: &[Span], gradients: Gradient
         }
         let mut block = Buffer::new(BLOCK * dim);
         for (to, from_t) in [(&d_keys, &own.keys_t), (&d_values, &own.values_t)] {
-            for (first, from_t) in own.rows.clone().step_by(BLOCK).zip(from_t.chunks_exact(dim * BLOCK)) {
-                transpose(from_t, BLOCK, &mut block);
-                for (row, from) in (first..own.rows.end).zip(block.chunks_exact(dim)) {
-                    // SAFETY: each tree has its own key rows, and each task its own columns.
-                    unsafe { to.part(row, head * dim..head * dim + dim) }.copy_from_slice(from);
+            for span in *tree {
+                let blocks = from_t[(span.own.start - own.first) * dim..].chunks_exact(dim * BLOCK);
+                for (first, from_t) in span.queries.clone().step_by(BLOCK).zip(blocks) {
+                    transpose(from_t, BLOCK, &mut block);
+                    for (row, from) in (first..span.queries.end).zip(block.chunks_exact(dim)) {
+                        // SAFETY: each span has its own rows, and each task its own columns.
+                        unsafe { to.part(row, head * dim..head * dim + dim) }.copy_from_slice(from);
+                    }
                 }
             }
         }
@@ -80,8 +83,8 @@ pub fn backward(heads: Heads, saved: &Saved, spans: &[Span], gradients: Gradient
 
 /// Gradients of the keys and values of one tree and key head, by blocks, transposed: [blocks, dim, 32].
 struct TreeGradient {
-    /// The key rows.
-    rows: Range<usize>,
+    /// The first key row.
+    first: usize,
     keys_t: Buffer,
     values_t: Buffer,
 }
@@ -100,7 +103,7 @@ impl TreeGradient {
         let rows = tree.iter().map(|span| span.own.start).min().unwrap_or(0)
             ..tree.iter().map(|span| span.own.end).max().unwrap_or(0);
         let [keys_t, values_t] = [(); 2].map(|()| Buffer::zeros(padded(rows.len()) * dim));
-        Self { rows, keys_t, values_t }
+        Self { first: rows.start, keys_t, values_t }
     }
 
     /// With P the weights, D = rowsum(dO · O) and dS = P · (dO Vᵀ − D): adds dK = dSᵀ Q and dV = Pᵀ dO of some queries, and returns
@@ -121,7 +124,7 @@ impl TreeGradient {
                 swapped.scores(&d_outputs, head, block..block + 1, (&mut d_scores, BLOCK), room);
                 let column = start + number * BLOCK;
                 score_gradients(&mut weights, &mut d_scores, &rows, (of_context, column), heads.soft_cap);
-                let at = (block * BLOCK - self.rows.start) * dim..(block * BLOCK + BLOCK - self.rows.start) * dim;
+                let at = (block * BLOCK - self.first) * dim..(block * BLOCK + BLOCK - self.first) * dim;
                 keys.add_product(&queries_t, &d_scores, &mut self.keys_t[at.clone()]);
                 keys.add_product(&d_outputs_t, &weights, &mut self.values_t[at]);
                 let left = Left::new(&d_scores[..rows.len() * BLOCK], BLOCK, kernel);
