@@ -12,7 +12,7 @@ use crate::cuda::plan;
 use crate::given;
 use crate::inputs::Inputs;
 use crate::learner::tree::{Piece, batches, pieces};
-use crate::model::host::kept_layers;
+use crate::model::host::{kept_layers, kept_width};
 use crate::model::stored::reading_bytes;
 use crate::model::{Architecture, Footprint, KeyValueStore, Projection};
 use crate::ops::keys::BLOCK;
@@ -241,7 +241,7 @@ impl Work {
     /// Numbers alive in the backward pass of the last layer.
     fn learning(&self, architecture: &Architecture) -> usize {
         let Architecture { hidden, heads, key_value_heads, head_dim, ref layers, .. } = *architecture;
-        let kept = kept_layers(architecture, self.micro_rows).max(1) * architecture.attention_width();
+        let kept = kept_layers(architecture, self.micro_rows).max(1) * kept_width(architecture);
         // The inputs of all layers and a gradient; those of queries, keys and values, and of what attention returned.
         let widths = (layers.len() + 2) * hidden + kept + 2 * (heads + key_value_heads) * head_dim;
         // Keys and values in both layouts, and their gradients.

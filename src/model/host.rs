@@ -23,7 +23,7 @@ use crate::ops::rows::on_the_pool;
 use crate::policy::Adapter;
 
 /// What attention may keep for the backward pass of a micro-batch instead of computing it again, in bytes.
-const KEPT: usize = 1 << 29;
+const KEPT: usize = 5 << 27;
 
 /// The frozen tensors, and what multiplies with them.
 pub(super) struct Decoder {
@@ -121,10 +121,17 @@ impl Decoder {
 
     /// One layer: `x` [rows, hidden] to the output, of the same shape, and what attention did on the way. The call's keys and
     /// values are added to `keys`.
-    fn layer(&self, index: usize, x: &[f32], context: &LayerCall, keys: &mut Keys) -> Result<(Buffer, Attended)> {
+    fn layer(
+        &self,
+        index: usize,
+        x: &[f32],
+        context: &LayerCall,
+        keys: &mut Keys,
+        keep: bool,
+    ) -> Result<(Buffer, Attended)> {
         on_the_pool(|| {
             let mut y = Buffer::new(x.len());
-            let attended = self.work(index, context)?.forward(x, keys, &mut y);
+            let attended = self.work(index, context)?.forward(x, keys, &mut y, keep);
             Ok((y, attended))
         })
     }
@@ -172,7 +179,7 @@ impl Decoder {
         let context = LayerCall::new(&self.architecture, call, None);
         let mut x = self.embed(call);
         for (index, keys) in store.iter_mut().enumerate() {
-            x = self.layer(index, &x, &context, keys)?.0;
+            x = self.layer(index, &x, &context, keys, false)?.0;
         }
         Ok(self.normed(&x, selected))
     }
@@ -196,7 +203,7 @@ impl Decoder {
         let (mut keys, mut inputs) = (self.keys(call), Vec::new());
         let mut x = self.embed(call);
         for index in 0..self.layers.len() {
-            let (output, attended) = self.layer(index, &x, &context, &mut keys)?;
+            let (output, attended) = self.layer(index, &x, &context, &mut keys, index < kept)?;
             if keep {
                 inputs.push((x, (index < kept).then_some(attended)));
             }
@@ -247,9 +254,15 @@ impl Decoder {
     }
 }
 
+/// Numbers that are kept of a row in a layer: what attention was given and returned, and the residual stream after it.
+pub fn kept_width(architecture: &Architecture) -> usize {
+    let middle = if architecture.output_norms { 0 } else { architecture.hidden };
+    architecture.attention_width() + middle
+}
+
 /// How many layers' attention is kept in a micro-batch of so many rows.
 pub fn kept_layers(architecture: &Architecture, rows: usize) -> usize {
-    (KEPT / (size_of::<f32>() * architecture.attention_width() * rows).max(1)).min(architecture.layers.len())
+    (KEPT / (size_of::<f32>() * kept_width(architecture) * rows).max(1)).min(architecture.layers.len())
 }
 
 impl Layer {

@@ -64,13 +64,14 @@ const HEADS: [Projection; 3] = [Projection::QProj, Projection::KProj, Projection
 /// Gradients of a layer's adapter, by [`Projection`].
 pub type AdapterGradient = [Option<LowRankGradient>; 7];
 
-/// What attention was given and returned; rows of the call.
+/// What attention was given and returned, and the residual stream after it if that is kept too; rows of the call.
 pub struct Attended {
     queries: Buffer,
     keys: Buffer,
     values: Buffer,
     attended: Buffer,
     log_sums: LogSums,
+    middle: Option<Buffer>,
 }
 
 impl<'a> Work<'a> {
@@ -165,27 +166,35 @@ impl<'a> Work<'a> {
         keys.write(&new_keys, &values, self.call.call.stores);
         let (mut attended, mut log_sums) = (Buffer::new(rows * wide), Buffer::new(rows * heads.query));
         attention::forward(heads, &queries, keys, self.call.call.spans, &mut attended, &mut log_sums);
-        Attended { queries, keys: new_keys, values, attended, log_sums }
+        Attended { queries, keys: new_keys, values, attended, log_sums, middle: None }
     }
 
-    /// `y = layer(x)`, both [rows, hidden]; new keys and values are added to `keys`. Returns what attention did.
-    pub fn forward(&self, x: &[f32], keys: &mut Keys, y: &mut [f32]) -> Attended {
+    /// `y = layer(x)`, both [rows, hidden]; new keys and values are added to `keys`. Returns what attention did, for a backward pass
+    /// if it is to be kept.
+    pub fn forward(&self, x: &[f32], keys: &mut Keys, y: &mut [f32], keep: bool) -> Attended {
         let (hidden, width) = (self.architecture.hidden, self.heads().query * self.heads().dim);
-        let kept = self.attend(x, keys);
+        let mut kept = self.attend(x, keys);
         let attended = &kept.attended;
+        // What was normalized is computed again anyway.
+        let mut middle = (keep && !self.architecture.output_norms).then(|| Buffer::new(x.len()));
+        let to_middle = middle.as_deref_mut().map_or((&mut [][..], 0), |middle| (middle, hidden));
         in_blocks(
             self.rows(),
-            [(y, hidden)],
+            [(y, hidden), to_middle],
             || (),
-            |(), rows, [y], threads| {
+            |(), rows, [y, to_middle], threads| {
                 let x = &x[rows.start * hidden..rows.end * hidden];
                 let attended = &attended[rows.start * width..rows.end * width];
                 let middle = self.middle(x, attended, &rows, threads);
+                if !to_middle.is_empty() {
+                    to_middle.copy_from_slice(&middle.x);
+                }
                 let left = |part: &Range<usize>| self.normed(&self.layer.feed_forward_norm, &middle.x, part);
                 let returned = self.feed_forward(left, &rows, threads);
                 add_normed(&middle.x, &returned, self.layer.feed_forward_output_norm.as_ref(), y);
             },
         );
+        kept.middle = middle;
         kept
     }
 
@@ -249,8 +258,8 @@ fn add_normed(x: &[f32], returned: &[f32], norm: Option<&RmsNorm>, y: &mut [f32]
 }
 
 /// The gradient of what a block returned, from that of the residual sum; `None` if that is the same.
-fn before_norm(returned: &[f32], norm: Option<&RmsNorm>, grad: &[f32]) -> Option<Buffer> {
-    norm.map(|norm| {
+fn before_norm(returned: Option<&[f32]>, norm: Option<&RmsNorm>, grad: &[f32]) -> Option<Buffer> {
+    returned.zip(norm).map(|(returned, norm)| {
         let mut before = Buffer::zeros(grad.len());
         norm.backward(returned, grad, &mut before);
         before
@@ -285,7 +294,7 @@ impl Work<'_> {
         };
         let (wide, rows) = (self.heads().query * self.heads().dim, self.rows());
         let mut d_attended = Buffer::new(rows * wide);
-        let mut gradient = self.middle_backward(x, &kept.attended, grad, &mut d_attended, &transposed);
+        let mut gradient = self.middle_backward(x, &kept, grad, &mut d_attended, &transposed);
         let [queries, keys, values] = self.attention_backward(&kept, keys, swapped, &d_attended);
         let first = self.heads_backward(x, grad, [queries, keys, values], &transposed);
         for (total, part) in gradient.iter_mut().zip(first) {
@@ -298,7 +307,7 @@ impl Work<'_> {
     fn middle_backward(
         &self,
         x: &[f32],
-        attended: &[f32],
+        kept: &Attended,
         grad: &mut [f32],
         d_attended: &mut [f32],
         transposed: &[Panels; 7],
@@ -307,12 +316,15 @@ impl Work<'_> {
         let outputs = [(grad, hidden), (d_attended, width)];
         let parts = in_blocks(self.rows(), outputs, Default::default, |gradient, rows, [grad, d_attended], threads| {
             let x = &x[rows.start * hidden..rows.end * hidden];
-            let attended = &attended[rows.start * width..rows.end * width];
-            let Middle { returned, x } = self.middle(x, attended, &rows, threads);
+            let attended = &kept.attended[rows.start * width..rows.end * width];
+            let middle = kept.middle.as_ref().map(|middle| &middle[rows.start * hidden..rows.end * hidden]);
+            let again = middle.is_none().then(|| self.middle(x, attended, &rows, threads));
+            let x = middle.or(again.as_ref().map(|middle| &*middle.x)).expect("what was not kept was computed again");
             let mut back = Back { work: self, transposed, gradient, rows, threads };
-            let d_normed = back.through_feed_forward(&x, grad);
-            self.layer.feed_forward_norm.backward(&x, &d_normed, grad);
-            let d_returned = before_norm(&returned, self.layer.attention_output_norm.as_ref(), grad);
+            let d_normed = back.through_feed_forward(x, grad);
+            self.layer.feed_forward_norm.backward(x, &d_normed, grad);
+            let returned = again.as_ref().map(|middle| &*middle.returned);
+            let d_returned = before_norm(returned, self.layer.attention_output_norm.as_ref(), grad);
             let d_returned = d_returned.as_deref().unwrap_or(grad);
             let left = Left::new(attended, width, self.kernel);
             back.through(Projection::OProj, d_returned, (attended, &left), d_attended, false);
@@ -429,7 +441,7 @@ impl<'a> Back<'a> {
         let mut normed = Buffer::new(x.len());
         work.layer.feed_forward_norm.forward(x, &mut normed);
         let returned = norm.map(|_| work.feed_forward(|part| work.dense(&normed, hidden, part), &rows, threads));
-        let d_returned = before_norm(returned.as_deref().unwrap_or(&[]), norm, grad);
+        let d_returned = before_norm(returned.as_deref(), norm, grad);
         let d_returned = d_returned.as_deref().unwrap_or(grad);
         let (x, grad) = (Left::new(&normed, hidden, work.kernel), Left::new(d_returned, hidden, work.kernel));
         let [gate, up, out] =
