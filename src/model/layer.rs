@@ -1,7 +1,8 @@
 //! One layer of the decoder, forward and backward.
 //!
-//! The backward pass computes the layer again from its input, so that nothing but the inputs of layers is kept. What is
-//! computed from a block of rows stays in the cache from the norm to the residual sum.
+//! The backward pass computes the layer again from its input, so that nothing but the inputs of layers has to be kept; what attention
+//! did, and the residual stream after it, may be. What is computed from a block of rows stays in the cache from the norm to the
+//! residual sum.
 
 use std::ops::Range;
 

@@ -1,5 +1,5 @@
 //! Work on rows, spread over the threads: many rows in blocks of which each thread takes the next when it is done with one, few rows
-//! all at once with the threads inside the products.
+//! all at once with the threads inside the products. A thread for which no block is left helps inside the products of the others.
 
 use std::ops::Range;
 use std::sync::Mutex;
@@ -49,7 +49,7 @@ pub fn in_blocks<const N: usize, S: Send>(
         for number in turns {
             let (state, task) = &mut *tasks[number].lock().expect("nobody else has it");
             let (block, outputs) = task.take().expect("each is taken once");
-            f(state, block, outputs, Threads::One);
+            f(state, block, outputs, Threads::All);
         }
     });
     tasks.into_iter().map(|task| task.into_inner().expect("no thread panicked").0).collect()
