@@ -23,7 +23,7 @@ use crate::ops::rows::on_the_pool;
 use crate::policy::Adapter;
 
 /// What attention may keep for the backward pass of a micro-batch instead of computing it again, in bytes.
-const KEPT: usize = 5 << 27;
+const KEPT: usize = 3 << 28;
 
 /// The frozen tensors, and what multiplies with them.
 pub(super) struct Decoder {

@@ -198,7 +198,7 @@ fn each_score_gradient(
                 let seen = |end: usize| end.clamp(column, column + BLOCK) - column;
                 let seen = seen(visible[of_context].start)..seen(visible[of_context].end);
                 if seen.len() < BLOCK {
-                    for outside in [0..seen.start, seen.end.max(seen.start)..BLOCK] {
+                    for outside in [0..seen.start, seen.end..BLOCK] {
                         scores[outside.clone()].fill(0.0);
                         d_scores[outside].fill(0.0);
                     }

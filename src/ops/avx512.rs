@@ -13,11 +13,9 @@ use std::arch::x86_64::{
 };
 use std::mem::transmute;
 
+use super::LANES;
 use super::left::{TILE, TILE_WIDTH};
 use super::panels::GROUP;
-
-/// Numbers in a vector.
-const LANES: usize = 16;
 
 /// Sixteen numbers, those outside the mask zero.
 ///

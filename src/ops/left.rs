@@ -9,7 +9,7 @@ use super::buffer::{Buffer, copy};
 use super::dropout::Mask;
 use super::kernel::{Kernel, has_avx512};
 use super::shared::SharedRows;
-use super::vectorized;
+use super::{LANES, vectorized};
 
 /// Rows of a tile.
 pub(super) const TILE_ROWS: usize = 16;
@@ -17,9 +17,6 @@ pub(super) const TILE_ROWS: usize = 16;
 pub(super) const TILE_WIDTH: usize = 32;
 /// Numbers in a tile.
 pub(super) const TILE: usize = TILE_ROWS * TILE_WIDTH;
-
-/// Rows and columns that are exchanged at once.
-const SQUARE: usize = 16;
 
 /// Rows for products, of some width.
 pub struct Left<'a> {
@@ -253,11 +250,11 @@ impl SharedLeft<'_> {
 pub(super) fn transpose(values: &[f32], width: usize, to: &mut [f32]) {
     let rows = values.len() / width;
     assert!(values.len() == rows * width && to.len() == values.len(), "as many columns as rows had values");
-    let squares = |count: usize| if has_avx512() { count / SQUARE * SQUARE } else { 0 };
+    let squares = |count: usize| if has_avx512() { count / LANES * LANES } else { 0 };
     let (done_rows, done_columns) = (squares(rows), squares(width));
     #[cfg(target_arch = "x86_64")]
-    for row in (0..done_rows).step_by(SQUARE) {
-        for column in (0..done_columns).step_by(SQUARE) {
+    for row in (0..done_rows).step_by(LANES) {
+        for column in (0..done_columns).step_by(LANES) {
             let (from, to) = (&values[row * width + column..], &mut to[column * rows + row..]);
             // SAFETY: the instructions are there, and by the assert a whole square on both sides.
             unsafe { super::rearrange::transpose((from.as_ptr(), width), (to.as_mut_ptr(), rows)) };

@@ -52,7 +52,7 @@ pub(crate) fn vectorized<R>(f: impl FnOnce() -> R) -> R {
     pulp::Arch::new().dispatch(f)
 }
 
-/// Strands of a sum, or of a maximum, over a row: a vector of the widest.
+/// Numbers of 32 bits in the widest vector: strands of a sum, or of a maximum, over a row.
 pub(crate) const LANES: usize = 16;
 
 /// One number of all strands, by halves.

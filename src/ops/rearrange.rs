@@ -11,12 +11,10 @@ use std::arch::x86_64::{
 use std::array;
 use std::mem::transmute;
 
+use super::LANES;
 use super::kernel::{Kernel, has_avx512};
 use super::left::{TILE, TILE_ROWS, TILE_WIDTH, in_tiles, to_bf16};
 use super::panels::PANEL;
-
-/// Numbers of 32 bits in a vector.
-const LANES: usize = 16;
 
 /// Writes up to 16 rows of so many values into tiles, from a column of the first on, rounded to bf16, if the processor has an
 /// instruction that rounds. Tile by tile, as they lie in memory.
