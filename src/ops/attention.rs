@@ -15,7 +15,7 @@ use super::left::Left;
 use super::panels::Threads;
 use super::rows::in_turns;
 use super::shared::SharedRows;
-use super::{LANES, across, exp, larger, vectorized};
+use super::{LANES, across, exp, largest, vectorized};
 
 /// Consecutive query rows of one sequence, and the key rows that hold its context.
 ///
@@ -322,14 +322,9 @@ fn exponentials<'a>(
                 for outside in [0..prefix.start, prefix.end..own.start, own.end..scores.len()] {
                     scores[outside].fill(f32::NEG_INFINITY);
                 }
-                let (scores, _) = scores.as_chunks_mut::<LANES>();
-                let mut most = [f32::NEG_INFINITY; LANES];
-                for chunk in &*scores {
-                    most.iter_mut().zip(chunk).for_each(|(most, score)| *most = larger(*most, *score));
-                }
-                let max = across(most, larger);
+                let max = largest(scores, f32::NEG_INFINITY);
                 let mut sums = [0.0f32; LANES];
-                for chunk in scores {
+                for chunk in scores.as_chunks_mut::<LANES>().0 {
                     for (score, sum) in chunk.iter_mut().zip(&mut sums) {
                         *score = exp(*score - max);
                         *sum += *score;

@@ -12,7 +12,7 @@ use super::buffer::Buffer;
 use super::left::Left;
 use super::panels::{Panels, Threads};
 use super::rows::{in_blocks, scratch};
-use super::{LANES, across, exp, larger, vectorized};
+use super::{LANES, exp, largest, vectorized};
 
 /// How logits are made from `weight · hidden`.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -71,12 +71,8 @@ impl Tally {
     /// Adds a stretch of logits. Each of them is replaced by what `then` makes of it and of exp(z − m).
     #[inline(always)]
     fn add(&mut self, logits: &mut [f32], then: impl Fn(f32, f32) -> f32) {
+        let max = largest(logits, self.max);
         let (whole, rest) = logits.as_chunks_mut::<LANES>();
-        let mut most = [self.max; LANES];
-        for chunk in &*whole {
-            most.iter_mut().zip(chunk).for_each(|(most, z)| *most = larger(*most, *z));
-        }
-        let max = rest.iter().copied().fold(across(most, larger), larger);
         let (mut sums, mut weighted) = ([0.0f32; LANES], [0.0f32; LANES]);
         for chunk in whole {
             exponentials(chunk, max, (&mut sums, &mut weighted), &then);

@@ -261,9 +261,11 @@ fn pair_rows(rows: &[f32], panel: &mut [u16]) {
     let done = super::rearrange::round_pairs(pairs, whole);
     #[cfg(not(target_arch = "x86_64"))]
     let done = false;
-    for (to, pair) in whole.iter_mut().zip(pairs).take(if done { 0 } else { pairs.len() }) {
-        for column in 0..PANEL {
-            to[2 * column..][..2].copy_from_slice(&[column, PANEL + column].map(|at| to_bf16(pair[at])));
+    if !done {
+        for (to, pair) in whole.iter_mut().zip(pairs) {
+            for column in 0..PANEL {
+                to[2 * column..][..2].copy_from_slice(&[column, PANEL + column].map(|at| to_bf16(pair[at])));
+            }
         }
     }
     rest.as_flattened_mut().fill(0);

@@ -65,8 +65,19 @@ pub(crate) fn across(strands: [f32; LANES], f: impl Fn(f32, f32) -> f32) -> f32 
 
 /// The larger number. In one instruction, which f32's own is not: it looks for NaN. Here a NaN is lost or not.
 #[inline(always)]
-pub(crate) fn larger(a: f32, b: f32) -> f32 {
+fn larger(a: f32, b: f32) -> f32 {
     if a > b { a } else { b }
+}
+
+/// The largest of a row, or `least` if that is larger.
+#[inline(always)]
+pub(crate) fn largest(row: &[f32], least: f32) -> f32 {
+    let (whole, rest) = row.as_chunks::<LANES>();
+    let mut most = [least; LANES];
+    for chunk in whole {
+        most.iter_mut().zip(chunk).for_each(|(most, x)| *most = larger(*most, *x));
+    }
+    rest.iter().copied().fold(across(most, larger), larger)
 }
 
 /// eˣ by a polynomial that the compiler can vectorize; relative error below 3e-7 for −87 ≤ x ≤ 88, zero below −87.3.
