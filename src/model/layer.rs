@@ -12,7 +12,7 @@ use super::{Architecture, LayerCall, Projection};
 use crate::ops::attention::{self, Heads, LogSums};
 use crate::ops::attention_backward::{self, Gradients, Saved};
 use crate::ops::buffer::{Buffer, copy};
-use crate::ops::feed_forward::{Gated, Inner};
+use crate::ops::feed_forward::Gated;
 use crate::ops::kernel::Kernel;
 use crate::ops::keys::Keys;
 use crate::ops::left::Left;
@@ -328,7 +328,7 @@ impl Work<'_> {
             let d_returned = before_norm(returned, self.layer.attention_output_norm.as_ref(), grad);
             let d_returned = d_returned.as_deref().unwrap_or(grad);
             let left = Left::new(attended, width, self.kernel);
-            back.through(Projection::OProj, d_returned, (attended, &left), d_attended, false);
+            back.through(Projection::OProj, d_returned, &left, d_attended, false);
         });
         in_order(parts)
     }
@@ -362,23 +362,21 @@ impl Work<'_> {
             for heads in [&mut *q, &mut *k] {
                 self.call.rotation(self.index).apply(heads, rows.clone(), Direction::Backward);
             }
-            let (mut normed, mut d_normed) = (Buffer::new(x.len()), Buffer::new(x.len()));
-            self.layer.attention_norm.forward(x, &mut normed);
+            let x_left = |part: &Range<usize>| self.normed(&self.layer.attention_norm, x, part);
             if let (Some(query_norm), Some(key_norm)) = (&self.layer.query_norm, &self.layer.key_norm) {
                 let mut before = [q.len(), k.len(), v.len()].map(Buffer::new);
-                let left = |part: &Range<usize>| self.dense(&normed, hidden, part);
-                self.project(HEADS, left, &rows, before.each_mut().map(|before| &mut **before), threads);
+                self.project(HEADS, x_left, &rows, before.each_mut().map(|before| &mut **before), threads);
                 for (norm, before, grad) in [(query_norm, &before[0], &mut *q), (key_norm, &before[1], &mut *k)] {
                     let after = copy(grad);
                     grad.fill(0.0);
                     norm.backward(before, &after, grad);
                 }
             }
-            let x_normed = (&*normed, &Left::new(&normed, hidden, self.kernel));
+            let (x_left, mut d_normed) = (x_left(&(0..rows.len())), Buffer::new(x.len()));
             let mut back = Back { work: self, transposed, gradient, rows, threads };
-            back.through(Projection::QProj, q, x_normed, &mut d_normed, false);
-            back.through(Projection::KProj, k, x_normed, &mut d_normed, true);
-            back.through(Projection::VProj, v, x_normed, &mut d_normed, true);
+            back.through(Projection::QProj, q, &x_left, &mut d_normed, false);
+            back.through(Projection::KProj, k, &x_left, &mut d_normed, true);
+            back.through(Projection::VProj, v, &x_left, &mut d_normed, true);
             self.layer.attention_norm.backward(x, &d_normed, grad);
         });
         in_order(parts)
@@ -405,68 +403,53 @@ impl<'a> Back<'a> {
         Linear { weight, bias: None, adapter, mask, backward: true }
     }
 
-    /// Writes the gradient of a projection's input `x`, in both forms, to `dx`, or adds it, and adds the adapter's to its own.
-    fn through(
-        &mut self,
-        projection: Projection,
-        grad: &[f32],
-        (x, x_left): (&[f32], &Left),
-        dx: &mut [f32],
-        add: bool,
-    ) {
+    /// Writes the gradient of a projection's input `x` to `dx`, or adds it, and adds the adapter's to its own.
+    fn through(&mut self, projection: Projection, grad: &[f32], x: &Left, dx: &mut [f32], add: bool) {
         let linear = self.linear(projection);
-        let left = Left::new(grad, linear.weight.dims().1, self.work.kernel);
-        let d_down = linear.down(&left);
-        linear.apply_all(&left, d_down.as_ref(), dx, add, self.threads);
+        let grad = Left::new(grad, linear.weight.dims().1, self.work.kernel);
+        let d_down = linear.down(&grad);
+        linear.apply_all(&grad, d_down.as_ref(), dx, add, self.threads);
         if linear.adapter.is_some() {
-            let down = Linear { backward: false, ..linear }.down(x_left);
-            self.keep(projection, x, down.as_ref(), grad, d_down.as_ref());
+            let down = Linear { backward: false, ..linear }.down(x);
+            self.keep(projection, x, down.as_ref(), &grad, d_down.as_ref());
         }
     }
 
     /// Adds the gradients of a projection's adapter, if it carries one.
-    fn keep(&mut self, projection: Projection, x: &[f32], down: Option<&Down>, grad: &[f32], d_down: Option<&Down>) {
+    fn keep(&mut self, projection: Projection, x: &Left, down: Option<&Down>, grad: &Left, d_down: Option<&Down>) {
         let linear = self.linear(projection);
         let (Some(adapter), Some(down), Some(d_down)) = (linear.adapter, down, d_down) else { return };
-        let seen = linear.mask.map(|mask| mask.of(x, x.len() / self.rows.len()));
+        let seen = linear.mask.map(|mask| x.masked(&mask));
         let own = self.gradient[projection as usize].get_or_insert_with(|| adapter.zeros());
-        adapter.add_gradient(seen.as_deref().unwrap_or(x), down, grad, d_down, own);
+        adapter.add_gradient(seen.as_ref().unwrap_or(x), down, grad, d_down, own);
     }
 
     /// The gradient of the feed-forward block's normalized input, given the input and the gradient of the residual sum after the
     /// block.
     fn through_feed_forward(&mut self, x: &[f32], grad: &[f32]) -> Buffer {
         let (work, rows, threads) = (self.work, self.rows.clone(), self.threads);
-        let (hidden, intermediate) = (work.architecture.hidden, work.architecture.intermediate);
+        let hidden = work.architecture.hidden;
         let norm = work.layer.feed_forward_output_norm.as_ref();
-        let mut normed = Buffer::new(x.len());
-        work.layer.feed_forward_norm.forward(x, &mut normed);
-        let returned = norm.map(|_| work.feed_forward(|part| work.dense(&normed, hidden, part), &rows, threads));
+        let left = |part: &Range<usize>| work.normed(&work.layer.feed_forward_norm, x, part);
+        let returned = norm.map(|_| work.feed_forward(left, &rows, threads));
         let d_returned = before_norm(returned.as_deref(), norm, grad);
-        let d_returned = d_returned.as_deref().unwrap_or(grad);
-        let (x, grad) = (Left::new(&normed, hidden, work.kernel), Left::new(d_returned, hidden, work.kernel));
+        let grad = Left::new(d_returned.as_deref().unwrap_or(grad), hidden, work.kernel);
+        let (x, mut d_normed) = (left(&(0..rows.len())), Buffer::new(x.len()));
         let [gate, up, out] =
             [Projection::GateProj, Projection::UpProj, Projection::DownProj].map(|projection| self.linear(projection));
-        let room = |wanted: bool| wanted.then(|| Buffer::new(rows.len() * intermediate));
-        let trained = gate.adapter.is_some() || up.adapter.is_some();
-        let mut inner = Inner { product: room(out.adapter.is_some()), grads: [room(trained), room(trained)] };
         let gated = work.gated(work.call.only_adapter(), rows);
         let (d_down, downs) = (out.down(&grad), [gated.gate.down(&x), gated.up.down(&x)]);
-        let [gate_down, up_down] = downs.each_ref().map(Option::as_ref);
-        let grads = gated.backward(&x, [gate_down, up_down], &out, (&grad, d_down.as_ref()), &mut inner, threads);
-        let mut d_normed = Buffer::new(normed.len());
-        let own = [(Projection::GateProj, gate, gate_down), (Projection::UpProj, up, up_down)];
-        for (index, (projection, linear, down)) in own.into_iter().enumerate() {
-            let d_down = linear.down(&grads[index]);
-            linear.apply_all(&grads[index], d_down.as_ref(), &mut d_normed, index > 0, threads);
-            if let Some(grad) = &inner.grads[index] {
-                self.keep(projection, &normed, down, grad, d_down.as_ref());
-            }
+        let downs = downs.each_ref().map(Option::as_ref);
+        let (grads, product) = gated.backward(&x, downs, &out, (&grad, d_down.as_ref()), threads);
+        let own = [(Projection::GateProj, gate), (Projection::UpProj, up)];
+        for (index, ((projection, linear), grad)) in own.into_iter().zip(&grads).enumerate() {
+            let d_down = linear.down(grad);
+            linear.apply_all(grad, d_down.as_ref(), &mut d_normed, index > 0, threads);
+            self.keep(projection, &x, downs[index], grad, d_down.as_ref());
         }
-        if let Some(product) = &inner.product {
-            let left = Left::new(product, intermediate, work.kernel);
-            let down = Linear { backward: false, ..out }.down(&left);
-            self.keep(Projection::DownProj, product, down.as_ref(), d_returned, d_down.as_ref());
+        if let Some(product) = &product {
+            let down = Linear { backward: false, ..out }.down(product);
+            self.keep(Projection::DownProj, product, down.as_ref(), &grad, d_down.as_ref());
         }
         d_normed
     }

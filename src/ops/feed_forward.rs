@@ -1,5 +1,5 @@
-//! The gated feed-forward block, a few panels of its inner width at a time: what is inside never leaves the cache, except what
-//! an adapter's own gradients ask for.
+//! The gated feed-forward block, a few panels of its inner width at a time: what is inside never leaves the cache, except as
+//! inputs of the products that follow.
 
 use std::ops::Range;
 
@@ -10,7 +10,6 @@ use super::left::Left;
 use super::linear::{Down, Linear};
 use super::panels::{PANEL, Threads};
 use super::rows::in_turns;
-use super::shared::SharedRows;
 
 /// The two projections into the block, and what comes between them and the one out of it.
 pub struct Gated<'a> {
@@ -22,15 +21,6 @@ pub struct Gated<'a> {
     pub activation: Activation,
     /// What multiplies.
     pub kernel: Kernel,
-}
-
-/// Inner values for an adapter's gradients, in f32, [rows, inner width] each.
-#[derive(Default)]
-pub struct Inner {
-    /// What is projected out of the block.
-    pub product: Option<Buffer>,
-    /// The gradient of the gate before its activation, and that of what is gated.
-    pub grads: [Option<Buffer>; 2],
 }
 
 /// Inner values that are computed together: whole panels.
@@ -77,46 +67,33 @@ impl Gated<'_> {
     }
 
     /// The gradients of gate and of what is gated [rows, inner width], for their projections back. The gradient of their product
-    /// is what `out`, the projection out of the block transposed, makes of that of the output. `inner` receives what it has
-    /// room for.
+    /// is what `out`, the projection out of the block transposed, makes of that of the output. The product itself is computed again
+    /// where an adapter's gradients ask for it.
     pub fn backward(
         &self,
         x: &Left,
         downs: [Option<&Down>; 2],
         out: &Linear,
         (grad, d_down): (&Left, Option<&Down>),
-        inner: &mut Inner,
         threads: Threads,
-    ) -> [Left<'static>; 2] {
-        let wide = self.wide();
-        let mut grads = [(); 2].map(|()| Left::room(x.rows(), wide, self.kernel));
-        let Inner { product, grads: inner_grads } = inner;
-        let (shared, product) = (grads.each_mut().map(Left::shared), dense(product, wide));
-        let inner_grads = inner_grads.each_mut().map(|to| dense(to, wide));
+    ) -> ([Left<'static>; 2], Option<Left<'static>>) {
+        let room = || Left::room(x.rows(), self.wide(), self.kernel);
+        let (mut grads, mut product) = ([room(), room()], out.adapter.is_some().then(room));
+        let (shared, shared_product) = (grads.each_mut().map(Left::shared), product.as_mut().map(Left::shared));
         self.in_columns(threads, |part| {
             let mut rows = self.pair(x, downs, part.clone());
-            if let Some(product) = &product {
+            if let Some(product) = &shared_product {
                 self.activation.forward(&mut rows, WIDTH);
                 // SAFETY: each thread has columns of its own, here and below; they begin with a tile.
                 unsafe { product.write(part.clone(), &rows[PRODUCT..], ROW) };
             }
             out.apply(grad, d_down, part.clone(), (&mut rows[PRODUCT..], ROW), false, Threads::One);
             self.activation.backward(&mut rows, WIDTH);
-            for (index, (shared, inner)) in shared.iter().zip(&inner_grads).enumerate() {
-                let grad = &rows[index * WIDTH..];
+            for (index, shared) in shared.iter().enumerate() {
                 // SAFETY: as above.
-                unsafe { shared.write(part.clone(), grad, ROW) };
-                if let Some(inner) = inner {
-                    // SAFETY: as above.
-                    unsafe { inner.write(part.clone(), grad, ROW) };
-                }
+                unsafe { shared.write(part.clone(), &rows[index * WIDTH..], ROW) };
             }
         });
-        grads
+        (grads, product)
     }
-}
-
-/// Room that several threads write, if there is any.
-fn dense(to: &mut Option<Buffer>, wide: usize) -> Option<SharedRows<'_>> {
-    to.as_mut().map(|to| SharedRows::new(to, wide))
 }

@@ -175,6 +175,22 @@ impl<'a> Left<'a> {
         Left { form, ..*self }
     }
 
+    /// 32 columns, which begin with a tile, as a panel whose inputs are the rows: pairs of rows side by side, with zeros after the last.
+    pub(super) fn pairs(&self, column: usize, panel: &mut [u16]) {
+        for (number, to) in panel.as_chunks_mut::<TILE>().0.iter_mut().enumerate() {
+            let first = number * TILE_ROWS;
+            match self.rows.saturating_sub(first) * TILE_WIDTH {
+                0 => to.fill(0),
+                TILE.. => pair_rows(&self.tiles(first, column).numbers[..TILE], to),
+                there => {
+                    let mut tile = [0; TILE];
+                    tile[..there].copy_from_slice(&self.tiles(first, column).numbers[..there]);
+                    pair_rows(&tile, to);
+                }
+            }
+        }
+    }
+
     /// How many rows there are.
     pub fn rows(&self) -> usize {
         self.rows
@@ -264,6 +280,22 @@ pub(super) fn transpose(values: &[f32], width: usize, to: &mut [f32]) {
         let done = if column < done_columns { done_rows } else { 0 };
         let rest = to[done..].iter_mut().enumerate();
         rest.for_each(|(row, to)| *to = values[(done + row) * width + column]);
+    }
+}
+
+/// Puts every two rows of 32 numbers side by side.
+pub(super) fn pair_rows(rows: &[u16], to: &mut [u16]) {
+    #[cfg(target_arch = "x86_64")]
+    if super::rearrange::pair_rows(rows, to) {
+        return;
+    }
+    for (to, rows) in to.chunks_exact_mut(2 * TILE_WIDTH).zip(rows.chunks_exact(2 * TILE_WIDTH)) {
+        let (even, odd) = rows.split_at(TILE_WIDTH);
+        to.as_chunks_mut::<2>()
+            .0
+            .iter_mut()
+            .zip(even.iter().zip(odd))
+            .for_each(|(to, (even, odd))| *to = [*even, *odd]);
     }
 }
 

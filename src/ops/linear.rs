@@ -10,9 +10,8 @@ use super::buffer::Buffer;
 use super::dropout::Mask;
 use super::kernel::Kernel;
 use super::left::{Left, parts, transpose};
-use super::matmul::{Matrix, matmul};
 use super::panels::{Panels, Threads};
-use super::products::{Operands, Product, multiply};
+use super::products::{Operands, Product, add_outer, multiply};
 
 /// The adapter of one projection, as its products want it.
 pub struct LowRank {
@@ -108,13 +107,11 @@ impl LowRank {
 
     /// Adds the gradients of A and B for inputs `x` [rows, in] that were not dropped, their `down`, the outputs' gradient `grad` [rows, out] and its
     /// `d_down`.
-    pub fn add_gradient(&self, x: &[f32], down: &Down, grad: &[f32], d_down: &Down, gradient: &mut LowRankGradient) {
-        let (rank, narrow, wide) = (self.rank, self.a.len() / self.rank, self.b.len() / self.rank);
-        let d_down = Matrix::dense(&d_down.values, rank).t();
-        matmul(&mut gradient.a, narrow, true, d_down, Matrix::dense(x, narrow));
+    pub fn add_gradient(&self, x: &Left, down: &Down, grad: &Left, d_down: &Down, gradient: &mut LowRankGradient) {
+        add_outer(&mut gradient.a, &d_down.values, x, self.kernel);
         let mut scaled = Buffer::new(down.values.len());
         scaled.iter_mut().zip(&*down.values).for_each(|(to, down)| *to = self.scale * down);
-        matmul(&mut gradient.b_t, wide, true, Matrix::dense(&scaled, rank).t(), Matrix::dense(grad, wide));
+        add_outer(&mut gradient.b_t, &scaled, grad, self.kernel);
     }
 }
 

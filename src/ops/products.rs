@@ -11,7 +11,7 @@ use super::buffer::Buffer;
 use super::kernel::Kernel;
 use super::left::Left;
 use super::matmul::{Matrix, matmul, matmul_at};
-use super::panels::{GROUP, PANEL, Panels, Threads};
+use super::panels::{GROUP, PANEL, Panel, Panels, Threads};
 use super::rows::in_turns;
 use super::shared::{Columns, SharedRows};
 
@@ -106,6 +106,25 @@ impl Shared<'_> {
         if let Some((x, weight)) = then {
             f32_or_int8(weight, x, panel, &mut c, true);
         }
+    }
+}
+
+/// Adds yᵀ · x to `total` [n, width], for dense `y` [rows, n]: what rows of outputs' gradients and of inputs add to that of a matrix.
+pub(super) fn add_outer(total: &mut [f32], y: &[f32], x: &Left, kernel: Kernel) {
+    let (rows, width) = (x.rows(), x.width());
+    let n = total.len() / width;
+    if !kernel.rounds_inputs() {
+        return matmul(total, width, true, Matrix::dense(y, n).t(), Matrix::dense(x.f32(), width));
+    }
+    if rows == 0 {
+        return;
+    }
+    let (tiles, y_t) = (kernel.tiles(), Left::transposed(y, n, kernel));
+    let mut panel = Buffer::<u16>::new(rows.next_multiple_of(PANEL) * PANEL);
+    for column in (0..width).step_by(PANEL) {
+        x.pairs(column, &mut panel);
+        let mut to = Columns::first(&mut total[column..], n, PANEL.min(width - column), width);
+        bf16_panel(tiles.as_ref(), (y_t.tiles(0, 0), Panel::Bf16(&panel)), None, &mut to, true);
     }
 }
 

@@ -151,14 +151,21 @@ pub(super) fn transpose_pairs(from: &[u16; PANEL * PANEL], to: &mut [u16; PANEL 
         // SAFETY: the instructions are there, and sixteen rows of sixteen pairs on both sides.
         unsafe { transpose((from.cast(), PANEL), (to.cast(), PANEL / 2)) };
     }
+    pair_rows(&rows, to)
+}
+
+/// Puts every two rows of 32 numbers side by side, if the processor has such vectors.
+pub(super) fn pair_rows(rows: &[u16], to: &mut [u16]) -> bool {
+    if !has_avx512() {
+        return false;
+    }
     // SAFETY: the instructions are there.
-    unsafe { side_by_side(&rows, to) };
+    unsafe { side_by_side(rows, to) };
     true
 }
 
-/// Rows of 32 numbers, of which every two become pairs.
 #[target_feature(enable = "avx512f,avx512bw")]
-fn side_by_side(rows: &[u16; PANEL * PANEL], to: &mut [u16; PANEL * PANEL]) {
+fn side_by_side(rows: &[u16], to: &mut [u16]) {
     // The first and the second half of two rows; what comes from the second row is counted on.
     let order: [[u16; PANEL]; 2] =
         array::from_fn(|half| array::from_fn(|index| (half * LANES + index / 2 + index % 2 * PANEL) as u16));

@@ -52,17 +52,6 @@ impl<T> SharedRows<'_, T> {
 }
 
 impl SharedRows<'_> {
-    /// Writes some columns of consecutive rows, from rows that lie `stride` values apart.
-    ///
-    /// # Safety
-    /// Nobody else may have a part of them.
-    pub unsafe fn write(&self, columns: Range<usize>, values: &[f32], stride: usize) {
-        for (row, values) in values.chunks(stride).enumerate() {
-            // SAFETY: the caller's.
-            unsafe { self.part(row, columns.clone()) }.copy_from_slice(&values[..columns.len()]);
-        }
-    }
-
     /// Some columns of some rows.
     ///
     /// # Safety
