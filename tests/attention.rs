@@ -91,8 +91,9 @@ pub fn attention<'a>(x: &[Vec<f32>], heads: Heads, spans: &'a [Span], kernel: Ke
         let (rows, width) = (x[0].len() / (heads.query * heads.dim), heads.key * heads.dim);
         let mut by_rows = [x[0].len(), rows * width, rows * width].map(|len| vec![f32::NAN; len]);
         let [queries, d_keys, values] = &mut by_rows;
-        let saved =
-            Saved { queries: &x[0], keys: &keys, swapped: &swapped, attended: &attended, log_sums: &log_sums, grad };
+        let mut pulls = vec![f32::NAN; log_sums.len()];
+        attention_backward::pulls(heads, grad, &attended, &mut pulls);
+        let saved = Saved { queries: &x[0], keys: &keys, swapped: &swapped, log_sums: &log_sums, pulls: &pulls, grad };
         attention_backward::backward(heads, &saved, spans, Gradients { queries, keys: d_keys, values });
         let [queries, d_keys, values] = by_rows;
         let stored = [d_keys, values].map(|rows| {

@@ -293,10 +293,11 @@ impl Work<'_> {
             }
             None => self.attend(x, keys),
         };
-        let (wide, rows) = (self.heads().query * self.heads().dim, self.rows());
-        let mut d_attended = Buffer::new(rows * wide);
-        let mut gradient = self.middle_backward(x, &kept, grad, &mut d_attended, &transposed);
-        let [queries, keys, values] = self.attention_backward(&kept, keys, swapped, &d_attended);
+        let (heads, rows) = (self.heads(), self.rows());
+        let [mut d_attended, mut pulls] = [heads.query * heads.dim, heads.query].map(|width| Buffer::new(rows * width));
+        let outputs = [&mut *d_attended, &mut *pulls];
+        let mut gradient = self.middle_backward(x, &kept, grad, outputs, &transposed);
+        let [queries, keys, values] = self.attention_backward(&kept, keys, swapped, [&d_attended, &pulls]);
         let first = self.heads_backward(x, grad, [queries, keys, values], &transposed);
         for (total, part) in gradient.iter_mut().zip(first) {
             add_gradient(total, part);
@@ -304,18 +305,21 @@ impl Work<'_> {
         gradient
     }
 
-    /// From the layer's output to what attention returned. `grad` becomes the gradient of the residual stream before it.
+    /// From the layer's output to what attention returned, with what attention's backward pass needs of both. `grad` becomes the gradient
+    /// of the residual stream before it.
     fn middle_backward(
         &self,
         x: &[f32],
         kept: &Attended,
         grad: &mut [f32],
-        d_attended: &mut [f32],
+        [d_attended, pulls]: [&mut [f32]; 2],
         transposed: &[Panels; 7],
     ) -> AdapterGradient {
-        let (hidden, width) = (self.architecture.hidden, self.heads().query * self.heads().dim);
-        let outputs = [(grad, hidden), (d_attended, width)];
-        let parts = in_blocks(self.rows(), outputs, Default::default, |gradient, rows, [grad, d_attended], threads| {
+        let (hidden, heads) = (self.architecture.hidden, self.heads());
+        let width = heads.query * heads.dim;
+        let outputs = [(grad, hidden), (d_attended, width), (pulls, heads.query)];
+        let parts = in_blocks(self.rows(), outputs, Default::default, |gradient, rows, outputs, threads| {
+            let [grad, d_attended, pulls] = outputs;
             let x = &x[rows.start * hidden..rows.end * hidden];
             let attended = &kept.attended[rows.start * width..rows.end * width];
             let middle = kept.middle.as_ref().map(|middle| &middle[rows.start * hidden..rows.end * hidden]);
@@ -329,16 +333,23 @@ impl Work<'_> {
             let d_returned = d_returned.as_deref().unwrap_or(grad);
             let left = Left::new(attended, width, self.kernel);
             back.through(Projection::OProj, d_returned, &left, d_attended, false);
+            attention_backward::pulls(heads, d_attended, attended, pulls);
         });
         in_order(parts)
     }
 
     /// Gradients of queries, keys and values.
-    fn attention_backward(&self, kept: &Attended, keys: &Keys, swapped: &mut Keys, d_attended: &[f32]) -> [Buffer; 3] {
+    fn attention_backward(
+        &self,
+        kept: &Attended,
+        keys: &Keys,
+        swapped: &mut Keys,
+        [grad, pulls]: [&[f32]; 2],
+    ) -> [Buffer; 3] {
         let (heads, call) = (self.heads(), self.call.call);
-        let Attended { queries, attended, log_sums, .. } = kept;
+        let Attended { queries, log_sums, .. } = kept;
         swapped.write(&kept.values, &kept.keys, call.stores);
-        let saved = Saved { queries, keys, swapped, attended, log_sums, grad: d_attended };
+        let saved = Saved { queries, keys, swapped, log_sums, pulls, grad };
         let mut all = [queries, &kept.keys, &kept.values].map(|of| Buffer::new(of.len()));
         let [queries, keys, values] = &mut all;
         attention_backward::backward(heads, &saved, call.spans, Gradients { queries, keys, values });

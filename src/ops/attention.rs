@@ -320,7 +320,7 @@ fn exponentials<'a>(
             for (row, (scores, (log_sum, factor))) in rows.zip(log_sums.iter_mut().zip(&mut *factors)).enumerate() {
                 let [prefix, own] = visible(row);
                 for outside in [0..prefix.start, prefix.end..own.start, own.end..scores.len()] {
-                    scores[outside].fill(f32::NEG_INFINITY);
+                    fill(scores, outside, f32::NEG_INFINITY);
                 }
                 let max = largest(scores, f32::NEG_INFINITY);
                 let mut sums = [0.0f32; LANES];
@@ -337,6 +337,21 @@ fn exponentials<'a>(
     for (log_sum, factor) in log_sums.iter_mut().zip(factors) {
         *log_sum += factor.ln();
         *factor = 1.0 / *factor;
+    }
+}
+
+/// Fills some columns of a row of whole vectors. Whoever loads a vector would wait for what was stored in pieces of it.
+#[inline(always)]
+pub(super) fn fill(row: &mut [f32], columns: Range<usize>, value: f32) {
+    if columns.is_empty() {
+        return;
+    }
+    let vectors = columns.start / LANES..columns.end.div_ceil(LANES);
+    for (vector, number) in row.as_chunks_mut::<LANES>().0[vectors.clone()].iter_mut().zip(vectors) {
+        let [start, end] = [columns.start, columns.end].map(|column| column as i32 - (number * LANES) as i32);
+        for (x, lane) in vector.iter_mut().zip(0..LANES as i32) {
+            *x = if lane >= start && lane < end { value } else { *x };
+        }
     }
 }
 

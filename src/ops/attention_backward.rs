@@ -6,7 +6,7 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-use super::attention::{Block, Heads, LogSums, Part, Span, dot, joined, tanh};
+use super::attention::{Block, Heads, LogSums, Part, Span, dot, fill, joined, tanh};
 use super::buffer::Buffer;
 use super::keys::{BLOCK, Keys, padded};
 use super::left::{Left, transpose};
@@ -21,10 +21,10 @@ pub struct Saved<'a> {
     pub keys: &'a Keys,
     /// The same with the roles changed: values in blocks, keys row by row.
     pub swapped: &'a Keys,
-    /// What the forward pass returned, and its log-sums.
-    pub attended: &'a [f32],
     /// [rows, query heads].
     pub log_sums: &'a LogSums,
+    /// Of [`pulls`].
+    pub pulls: &'a [f32],
     /// The gradient of what it returned.
     pub grad: &'a [f32],
 }
@@ -37,6 +37,20 @@ pub struct Gradients<'a> {
     pub keys: &'a mut [f32],
     /// [rows, key · dim].
     pub values: &'a mut [f32],
+}
+
+/// D = rowsum(dO · O) of every query and head [rows, query heads], what all gradients of its weights have in common: from the gradient of
+/// what the forward pass returned, and what it returned, both [rows, query · dim].
+pub fn pulls(heads: Heads, grad: &[f32], attended: &[f32], to: &mut [f32]) {
+    let dim = heads.dim;
+    vectorized(
+        #[inline(always)]
+        || {
+            for ((to, grad), attended) in to.iter_mut().zip(grad.chunks_exact(dim)).zip(attended.chunks_exact(dim)) {
+                *to = dot(grad, attended);
+            }
+        },
+    );
 }
 
 /// The gradients of a forward pass over whole trees: each begins with the span of its prompt, which has no prefix, its keys lie
@@ -92,7 +106,7 @@ struct TreeGradient {
 /// What is known of a query's scores before they are computed again.
 struct Known {
     log_sum: f32,
-    /// D: what all gradients of its weights have in common.
+    /// Of [`pulls`].
     pull: f32,
     /// The columns that it sees of prefix and own rows.
     visible: [Range<usize>; 2],
@@ -139,22 +153,17 @@ impl TreeGradient {
 
 /// Of a block of one part: by queries and the heads that share the key head.
 fn known(heads: Heads, block: Block, saved: &Saved) -> Vec<Known> {
-    let (dim, group) = (heads.dim, heads.group());
-    let mut all = Vec::with_capacity(block.queries() * group);
-    for (row, visible) in block.parts[0].queries().zip(heads.visible(block)) {
+    let group = heads.group();
+    let of_query = |(row, visible): (usize, [Range<usize>; 2])| {
         let first = row * heads.query + block.key_head * group;
-        vectorized(
-            #[inline(always)]
-            || {
-                for index in first..first + group {
-                    let [grad, attended] = [saved.grad, saved.attended].map(|x| &x[index * dim..][..dim]);
-                    let (log_sum, pull) = (saved.log_sums[index], dot(grad, attended));
-                    all.push(Known { log_sum, pull, visible: visible.clone() });
-                }
-            },
-        );
-    }
-    all
+        let known = move |index: usize| Known {
+            log_sum: saved.log_sums[index],
+            pull: saved.pulls[index],
+            visible: visible.clone(),
+        };
+        (first..first + group).map(known)
+    };
+    block.parts[0].queries().zip(heads.visible(block)).flat_map(of_query).collect()
 }
 
 /// Turns scores before the cap into weights, and the gradients of the weights into those of these scores, for some queries and a block
@@ -199,8 +208,8 @@ fn each_score_gradient(
                 let seen = seen(visible[of_context].start)..seen(visible[of_context].end);
                 if seen.len() < BLOCK {
                     for outside in [0..seen.start, seen.end..BLOCK] {
-                        scores[outside.clone()].fill(0.0);
-                        d_scores[outside].fill(0.0);
+                        fill(scores, outside.clone(), 0.0);
+                        fill(d_scores, outside, 0.0);
                     }
                 }
             }

@@ -6,7 +6,7 @@ use std::ops::Range;
 use super::buffer::Buffer;
 use super::gate::Activation;
 use super::kernel::Kernel;
-use super::left::Left;
+use super::left::{Left, SharedLeft, TILE_ROWS};
 use super::linear::{Down, Linear};
 use super::panels::{PANEL, Threads};
 use super::rows::in_turns;
@@ -52,6 +52,18 @@ impl Gated<'_> {
         rows
     }
 
+    /// Computes the product of some of the inner values, and writes it.
+    ///
+    /// # Safety
+    /// Nobody else may write to tiles with these columns.
+    unsafe fn write_product(&self, to: &SharedLeft, inner: Range<usize>, rows: &mut [f32]) {
+        for (rows, tile) in tiles_of(rows) {
+            self.activation.forward(tile, WIDTH);
+            // SAFETY: the caller's.
+            unsafe { to.write_rows(rows, inner.clone(), &tile[PRODUCT..], ROW) };
+        }
+    }
+
     /// `activation(gate(x)) · up(x)` [rows, inner width], for the projection out of the block.
     pub fn forward(&self, x: &Left, threads: Threads) -> Left<'static> {
         let (wide, downs) = (self.wide(), [self.gate.down(x), self.up.down(x)]);
@@ -59,9 +71,8 @@ impl Gated<'_> {
         let shared = product.shared();
         self.in_columns(threads, |inner| {
             let mut rows = self.pair(x, downs.each_ref().map(Option::as_ref), inner.clone());
-            self.activation.forward(&mut rows, WIDTH);
             // SAFETY: each thread has columns of its own, which begin with a tile.
-            unsafe { shared.write(inner, &rows[PRODUCT..], ROW) };
+            unsafe { self.write_product(&shared, inner, &mut rows) };
         });
         product
     }
@@ -83,17 +94,24 @@ impl Gated<'_> {
         self.in_columns(threads, |part| {
             let mut rows = self.pair(x, downs, part.clone());
             if let Some(product) = &shared_product {
-                self.activation.forward(&mut rows, WIDTH);
                 // SAFETY: each thread has columns of its own, here and below; they begin with a tile.
-                unsafe { product.write(part.clone(), &rows[PRODUCT..], ROW) };
+                unsafe { self.write_product(product, part.clone(), &mut rows) };
             }
             out.apply(grad, d_down, part.clone(), (&mut rows[PRODUCT..], ROW), false, Threads::One);
-            self.activation.backward(&mut rows, WIDTH);
-            for (index, shared) in shared.iter().enumerate() {
-                // SAFETY: as above.
-                unsafe { shared.write(part.clone(), &rows[index * WIDTH..], ROW) };
+            for (rows, tile) in tiles_of(&mut rows) {
+                self.activation.backward(tile, WIDTH);
+                for (index, shared) in shared.iter().enumerate() {
+                    // SAFETY: as above.
+                    unsafe { shared.write_rows(rows.clone(), part.clone(), &tile[index * WIDTH..], ROW) };
+                }
             }
         });
         (grads, product)
     }
+}
+
+/// As many rows at once as a tile has: what is made of them is rounded before it leaves the first-level cache.
+fn tiles_of(rows: &mut [f32]) -> impl Iterator<Item = (Range<usize>, &mut [f32])> {
+    let tiles = rows.chunks_mut(TILE_ROWS * ROW).enumerate();
+    tiles.map(|(number, tile)| (number * TILE_ROWS..number * TILE_ROWS + tile.len() / ROW, tile))
 }

@@ -3,6 +3,7 @@
 //! The learner sees each chunk once, forward and backward (log-probability, entropy, exact gradient); the sampler looks at the scores
 //! of its few rows themselves. Both add up the same numbers in the same order.
 
+use std::collections::BTreeMap;
 use std::ops::Range;
 
 use anyhow::{Context, Result, ensure};
@@ -27,10 +28,10 @@ pub struct Logits {
 const CHUNK: usize = 1024;
 /// From one row of a chunk to the next: rows a power of two apart would share a few sets of the cache.
 const STRIDE: usize = CHUNK + 16;
-/// What so many rows take beside their hidden states, in bytes: blocks of logits, also in half precision, and a part of the weight as
-/// it is there, also transposed.
+/// What so many rows take beside their hidden states, in bytes: these in half precision, blocks of logits, also in half precision, and a
+/// part of the weight as it is there, also transposed.
 pub fn bytes(rows: usize, hidden: usize) -> usize {
-    4 * scratch(STRIDE, rows) + 2 * scratch(CHUNK, rows) + 4 * CHUNK * hidden
+    2 * rows * hidden + 4 * scratch(STRIDE, rows) + 2 * scratch(CHUNK, rows) + 4 * CHUNK * hidden
 }
 
 impl Logits {
@@ -176,6 +177,11 @@ pub fn log_probabilities(
         anyhow::bail!("head: token {target} is outside the vocabulary of {vocabulary}");
     }
     let mut seen = vec![Seen { tally: Tally::EMPTY, target: 0.0 }; rows];
+    // By blocks of rows, which are the same for every chunk: rounded once.
+    let lefts = in_blocks(rows, [], BTreeMap::new, |lefts, rows, [], _| {
+        lefts.insert(rows.start, Left::new(&hidden[rows.start * width..rows.end * width], width, weight.kernel()));
+    });
+    let lefts: BTreeMap<usize, Left> = lefts.into_iter().flatten().collect();
     for first in (0..vocabulary).step_by(CHUNK) {
         let tokens = first..(first + CHUNK).min(vocabulary);
         let chunk = Chunk {
@@ -186,8 +192,7 @@ pub fn log_probabilities(
         };
         let others = others.as_deref_mut().map_or((&mut [][..], 0), |others| (others, width));
         let parts = in_blocks(rows, [others], Vec::new, |parts, rows, [others], threads| {
-            let hidden = &hidden[rows.start * width..rows.end * width];
-            parts.push(chunk.see(hidden, &targets[rows.clone()], seen[rows].to_vec(), others, threads));
+            parts.push(chunk.see(&lefts[&rows.start], &targets[rows.clone()], seen[rows].to_vec(), others, threads));
         });
         seen = parts.concat().concat();
     }
@@ -207,7 +212,7 @@ impl Chunk<'_> {
     /// What is known of a block of rows with these tokens too, and `others` likewise.
     fn see(
         &self,
-        hidden: &[f32],
+        hidden: &Left,
         targets: &[u32],
         mut seen: Vec<Seen>,
         others: &mut [f32],
@@ -215,14 +220,7 @@ impl Chunk<'_> {
     ) -> Vec<Seen> {
         let (kernel, (_, width), count) = (self.weight.kernel(), self.weight.dims(), self.tokens.len());
         let mut block = Buffer::new(targets.len() * STRIDE);
-        self.weight.multiply(
-            &Left::new(hidden, width, kernel),
-            self.tokens.clone(),
-            &mut block,
-            STRIDE,
-            false,
-            threads,
-        );
+        self.weight.multiply(hidden, self.tokens.clone(), &mut block, STRIDE, false, threads);
         let mut others_of = others.chunks_exact_mut(width);
         for ((row, &target), stretch) in seen.iter_mut().zip(targets).zip(block.chunks_exact_mut(STRIDE)) {
             let stretch = &mut stretch[..count];

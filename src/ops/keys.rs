@@ -8,8 +8,8 @@ use std::ops::Range;
 use super::attention::Heads;
 use super::bf16::bf16_panel;
 use super::buffer::Buffer;
-use super::kernel::Kernel;
-use super::left::{Left, TILE_ROWS, to_bf16};
+use super::kernel::{Kernel, has_avx512};
+use super::left::{Left, TILE, TILE_ROWS, columns_of, pair_rows, to_bf16, write_tiles};
 use super::matmul::{Matrix, matmul};
 use super::pages::Held;
 use super::panels::{PANEL, Panel, Threads};
@@ -88,12 +88,13 @@ impl Keys {
             (Numbers::F32(to_keys), Numbers::F32(to_values)) => {
                 let to_keys = SharedRows::new(to_keys, BLOCK * dim);
                 let to_values = SharedRows::new(to_values, BLOCK * dim);
-                each_row(
+                each_run(
                     stores,
                     heads,
+                    |_, _| 1,
                     |_, _| {},
                     |row, to, head| {
-                        let (block, lane, from) = (to / BLOCK, to % BLOCK, row * width + head * dim);
+                        let (block, lane, from) = (to / BLOCK, to % BLOCK, row.start * width + head * dim);
                         let (keys, values) = (&keys[from..from + dim], &values[from..from + dim]);
                         // SAFETY: no two stores write to one block.
                         let (to_keys, to_values) = unsafe {
@@ -125,28 +126,39 @@ impl Keys {
                         [pair, pair + PANEL].iter().for_each(|column| to_values.fetch(index, *column));
                     }
                 };
-                each_row(stores, heads, fetch, |row, to, head| {
-                    let (block, lane, from) = (to / BLOCK, to % BLOCK, row * width + head * dim);
-                    let (keys, values) = (&keys[from..from + dim], &values[from..from + dim]);
+                // Sixteen rows at once where they are whole tiles.
+                let run = |rows: &Range<usize>, to: usize| match rows.len() >= TILE_ROWS && to.is_multiple_of(TILE_ROWS)
+                {
+                    true if dim.is_multiple_of(PANEL) && has_avx512() => TILE_ROWS,
+                    _ => 1,
+                };
+                each_run(stores, heads, run, fetch, |rows, to, head| {
+                    let (block, lane) = (to / BLOCK, to % BLOCK);
                     // SAFETY: no two stores write to one block.
                     let to_keys = unsafe { to_keys.part(head * blocks + block, 0..BLOCK * padded(dim)) };
                     if lane == 0 {
                         to_keys.fill(0);
                     }
-                    for (to, keys) in to_keys.chunks_exact_mut(PANEL * BLOCK).zip(keys.chunks(PANEL)) {
-                        for (to, pair) in to.chunks_exact_mut(2 * BLOCK).zip(rounded(keys).as_chunks::<2>().0) {
-                            to[2 * lane..][..2].copy_from_slice(pair);
-                        }
-                    }
-                    for (panel, values) in values.chunks(PANEL).enumerate() {
+                    for (panel, to_keys) in to_keys.chunks_exact_mut(PANEL * BLOCK).enumerate() {
                         let index = (head * panels + panel) * blocks + block;
                         // SAFETY: as above.
                         let to_values = unsafe { to_values.part(index, 0..BLOCK * PANEL) };
                         if lane == 0 {
                             to_values.fill(0);
                         }
-                        let pairs = &mut to_values[lane / 2 * 2 * PANEL..][..2 * PANEL];
-                        for (to, value) in pairs.as_chunks_mut::<2>().0.iter_mut().zip(rounded(values)) {
+                        let from = rows.start * width + head * dim + panel * PANEL;
+                        let (to_keys, to_values) = (&mut to_keys[2 * lane..], &mut to_values[lane / 2 * 2 * PANEL..]);
+                        if rows.len() == TILE_ROWS {
+                            columns_of(&tile(&keys[from..], width), to_keys);
+                            pair_rows(&tile(&values[from..], width), &mut to_values[..TILE]);
+                            continue;
+                        }
+                        let [keys, values] =
+                            [keys, values].map(|x| rounded(&x[from..][..PANEL.min(dim - panel * PANEL)]));
+                        for (to, pair) in to_keys.chunks_mut(2 * BLOCK).zip(keys.as_chunks::<2>().0) {
+                            to[..2].copy_from_slice(pair);
+                        }
+                        for (to, value) in to_values.as_chunks_mut::<2>().0.iter_mut().zip(values) {
                             to[lane % 2] = value;
                         }
                     }
@@ -247,14 +259,14 @@ impl Keys {
             return matmul(total, BLOCK, true, Matrix::dense(x.f32(), m), Matrix::dense(&y[..m * BLOCK], BLOCK));
         }
         let (tiles, mut panel) = (self.kernel.tiles(), Buffer::<u16>::new(padded(m) * PANEL));
-        pair_rows(&y[..m * BLOCK], &mut panel);
+        round_pairs(&y[..m * BLOCK], &mut panel);
         let mut to = Columns::first(total, wide, BLOCK, BLOCK);
         bf16_panel(tiles.as_ref(), (x.tiles(0, 0), Panel::Bf16(&panel)), None, &mut to, true);
     }
 }
 
 /// Rows of 32 as a panel: pairs of rows side by side, with zeros after the last.
-fn pair_rows(rows: &[f32], panel: &mut [u16]) {
+fn round_pairs(rows: &[f32], panel: &mut [u16]) {
     let ((pairs, last), (panel, _)) = (rows.as_chunks::<{ 2 * PANEL }>(), panel.as_chunks_mut::<{ 2 * PANEL }>());
     let (whole, rest) = panel.split_at_mut(pairs.len());
     #[cfg(target_arch = "x86_64")]
@@ -284,18 +296,31 @@ fn rounded(values: &[f32]) -> [u16; PANEL] {
     rounded
 }
 
-/// Calls `f(row of the call, row of the keys, head)` for all of them, one store after the other, and before that `fetch` for where its
-/// first row goes: those of a store that is one row are far from each other.
-fn each_row(
+/// Sixteen rows of 32 values, which lie so many values apart, in bf16.
+fn tile(values: &[f32], stride: usize) -> [u16; TILE] {
+    let mut tile = [0; TILE];
+    write_tiles(&mut tile, TILE_ROWS, (0, PANEL), values, stride);
+    tile
+}
+
+/// Calls `f(rows of the call, first row of the keys, head)` for all of them, as many at once as `run(rows, first row of the keys)` says, one
+/// store after the other, and before that `fetch` for where its first row goes: those of a store that is one row are far from each other.
+fn each_run(
     stores: &[Store],
     heads: usize,
+    run: impl Fn(&Range<usize>, usize) -> usize + Sync,
     fetch: impl Fn(usize, usize) + Sync,
-    f: impl Fn(usize, usize, usize) + Sync,
+    f: impl Fn(Range<usize>, usize, usize) + Sync,
 ) {
     in_turns(stores.len(), Threads::All, |turns| {
         for Store { from, to } in turns.map(|number| &stores[number]) {
             (0..heads).for_each(|head| fetch(*to, head));
-            from.clone().zip(*to..).for_each(|(row, to)| (0..heads).for_each(|head| f(row, to, head)));
+            let (mut rest, mut to) = (from.clone(), *to);
+            while !rest.is_empty() {
+                let rows = rest.start..rest.start + run(&rest, to);
+                (0..heads).for_each(|head| f(rows.clone(), to, head));
+                (rest.start, to) = (rows.end, to + rows.len());
+            }
         }
     });
 }

@@ -8,6 +8,7 @@ use std::ops::Range;
 use super::buffer::{Buffer, copy};
 use super::dropout::Mask;
 use super::kernel::{Kernel, has_avx512};
+use super::panels::PANEL;
 use super::shared::SharedRows;
 use super::{LANES, vectorized};
 
@@ -241,7 +242,7 @@ impl SharedLeft<'_> {
     ///
     /// # Safety
     /// As for [`SharedLeft::write`].
-    unsafe fn write_rows(&self, rows: Range<usize>, columns: Range<usize>, values: &[f32], stride: usize) {
+    pub unsafe fn write_rows(&self, rows: Range<usize>, columns: Range<usize>, values: &[f32], stride: usize) {
         match self {
             Self::F32(own, _) => {
                 for (row, values) in rows.zip(values.chunks(stride)) {
@@ -283,6 +284,19 @@ pub(super) fn transpose(values: &[f32], width: usize, to: &mut [f32]) {
     }
 }
 
+/// Writes the pairs of a tile as columns, whose rows are 32 pairs apart.
+pub(super) fn columns_of(tile: &[u16; TILE], to: &mut [u16]) {
+    #[cfg(target_arch = "x86_64")]
+    if super::rearrange::columns_of(tile, to) {
+        return;
+    }
+    for (row, pairs) in tile.chunks_exact(TILE_WIDTH).enumerate() {
+        for (to, pair) in to.chunks_mut(2 * PANEL).zip(pairs.as_chunks::<2>().0) {
+            to[2 * row..][..2].copy_from_slice(pair);
+        }
+    }
+}
+
 /// Puts every two rows of 32 numbers side by side.
 pub(super) fn pair_rows(rows: &[u16], to: &mut [u16]) {
     #[cfg(target_arch = "x86_64")]
@@ -315,7 +329,13 @@ fn place(row: usize, channel: usize) -> usize {
 }
 
 /// Writes up to 16 rows of so many values, from a column of the first tile on.
-fn write_tiles(tiles: &mut [u16], rows: usize, (column, width): (usize, usize), values: &[f32], stride: usize) {
+pub(super) fn write_tiles(
+    tiles: &mut [u16],
+    rows: usize,
+    (column, width): (usize, usize),
+    values: &[f32],
+    stride: usize,
+) {
     #[cfg(target_arch = "x86_64")]
     if super::rearrange::round_tiles(tiles, rows, (column, width), values, stride) {
         return;

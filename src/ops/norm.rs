@@ -19,7 +19,8 @@ impl RmsNorm {
             vectorized(
                 #[inline(always)]
                 || {
-                    let inverse = self.inverse_rms(x);
+                    let [squares] = sums([x], |[x]| [x * x]);
+                    let inverse = self.inverse_rms(squares);
                     for ((y, x), gain) in y.iter_mut().zip(x).zip(&self.gain) {
                         *y = x * inverse * gain;
                     }
@@ -35,8 +36,9 @@ impl RmsNorm {
             vectorized(
                 #[inline(always)]
                 || {
-                    let inverse = self.inverse_rms(x);
-                    let projection = sum([x, grad, &self.gain], |[x, grad, gain]| x * (grad * gain));
+                    let [squares, projection] =
+                        sums([x, grad, &self.gain], |[x, grad, gain]| [x * x, x * (grad * gain)]);
+                    let inverse = self.inverse_rms(squares);
                     let pull = (projection / width as f64) as f32 * inverse * inverse;
                     for (((dx, x), grad), gain) in dx.iter_mut().zip(x).zip(grad).zip(&self.gain) {
                         *dx += inverse * (grad * gain - x * pull);
@@ -46,11 +48,10 @@ impl RmsNorm {
         }
     }
 
-    /// 1 / sqrt(mean(x²) + ε).
+    /// 1 / sqrt(mean(x²) + ε), from Σ x².
     #[inline(always)]
-    fn inverse_rms(&self, x: &[f32]) -> f32 {
-        let squares = sum([x], |[x]| x * x);
-        (1.0 / (squares / x.len() as f64 + self.epsilon).sqrt()) as f32
+    fn inverse_rms(&self, squares: f64) -> f32 {
+        (1.0 / (squares / self.gain.len() as f64 + self.epsilon).sqrt()) as f32
     }
 }
 
@@ -62,25 +63,37 @@ pub fn sum_of(a: &[f32], b: &[f32], y: &mut [f32]) {
     );
 }
 
-/// The sum of a term over rows of one length, in strands that the compiler can put side by side. What the strands hold is summed in
+/// The sums of some terms over rows of one length, in strands that the compiler can put side by side. What the strands hold is summed in
 /// f64: it decides every value of the row.
 #[inline(always)]
-fn sum<const N: usize>(rows: [&[f32]; N], term: impl Fn([f32; N]) -> f32) -> f64 {
+fn sums<const N: usize, const M: usize>(rows: [&[f32]; N], terms: impl Fn([f32; N]) -> [f32; M]) -> [f64; M] {
     const STRANDS: usize = 64;
     const LANES: usize = 8;
     let chunks = rows.map(<[f32]>::as_chunks::<STRANDS>);
-    let mut strands = [0.0f32; STRANDS];
+    let mut strands = [[0.0f32; STRANDS]; M];
     for index in 0..chunks[0].0.len() {
         let chunks = chunks.map(|(whole, _)| &whole[index]);
-        for (i, strand) in strands.iter_mut().enumerate() {
-            *strand += term(chunks.map(|chunk| chunk[i]));
+        for i in 0..STRANDS {
+            let terms = terms(chunks.map(|chunk| chunk[i]));
+            for (strands, term) in strands.iter_mut().zip(terms) {
+                strands[i] += term;
+            }
         }
     }
     // Side by side too: one after the other they would take as long as the row.
-    let mut lanes = [0.0f64; LANES];
-    for strands in strands.chunks_exact(LANES) {
-        lanes.iter_mut().zip(strands).for_each(|(lane, strand)| *lane += f64::from(*strand));
+    let mut totals = [0.0; M];
+    for (total, strands) in totals.iter_mut().zip(&strands) {
+        let mut lanes = [0.0f64; LANES];
+        for strands in strands.chunks_exact(LANES) {
+            lanes.iter_mut().zip(strands).for_each(|(lane, strand)| *lane += f64::from(*strand));
+        }
+        *total = lanes.iter().sum::<f64>();
     }
-    let rest = (0..chunks[0].1.len()).map(|i| f64::from(term(chunks.map(|(_, rest)| rest[i]))));
-    lanes.iter().sum::<f64>() + rest.sum::<f64>()
+    let mut rest = [0.0; M];
+    for i in 0..chunks[0].1.len() {
+        let terms = terms(chunks.map(|(_, rest)| rest[i]));
+        rest.iter_mut().zip(terms).for_each(|(rest, term)| *rest += f64::from(term));
+    }
+    totals.iter_mut().zip(rest).for_each(|(total, rest)| *total += rest);
+    totals
 }

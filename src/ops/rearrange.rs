@@ -4,9 +4,10 @@
 #![cfg(target_arch = "x86_64")]
 
 use std::arch::x86_64::{
-    __m512, __m512i, _mm512_castpd_ps, _mm512_castps_pd, _mm512_cvtne2ps_pbh, _mm512_loadu_epi16, _mm512_loadu_ps,
-    _mm512_permutex2var_epi16, _mm512_permutexvar_epi16, _mm512_shuffle_f32x4, _mm512_storeu_epi16, _mm512_storeu_ps,
-    _mm512_unpackhi_pd, _mm512_unpackhi_ps, _mm512_unpacklo_pd, _mm512_unpacklo_ps,
+    __m512, __m512i, _mm512_castpd_ps, _mm512_castps_pd, _mm512_castps_si512, _mm512_cvtne2ps_pbh, _mm512_loadu_epi16,
+    _mm512_loadu_ps, _mm512_permutex2var_epi16, _mm512_permutexvar_epi16, _mm512_setzero_ps, _mm512_shuffle_f32x4,
+    _mm512_storeu_epi16, _mm512_storeu_ps, _mm512_unpackhi_pd, _mm512_unpackhi_ps, _mm512_unpacklo_pd,
+    _mm512_unpacklo_ps,
 };
 use std::array;
 use std::mem::transmute;
@@ -110,34 +111,59 @@ fn round_row(tiles: &mut [u16], row: usize, column: usize, values: &[f32]) {
 /// # Safety
 /// AVX-512 must be there, and sixteen numbers of sixteen rows on both sides.
 #[target_feature(enable = "avx512f")]
-pub(super) unsafe fn transpose((from, from_row): (*const f32, usize), (to, to_row): (*mut f32, usize)) {
+pub(super) unsafe fn transpose(from: (*const f32, usize), (to, to_row): (*mut f32, usize)) {
     // SAFETY: the caller's.
-    let rows: [__m512; LANES] = array::from_fn(|row| unsafe { _mm512_loadu_ps(from.add(row * from_row)) });
+    for (row, column) in unsafe { columns(from) }.iter().enumerate() {
+        // SAFETY: the caller's.
+        unsafe { _mm512_storeu_ps(to.add(row * to_row), *column) };
+    }
+}
+
+/// In loops, for what is passed to a function of the standard library is not always compiled into it, and then not for these vectors.
+///
+/// # Safety
+/// AVX-512 must be there, and sixteen numbers of sixteen rows.
+#[target_feature(enable = "avx512f")]
+#[inline]
+unsafe fn columns((from, from_row): (*const f32, usize)) -> [__m512; LANES] {
+    let [mut rows, mut pairs, mut fours, mut whole] = [[_mm512_setzero_ps(); LANES]; 4];
+    for (row, to) in rows.iter_mut().enumerate() {
+        // SAFETY: the caller's.
+        *to = unsafe { _mm512_loadu_ps(from.add(row * from_row)) };
+    }
     // Numbers of neighbors side by side, then pairs of them, then what is left: quarters of vectors.
-    let pairs: [__m512; LANES] = array::from_fn(|index| {
-        let (a, b) = (rows[index & !1], rows[index | 1]);
-        if index & 1 == 0 { _mm512_unpacklo_ps(a, b) } else { _mm512_unpackhi_ps(a, b) }
-    });
-    let fours: [__m512; LANES] = array::from_fn(|index| {
-        let (row, column) = (index & !3, index & 3);
-        let [a, b] = [pairs[row + column / 2], pairs[row + 2 + column / 2]].map(|pair| _mm512_castps_pd(pair));
-        _mm512_castpd_ps(if column & 1 == 0 { _mm512_unpacklo_pd(a, b) } else { _mm512_unpackhi_pd(a, b) })
-    });
-    for column in 0..4 {
-        let [a, b, c, d] = [0, 4, 8, 12].map(|row| fours[row + column]);
-        let (ab, cd) = (_mm512_shuffle_f32x4::<0x88>(a, b), _mm512_shuffle_f32x4::<0x88>(c, d));
-        let (ab_odd, cd_odd) = (_mm512_shuffle_f32x4::<0xdd>(a, b), _mm512_shuffle_f32x4::<0xdd>(c, d));
-        let whole = [
-            _mm512_shuffle_f32x4::<0x88>(ab, cd),
-            _mm512_shuffle_f32x4::<0x88>(ab_odd, cd_odd),
-            _mm512_shuffle_f32x4::<0xdd>(ab, cd),
-            _mm512_shuffle_f32x4::<0xdd>(ab_odd, cd_odd),
-        ];
-        for (quarter, whole) in whole.into_iter().enumerate() {
-            // SAFETY: the caller's.
-            unsafe { _mm512_storeu_ps(to.add((quarter * 4 + column) * to_row), whole) };
+    for row in (0..LANES).step_by(2) {
+        let (a, b) = (rows[row], rows[row + 1]);
+        (pairs[row], pairs[row + 1]) = (_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+    }
+    for row in (0..LANES).step_by(4) {
+        for half in 0..2 {
+            let (a, b) = (_mm512_castps_pd(pairs[row + half]), _mm512_castps_pd(pairs[row + 2 + half]));
+            fours[row + 2 * half] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
+            fours[row + 2 * half + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
         }
     }
+    for column in 0..4 {
+        let (a, b, c, d) = (fours[column], fours[4 + column], fours[8 + column], fours[12 + column]);
+        let (ab, cd) = (_mm512_shuffle_f32x4::<0x88>(a, b), _mm512_shuffle_f32x4::<0x88>(c, d));
+        let (ab_odd, cd_odd) = (_mm512_shuffle_f32x4::<0xdd>(a, b), _mm512_shuffle_f32x4::<0xdd>(c, d));
+        whole[column] = _mm512_shuffle_f32x4::<0x88>(ab, cd);
+        whole[4 + column] = _mm512_shuffle_f32x4::<0x88>(ab_odd, cd_odd);
+        whole[8 + column] = _mm512_shuffle_f32x4::<0xdd>(ab, cd);
+        whole[12 + column] = _mm512_shuffle_f32x4::<0xdd>(ab_odd, cd_odd);
+    }
+    whole
+}
+
+/// Writes the pairs of a tile as columns, whose rows are 32 pairs apart, if the processor has such vectors.
+pub(super) fn columns_of(tile: &[u16; TILE], to: &mut [u16]) -> bool {
+    if !has_avx512() {
+        return false;
+    }
+    assert!(to.len() >= 2 * (PANEL * (LANES - 1) + LANES), "all columns have a place");
+    // SAFETY: the instructions are there, and sixteen rows of sixteen pairs on both sides, here by the assert.
+    unsafe { transpose((tile.as_ptr().cast(), TILE_WIDTH / 2), (to.as_mut_ptr().cast(), PANEL)) };
+    true
 }
 
 /// From [input pairs, outputs, 2] to [output pairs, inputs, 2], 32 of each, if the processor has such vectors.
@@ -145,13 +171,21 @@ pub(super) fn transpose_pairs(from: &[u16; PANEL * PANEL], to: &mut [u16; PANEL 
     if !has_avx512() {
         return false;
     }
-    let mut rows = [0u16; PANEL * PANEL];
+    // SAFETY: the instructions are there.
+    unsafe { each_transposed_pair(from, to) };
+    true
+}
+
+#[target_feature(enable = "avx512f,avx512bw")]
+fn each_transposed_pair(from: &[u16; PANEL * PANEL], to: &mut [u16; PANEL * PANEL]) {
     for outputs in [0, LANES] {
-        let (from, to) = (from[2 * outputs..].as_ptr(), rows[outputs * PANEL..].as_mut_ptr());
-        // SAFETY: the instructions are there, and sixteen rows of sixteen pairs on both sides.
-        unsafe { transpose((from.cast(), PANEL), (to.cast(), PANEL / 2)) };
+        // SAFETY: sixteen rows of sixteen pairs are there.
+        let rows = unsafe { columns((from[2 * outputs..].as_ptr().cast(), PANEL)) };
+        let (rows, to) = (rows.as_chunks::<2>().0, &mut to[outputs * PANEL..]);
+        for ([even, odd], to) in rows.iter().zip(to.chunks_exact_mut(2 * PANEL)) {
+            store_pair([_mm512_castps_si512(*even), _mm512_castps_si512(*odd)], to);
+        }
     }
-    pair_rows(&rows, to)
 }
 
 /// Puts every two rows of 32 numbers side by side, if the processor has such vectors.
@@ -160,24 +194,39 @@ pub(super) fn pair_rows(rows: &[u16], to: &mut [u16]) -> bool {
         return false;
     }
     // SAFETY: the instructions are there.
-    unsafe { side_by_side(rows, to) };
+    unsafe { each_row_pair(rows, to) };
     true
 }
 
 #[target_feature(enable = "avx512f,avx512bw")]
-fn side_by_side(rows: &[u16], to: &mut [u16]) {
+fn each_row_pair(rows: &[u16], to: &mut [u16]) {
+    for (pair, to) in rows.chunks_exact(2 * PANEL).zip(to.chunks_exact_mut(2 * PANEL)) {
+        let pair = pair.as_ptr().cast::<i16>();
+        // SAFETY: a vector holds 32 numbers, as many as there are in a row.
+        store_pair(unsafe { [_mm512_loadu_epi16(pair), _mm512_loadu_epi16(pair.add(PANEL))] }, to);
+    }
+}
+
+/// Writes two rows of 32 numbers side by side.
+#[target_feature(enable = "avx512f,avx512bw")]
+#[inline]
+fn store_pair([even, odd]: [__m512i; 2], to: &mut [u16]) {
     // The first and the second half of two rows; what comes from the second row is counted on.
-    let order: [[u16; PANEL]; 2] =
-        array::from_fn(|half| array::from_fn(|index| (half * LANES + index / 2 + index % 2 * PANEL) as u16));
-    // SAFETY: a vector holds 32 numbers, as many as there are in a row and in half of two.
-    unsafe {
-        let order = order.map(|order| _mm512_loadu_epi16(order.as_ptr().cast()));
-        for (pair, to) in rows.chunks_exact(2 * PANEL).zip(to.chunks_exact_mut(2 * PANEL)) {
-            let [even, odd] = [0, PANEL].map(|at| _mm512_loadu_epi16(pair.as_ptr().add(at).cast()));
-            for (half, order) in order.into_iter().enumerate() {
-                let values = _mm512_permutex2var_epi16(even, order, odd);
-                _mm512_storeu_epi16(to.as_mut_ptr().add(half * PANEL).cast(), values);
-            }
+    const ORDER: [[u16; PANEL]; 2] = {
+        let mut order = [[0; PANEL]; 2];
+        let mut index = 0;
+        while index < 2 * PANEL {
+            order[index / PANEL][index % PANEL] = (index / 2 + index % 2 * PANEL) as u16;
+            index += 1;
+        }
+        order
+    };
+    assert!(to.len() == 2 * PANEL, "as many numbers as two rows have");
+    for (half, order) in ORDER.iter().enumerate() {
+        // SAFETY: a vector holds 32 numbers, as many as an order has, and by the assert each half of the place.
+        unsafe {
+            let values = _mm512_permutex2var_epi16(even, _mm512_loadu_epi16(order.as_ptr().cast()), odd);
+            _mm512_storeu_epi16(to.as_mut_ptr().add(half * PANEL).cast(), values);
         }
     }
 }
