@@ -22,6 +22,7 @@ use crate::ops::panels::{Panels, Threads};
 use crate::ops::quantized::{Unpacked, Weight};
 use crate::ops::rope::Direction;
 use crate::ops::rows::in_blocks;
+use crate::ops::shared::fetch_ahead;
 use crate::policy::Adapter;
 
 /// A projection that is never trained.
@@ -133,7 +134,12 @@ impl<'a> Work<'a> {
     fn normed(&self, norm: &RmsNorm, x: &[f32], part: &Range<usize>) -> Left<'static> {
         let hidden = self.architecture.hidden;
         let row = |row: usize| &x[(part.start + row) * hidden..][..hidden];
-        Left::of_rows(part.len(), hidden, self.kernel, |index, to| norm.forward(row(index), to))
+        Left::of_rows(part.len(), hidden, self.kernel, |index, to| {
+            if index + 1 < part.len() {
+                fetch_ahead(row(index + 1));
+            }
+            norm.forward(row(index), to);
+        })
     }
 
     /// Some rows of a block as they are, of `width` values each.

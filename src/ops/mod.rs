@@ -43,7 +43,7 @@ pub mod quantized;
 mod rearrange;
 pub mod rope;
 pub mod rows;
-mod shared;
+pub(crate) mod shared;
 
 /// Runs `f` compiled for the widest vectors this processor has. Only what is inlined into it is compiled that way, so the
 /// closure needs `#[inline(always)]`: left to itself the compiler shares one plain copy between the vector widths.

@@ -1,5 +1,6 @@
 //! RMS normalization with a frozen gain: `y = x / sqrt(mean(x²) + ε) · gain` (Zhang & Sennrich 2019, eq. 4).
 
+use super::shared::fetch_ahead;
 use super::vectorized;
 
 /// A normalization: the gain [width] and ε.
@@ -32,7 +33,10 @@ impl RmsNorm {
     /// Adds the gradient of `x` to `dx`: with r = 1/rms and g = grad · gain, r · (g − x · r² · mean(g · x)).
     pub fn backward(&self, x: &[f32], grad: &[f32], dx: &mut [f32]) {
         let width = self.gain.len();
-        for ((dx, x), grad) in dx.chunks_exact_mut(width).zip(x.chunks_exact(width)).zip(grad.chunks_exact(width)) {
+        let next = x[width.min(x.len())..].chunks(width).chain(std::iter::repeat(&[][..]));
+        let rows = dx.chunks_exact_mut(width).zip(x.chunks_exact(width)).zip(grad.chunks_exact(width));
+        for (((dx, x), grad), next) in rows.zip(next) {
+            fetch_ahead(next);
             vectorized(
                 #[inline(always)]
                 || {

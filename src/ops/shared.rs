@@ -91,6 +91,19 @@ fn fetch<T>(line: *const T) {
     let _ = line;
 }
 
+/// Asks for some values that will be read soon: the processor looks ahead less far than rows are long.
+#[inline(always)]
+pub fn fetch_ahead(values: &[f32]) {
+    #[cfg(target_arch = "x86_64")]
+    for line in values.chunks(LINE / size_of::<f32>()) {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        // SAFETY: an address of which nothing is read.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(line.as_ptr().cast()) };
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = values;
+}
+
 impl<'a> Columns<'a> {
     /// The first columns of a matrix of `rows` rows, `stride` values apart, all of which are ours.
     ///
