@@ -22,7 +22,6 @@ use crate::ops::panels::{Panels, Threads};
 use crate::ops::quantized::{Unpacked, Weight};
 use crate::ops::rope::Direction;
 use crate::ops::rows::in_blocks;
-use crate::ops::shared::fetch_ahead;
 use crate::policy::Adapter;
 
 /// A projection that is never trained.
@@ -133,12 +132,9 @@ impl<'a> Work<'a> {
     /// Some rows of a block, normalized.
     fn normed(&self, norm: &RmsNorm, x: &[f32], part: &Range<usize>) -> Left<'static> {
         let hidden = self.architecture.hidden;
-        let row = |row: usize| &x[(part.start + row) * hidden..][..hidden];
-        Left::of_rows(part.len(), hidden, self.kernel, |index, to| {
-            if index + 1 < part.len() {
-                fetch_ahead(row(index + 1));
-            }
-            norm.forward(row(index), to);
+        let x = &x[part.start * hidden..part.end * hidden];
+        Left::of_rows(part.len(), hidden, self.kernel, |rows, to| {
+            norm.forward(&x[rows.start * hidden..rows.end * hidden], to);
         })
     }
 

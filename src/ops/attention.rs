@@ -358,11 +358,12 @@ pub(super) fn fill(row: &mut [f32], columns: Range<usize>, value: f32) {
 /// Σ a · b.
 #[inline(always)]
 pub(super) fn dot(a: &[f32], b: &[f32]) -> f32 {
+    let ((a, rest_a), (b, rest_b)) = (a.as_chunks::<LANES>(), b.as_chunks::<LANES>());
     let mut strands = [0.0f32; LANES];
-    for (a, b) in a.chunks(LANES).zip(b.chunks(LANES)) {
+    for (a, b) in a.iter().zip(b) {
         strands.iter_mut().zip(a.iter().zip(b)).for_each(|(strand, (a, b))| *strand += a * b);
     }
-    across(strands, |a, b| a + b)
+    rest_a.iter().zip(rest_b).fold(across(strands, |a, b| a + b), |sum, (a, b)| sum + a * b)
 }
 
 #[inline(always)]

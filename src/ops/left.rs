@@ -67,18 +67,23 @@ impl<'a> Left<'a> {
         left
     }
 
-    /// Prepares rows of `width` values that are made one by one: `make(row, values)`.
-    pub fn of_rows(rows: usize, width: usize, kernel: Kernel, make: impl Fn(usize, &mut [f32])) -> Left<'static> {
+    /// Prepares rows of `width` values that are made some at a time: `make(rows, values)`.
+    pub fn of_rows(
+        rows: usize,
+        width: usize,
+        kernel: Kernel,
+        make: impl Fn(Range<usize>, &mut [f32]),
+    ) -> Left<'static> {
         let mut left = Self::room(rows, width, kernel);
         match &mut left.form {
-            Form::OwnF32(own) => own.chunks_exact_mut(width).enumerate().for_each(|(row, to)| make(row, to)),
+            Form::OwnF32(own) => make(0..rows, own),
             _ => {
                 let mut made = Buffer::new(TILE_ROWS * width);
                 for first in (0..rows).step_by(TILE_ROWS) {
-                    let count = TILE_ROWS.min(rows - first);
-                    made.chunks_exact_mut(width).zip(first..first + count).for_each(|(to, row)| make(row, to));
+                    let some = first..rows.min(first + TILE_ROWS);
+                    make(some.clone(), &mut made[..some.len() * width]);
                     // SAFETY: nobody else has these rows.
-                    unsafe { left.shared().write_rows(first..first + count, 0..width, &made, width) };
+                    unsafe { left.shared().write_rows(some, 0..width, &made, width) };
                 }
             }
         }

@@ -43,7 +43,7 @@ pub mod quantized;
 mod rearrange;
 pub mod rope;
 pub mod rows;
-pub(crate) mod shared;
+mod shared;
 
 /// Runs `f` compiled for the widest vectors this processor has. Only what is inlined into it is compiled that way, so the
 /// closure needs `#[inline(always)]`: left to itself the compiler shares one plain copy between the vector widths.
@@ -57,9 +57,9 @@ pub(crate) const LANES: usize = 16;
 
 /// One number of all strands, by halves.
 #[inline(always)]
-pub(crate) fn across(strands: [f32; LANES], f: impl Fn(f32, f32) -> f32) -> f32 {
-    let eight: [f32; 8] = std::array::from_fn(|lane| f(strands[lane], strands[lane + 8]));
-    let four: [f32; 4] = std::array::from_fn(|lane| f(eight[lane], eight[lane + 4]));
+pub(crate) fn across<T: Copy>(strands: [T; LANES], f: impl Fn(T, T) -> T) -> T {
+    let eight: [T; 8] = std::array::from_fn(|lane| f(strands[lane], strands[lane + 8]));
+    let four: [T; 4] = std::array::from_fn(|lane| f(eight[lane], eight[lane + 4]));
     f(f(four[0], four[2]), f(four[1], four[3]))
 }
 
