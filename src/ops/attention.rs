@@ -316,12 +316,16 @@ fn exponentials<'a>(
             if let Some(cap) = soft_cap {
                 scores.iter_mut().for_each(|score| *score = cap * tanh(*score / cap));
             }
-            let rows = scores.chunks_exact_mut(scores.len() / factors.len());
-            for (row, (scores, (log_sum, factor))) in rows.zip(log_sums.iter_mut().zip(&mut *factors)).enumerate() {
+            // In a loop of its own: together they need more registers than there are.
+            let stride = scores.len() / factors.len();
+            for (row, scores) in scores.chunks_exact_mut(stride).enumerate() {
                 let [prefix, own] = visible(row);
-                for outside in [0..prefix.start, prefix.end..own.start, own.end..scores.len()] {
+                for outside in [0..prefix.start, prefix.end..own.start, own.end..stride] {
                     fill(scores, outside, f32::NEG_INFINITY);
                 }
+            }
+            let rows = scores.chunks_exact_mut(stride).zip(log_sums.iter_mut().zip(&mut *factors));
+            for (scores, (log_sum, factor)) in rows {
                 let max = largest(scores, f32::NEG_INFINITY);
                 let mut sums = [0.0f32; LANES];
                 for chunk in scores.as_chunks_mut::<LANES>().0 {
@@ -340,18 +344,35 @@ fn exponentials<'a>(
     }
 }
 
-/// Fills some columns of a row of whole vectors. Whoever loads a vector would wait for what was stored in pieces of it.
+/// Fills some columns of a row of whole vectors, as whole vectors: whoever loads one that was stored in pieces waits for them.
 #[inline(always)]
 pub(super) fn fill(row: &mut [f32], columns: Range<usize>, value: f32) {
+    /// All bits of lanes in the first half, none in the second.
+    static HALVES: [u32; 2 * LANES] = {
+        let mut halves = [0; 2 * LANES];
+        let mut lane = 0;
+        while lane < LANES {
+            halves[lane] = u32::MAX;
+            lane += 1;
+        }
+        halves
+    };
     if columns.is_empty() {
         return;
     }
     let vectors = columns.start / LANES..columns.end.div_ceil(LANES);
     for (vector, number) in row.as_chunks_mut::<LANES>().0[vectors.clone()].iter_mut().zip(vectors) {
-        let [start, end] = [columns.start, columns.end].map(|column| column as i32 - (number * LANES) as i32);
-        for (x, lane) in vector.iter_mut().zip(0..LANES as i32) {
-            *x = if lane >= start && lane < end { value } else { *x };
+        // All bits of lanes before a column.
+        let before = |column: usize| -> &[u32; LANES] {
+            let lanes = column.saturating_sub(number * LANES).min(LANES);
+            HALVES[LANES - lanes..].first_chunk().expect("there are as many after half")
+        };
+        let (start, end, mut filled) = (before(columns.start), before(columns.end), [0.0; LANES]);
+        for lane in 0..LANES {
+            let keep = start[lane] | !end[lane];
+            filled[lane] = f32::from_bits(vector[lane].to_bits() & keep | value.to_bits() & !keep);
         }
+        *vector = filled;
     }
 }
 
@@ -361,9 +382,17 @@ pub(super) fn dot(a: &[f32], b: &[f32]) -> f32 {
     let ((a, rest_a), (b, rest_b)) = (a.as_chunks::<LANES>(), b.as_chunks::<LANES>());
     let mut strands = [0.0f32; LANES];
     for (a, b) in a.iter().zip(b) {
-        strands.iter_mut().zip(a.iter().zip(b)).for_each(|(strand, (a, b))| *strand += a * b);
+        for lane in 0..LANES {
+            strands[lane] += a[lane] * b[lane];
+        }
     }
-    rest_a.iter().zip(rest_b).fold(across(strands, |a, b| a + b), |sum, (a, b)| sum + a * b)
+    rest_a.iter().zip(rest_b).fold(total(&strands), |sum, (a, b)| sum + a * b)
+}
+
+/// Not inlined: where it sees how strands are added up, the compiler computes them two at a time.
+#[inline(never)]
+fn total(strands: &[f32; LANES]) -> f32 {
+    across(*strands, |a, b| a + b)
 }
 
 #[inline(always)]

@@ -190,27 +190,27 @@ fn each_score_gradient(
     scores: &mut [f32],
     d_scores: &mut [f32],
     queries: &[Known],
-    (of_context, column): (usize, usize),
+    (of_context, first): (usize, usize),
     capped: impl Fn(f32) -> (f32, f32),
 ) {
     vectorized(
         #[inline(always)]
         || {
-            let rows = scores.as_chunks_mut::<BLOCK>().0.iter_mut().zip(d_scores.as_chunks_mut::<BLOCK>().0);
-            for ((scores, d_scores), Known { log_sum, pull, visible }) in rows.zip(queries) {
-                for (score, d_score) in scores.iter_mut().zip(d_scores.iter_mut()) {
+            let (scores, d_scores) = (scores.as_chunks_mut::<BLOCK>().0, d_scores.as_chunks_mut::<BLOCK>().0);
+            for ((scores, d_scores), query) in scores.iter_mut().zip(d_scores.iter_mut()).zip(queries) {
+                for (score, d_score) in scores.iter_mut().zip(d_scores) {
                     let (capped, slope) = capped(*score);
-                    let weight = exp(capped - log_sum);
-                    *d_score = weight * (*d_score - pull) * slope;
+                    let weight = exp(capped - query.log_sum);
+                    *d_score = weight * (*d_score - query.pull) * slope;
                     *score = weight;
                 }
-                let seen = |end: usize| end.clamp(column, column + BLOCK) - column;
-                let seen = seen(visible[of_context].start)..seen(visible[of_context].end);
-                if seen.len() < BLOCK {
-                    for outside in [0..seen.start, seen.end..BLOCK] {
-                        fill(scores, outside.clone(), 0.0);
-                        fill(d_scores, outside, 0.0);
-                    }
+            }
+            for ((scores, d_scores), query) in scores.iter_mut().zip(d_scores).zip(queries) {
+                let Range { start, end } = query.visible[of_context];
+                let [start, end] = [start, end].map(|column| column.clamp(first, first + BLOCK) - first);
+                for outside in [0..start, end..BLOCK] {
+                    fill(scores, outside.clone(), 0.0);
+                    fill(d_scores, outside, 0.0);
                 }
             }
         },
