@@ -80,9 +80,10 @@ pub(crate) fn largest(row: &[f32], least: f32) -> f32 {
     rest.iter().copied().fold(across(most, larger), larger)
 }
 
-/// eˣ by a polynomial that the compiler can vectorize; relative error below 3e-7 for −87 ≤ x ≤ 88, zero below −87.3.
+/// eˣ by a polynomial that the compiler can vectorize; relative error below 2e-7 for −87 ≤ x ≤ 88, zero below −87.7, infinite above 88.4.
 ///
-/// Range reduction by ln 2 in two parts, then the degree-6 Taylor polynomial on |r| ≤ ln 2 / 2. NaN stays NaN.
+/// Range reduction by ln 2 in two parts, then 1 + r + r² · p(r) with the p of degree 3 whose largest relative error on |r| ≤ ln 2 / 2
+/// is the smallest (1.1e-7). NaN stays NaN.
 #[inline(always)]
 pub(crate) fn exp(x: f32) -> f32 {
     const LOG2_E: f32 = std::f32::consts::LOG2_E;
@@ -91,13 +92,14 @@ pub(crate) fn exp(x: f32) -> f32 {
     // Adding 1.5 · 2²³ rounds to an integer that then sits in the low bits of the sum.
     const ROUND: f32 = 12_582_912.0;
     // The factors of rⁿ, highest first; each step is one fused instruction wherever vectors of sixteen are.
-    const FACTORS: [f32; 6] = [8.333_334e-3, 4.166_666_8e-2, 1.666_666_7e-1, 0.5, 1.0, 1.0];
+    const FACTORS: [f32; 6] = [8.312_501e-3, 4.189_034_6e-2, 1.666_711_6e-1, 4.999_923e-1, 1.0, 1.0];
+    // There the power of two is zero, or infinite.
+    let x = if x < -88.0 { -88.0 } else { x };
+    let x = if x > 89.0 { 89.0 } else { x };
     let shifted = x.mul_add(LOG2_E, ROUND);
     let n = shifted - ROUND;
     let r = n.mul_add(-LN2_LOW, n.mul_add(-LN2_HIGH, x));
-    let polynomial = FACTORS.iter().fold(1.388_889e-3, |sum: f32, factor| sum.mul_add(r, *factor));
+    let polynomial = FACTORS[1..].iter().fold(FACTORS[0], |sum, factor| sum.mul_add(r, *factor));
     let power = f32::from_bits(shifted.to_bits().wrapping_sub(ROUND.to_bits()).wrapping_add(127) << 23);
-    let value = polynomial * power;
-    let value = if x < -87.3 { 0.0 } else { value };
-    if x > 88.7 { f32::INFINITY } else { value }
+    polynomial * power
 }
