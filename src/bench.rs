@@ -20,7 +20,7 @@ use crate::model_files::{ModelFiles, Policy};
 use crate::ops::head;
 use crate::ops::kernel::Kernel;
 use crate::ops::left::Left;
-use crate::ops::panels::Panels;
+use crate::ops::panels::{Panels, Threads};
 use crate::ops::rows::in_blocks;
 use crate::policy::Adapter;
 use crate::random::SplitMix64;
@@ -151,10 +151,10 @@ impl Bench {
                     ROWS,
                     product,
                     || (),
-                    |(), block, [product], threads| {
+                    |(), block, [product]| {
                         let rows = &rows[block.start * hidden..block.end * hidden];
                         let left = Left::new(rows, hidden, self.model.kernel);
-                        weight.multiply(&left, 0..intermediate, product, intermediate, false, threads);
+                        weight.multiply(&left, 0..intermediate, product, intermediate, false, Threads::All);
                     },
                 );
             }

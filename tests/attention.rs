@@ -253,10 +253,10 @@ fn the_exponential_is_accurate_to_a_few_roundings() {
     for ((&x, silu), weight) in xs.iter().zip(silu(&negative)).zip(weights(&negative)) {
         let want = (-f64::from(x)).exp();
         for (name, got) in [("silu", -f64::from(silu) / f64::from(x)), ("attention", f64::from(weight))] {
-            assert!((got / want - 1.0).abs() < 4e-7, "{name}: e^-{x} is {got:e}, not {want:e}");
+            assert!((got / want - 1.0).abs() < 3e-7, "{name}: e^-{x} is {got:e}, not {want:e}");
         }
     }
-    assert_eq!(weights(&[-87.5, -200.0, -1e30]), [0.0; 3]);
+    assert_eq!(weights(&[-87.8, -200.0, -1e30]), [0.0; 3]);
     assert_eq!(silu(&[100.0, 1e30]), [100.0, 1e30]);
 }
 

@@ -115,7 +115,6 @@ impl<'a> Work<'a> {
         left: impl Fn(&Range<usize>) -> Left<'x>,
         rows: &Range<usize>,
         outputs: [&mut [f32]; N],
-        threads: Threads,
     ) {
         let mut outputs = outputs;
         for (part, adapter) in self.call.adapters(rows) {
@@ -125,7 +124,7 @@ impl<'a> Work<'a> {
                 let wide = output.len() / rows.len();
                 &mut output[part.start * wide..part.end * wide]
             });
-            apply_together(&linears, &left, outputs, threads);
+            apply_together(&linears, &left, outputs);
         }
     }
 
@@ -153,10 +152,10 @@ impl<'a> Work<'a> {
             rows,
             outputs,
             || (),
-            |(), rows, [q, k, v], threads| {
+            |(), rows, [q, k, v]| {
                 let x = &x[rows.start * hidden..rows.end * hidden];
                 let left = |part: &Range<usize>| self.normed(&self.layer.attention_norm, x, part);
-                self.project(HEADS, left, &rows, [&mut *q, &mut *k, v], threads);
+                self.project(HEADS, left, &rows, [&mut *q, &mut *k, v]);
                 for (heads, norm) in [(q, &self.layer.query_norm), (k, &self.layer.key_norm)] {
                     if let Some(norm) = norm {
                         let before = copy(heads);
@@ -185,15 +184,15 @@ impl<'a> Work<'a> {
             self.rows(),
             [(y, hidden), to_middle],
             || (),
-            |(), rows, [y, to_middle], threads| {
+            |(), rows, [y, to_middle]| {
                 let x = &x[rows.start * hidden..rows.end * hidden];
                 let attended = &attended[rows.start * width..rows.end * width];
-                let middle = self.middle(x, attended, &rows, threads);
+                let middle = self.middle(x, attended, &rows);
                 if !to_middle.is_empty() {
                     to_middle.copy_from_slice(&middle.x);
                 }
                 let left = |part: &Range<usize>| self.normed(&self.layer.feed_forward_norm, &middle.x, part);
-                let returned = self.feed_forward(left, &rows, threads);
+                let returned = self.feed_forward(left, &rows);
                 add_normed(&middle.x, &returned, self.layer.feed_forward_output_norm.as_ref(), y);
             },
         );
@@ -202,11 +201,11 @@ impl<'a> Work<'a> {
     }
 
     /// From what attention returned to the feed-forward block.
-    fn middle(&self, x: &[f32], attended: &[f32], rows: &Range<usize>, threads: Threads) -> Middle {
+    fn middle(&self, x: &[f32], attended: &[f32], rows: &Range<usize>) -> Middle {
         let (mut returned, mut sum) = (Buffer::new(x.len()), Buffer::new(x.len()));
         let width = attended.len() / rows.len();
         let left = |part: &Range<usize>| self.dense(attended, width, part);
-        self.project([Projection::OProj], left, rows, [&mut *returned], threads);
+        self.project([Projection::OProj], left, rows, [&mut *returned]);
         add_normed(x, &returned, self.layer.attention_output_norm.as_ref(), &mut sum);
         Middle { returned, x: sum }
     }
@@ -222,20 +221,15 @@ impl<'a> Work<'a> {
 
     /// What the feed-forward block makes of its normalized input, some rows of which `left` prepares, before its output is
     /// normalized.
-    fn feed_forward<'x>(
-        &self,
-        left: impl Fn(&Range<usize>) -> Left<'x>,
-        rows: &Range<usize>,
-        threads: Threads,
-    ) -> Buffer {
+    fn feed_forward<'x>(&self, left: impl Fn(&Range<usize>) -> Left<'x>, rows: &Range<usize>) -> Buffer {
         let hidden = self.architecture.hidden;
         let mut returned = Buffer::new(rows.len() * hidden);
         for (part, adapter) in self.call.adapters(rows) {
             let x = left(&part);
             let (rows, part) = (of_call(rows, &part), part.start * hidden..part.end * hidden);
-            let product = self.gated(adapter, rows.clone()).forward(&x, threads);
+            let product = self.gated(adapter, rows.clone()).forward(&x);
             let out = self.linear(Projection::DownProj, adapter, rows);
-            apply_together(&[out], &product, [&mut returned[part]], threads);
+            apply_together(&[out], &product, [&mut returned[part]]);
         }
         returned
     }
@@ -320,14 +314,14 @@ impl Work<'_> {
         let (hidden, heads) = (self.architecture.hidden, self.heads());
         let width = heads.query * heads.dim;
         let outputs = [(grad, hidden), (d_attended, width), (pulls, heads.query)];
-        let parts = in_blocks(self.rows(), outputs, Default::default, |gradient, rows, outputs, threads| {
+        let parts = in_blocks(self.rows(), outputs, Default::default, |gradient, rows, outputs| {
             let [grad, d_attended, pulls] = outputs;
             let x = &x[rows.start * hidden..rows.end * hidden];
             let attended = &kept.attended[rows.start * width..rows.end * width];
             let middle = kept.middle.as_ref().map(|middle| &middle[rows.start * hidden..rows.end * hidden]);
-            let again = middle.is_none().then(|| self.middle(x, attended, &rows, threads));
+            let again = middle.is_none().then(|| self.middle(x, attended, &rows));
             let x = middle.or(again.as_ref().map(|middle| &*middle.x)).expect("what was not kept was computed again");
-            let mut back = Back { work: self, transposed, gradient, rows, threads };
+            let mut back = Back { work: self, transposed, gradient, rows };
             let d_normed = back.through_feed_forward(x, grad);
             self.layer.feed_forward_norm.backward(x, &d_normed, grad);
             let returned = again.as_ref().map(|middle| &*middle.returned);
@@ -370,7 +364,7 @@ impl Work<'_> {
         let (wide, narrow) = (heads.query * heads.dim, heads.key * heads.dim);
         let [mut queries, mut keys, mut values] = d_heads;
         let outputs = [(grad, hidden), (&mut *queries, wide), (&mut *keys, narrow), (&mut *values, narrow)];
-        let parts = in_blocks(self.rows(), outputs, Default::default, |gradient, rows, [grad, q, k, v], threads| {
+        let parts = in_blocks(self.rows(), outputs, Default::default, |gradient, rows, [grad, q, k, v]| {
             let x = &x[rows.start * hidden..rows.end * hidden];
             for heads in [&mut *q, &mut *k] {
                 self.call.rotation(self.index).apply(heads, rows.clone(), Direction::Backward);
@@ -378,7 +372,7 @@ impl Work<'_> {
             let x_left = |part: &Range<usize>| self.normed(&self.layer.attention_norm, x, part);
             if let (Some(query_norm), Some(key_norm)) = (&self.layer.query_norm, &self.layer.key_norm) {
                 let mut before = [q.len(), k.len(), v.len()].map(Buffer::new);
-                self.project(HEADS, x_left, &rows, before.each_mut().map(|before| &mut **before), threads);
+                self.project(HEADS, x_left, &rows, before.each_mut().map(|before| &mut **before));
                 for (norm, before, grad) in [(query_norm, &before[0], &mut *q), (key_norm, &before[1], &mut *k)] {
                     let after = copy(grad);
                     grad.fill(0.0);
@@ -386,7 +380,7 @@ impl Work<'_> {
                 }
             }
             let (x_left, mut d_normed) = (x_left(&(0..rows.len())), Buffer::new(x.len()));
-            let mut back = Back { work: self, transposed, gradient, rows, threads };
+            let mut back = Back { work: self, transposed, gradient, rows };
             back.through(Projection::QProj, q, &x_left, &mut d_normed, false);
             back.through(Projection::KProj, k, &x_left, &mut d_normed, true);
             back.through(Projection::VProj, v, &x_left, &mut d_normed, true);
@@ -403,7 +397,6 @@ struct Back<'a> {
     gradient: &'a mut AdapterGradient,
     /// Rows of the call.
     rows: Range<usize>,
-    threads: Threads,
 }
 
 impl<'a> Back<'a> {
@@ -421,7 +414,7 @@ impl<'a> Back<'a> {
         let linear = self.linear(projection);
         let grad = Left::new(grad, linear.weight.dims().1, self.work.kernel);
         let d_down = linear.down(&grad);
-        linear.apply_all(&grad, d_down.as_ref(), dx, add, self.threads);
+        linear.apply_all(&grad, d_down.as_ref(), dx, add, Threads::All);
         if linear.adapter.is_some() {
             let down = Linear { backward: false, ..linear }.down(x);
             self.keep(projection, x, down.as_ref(), &grad, d_down.as_ref());
@@ -440,11 +433,11 @@ impl<'a> Back<'a> {
     /// The gradient of the feed-forward block's normalized input, given the input and the gradient of the residual sum after the
     /// block.
     fn through_feed_forward(&mut self, x: &[f32], grad: &[f32]) -> Buffer {
-        let (work, rows, threads) = (self.work, self.rows.clone(), self.threads);
+        let (work, rows) = (self.work, self.rows.clone());
         let hidden = work.architecture.hidden;
         let norm = work.layer.feed_forward_output_norm.as_ref();
         let left = |part: &Range<usize>| work.normed(&work.layer.feed_forward_norm, x, part);
-        let returned = norm.map(|_| work.feed_forward(left, &rows, threads));
+        let returned = norm.map(|_| work.feed_forward(left, &rows));
         let d_returned = before_norm(returned.as_deref(), norm, grad);
         let grad = Left::new(d_returned.as_deref().unwrap_or(grad), hidden, work.kernel);
         let (x, mut d_normed) = (left(&(0..rows.len())), Buffer::new(x.len()));
@@ -453,11 +446,11 @@ impl<'a> Back<'a> {
         let gated = work.gated(work.call.only_adapter(), rows);
         let (d_down, downs) = (out.down(&grad), [gated.gate.down(&x), gated.up.down(&x)]);
         let downs = downs.each_ref().map(Option::as_ref);
-        let (grads, product) = gated.backward(&x, downs, &out, (&grad, d_down.as_ref()), threads);
+        let (grads, product) = gated.backward(&x, downs, &out, (&grad, d_down.as_ref()));
         let own = [(Projection::GateProj, gate), (Projection::UpProj, up)];
         for (index, ((projection, linear), grad)) in own.into_iter().zip(&grads).enumerate() {
             let d_down = linear.down(grad);
-            linear.apply_all(grad, d_down.as_ref(), &mut d_normed, index > 0, threads);
+            linear.apply_all(grad, d_down.as_ref(), &mut d_normed, index > 0, Threads::All);
             self.keep(projection, &x, downs[index], grad, d_down.as_ref());
         }
         if let Some(product) = &product {

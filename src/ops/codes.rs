@@ -9,6 +9,7 @@ use candle_core::quantized::GgmlDType;
 use half::f16;
 use rayon::prelude::*;
 
+use super::LANES;
 use super::kernel::Kernel;
 use super::left::{to_bf16, to_f32};
 use super::pages::Pages;
@@ -20,8 +21,7 @@ const GROUP: usize = 32;
 pub(super) const BLOCK: usize = GROUP * PANEL;
 /// Blocks in bf16 that are kept where a product needs each once, a power of two: they stay in the first-level cache.
 pub(super) const RING: usize = 4;
-/// Outputs whose pairs of inputs fill a vector of f32, and vectors for all outputs of a panel.
-const LANES: usize = 16;
+/// Vectors of f32 for pairs of inputs of all outputs of a panel.
 const VECTORS: usize = 2 * PANEL / LANES;
 /// Words of a line of the cache.
 const LINE: usize = 16;

@@ -35,9 +35,9 @@ impl Gated<'_> {
     }
 
     /// Calls `f` for all inner values, WIDTH at a time or what is left.
-    fn in_columns(&self, threads: Threads, f: impl Fn(Range<usize>) + Sync) {
+    fn in_columns(&self, f: impl Fn(Range<usize>) + Sync) {
         let wide = self.wide();
-        in_turns(wide.div_ceil(WIDTH), threads, |turns| {
+        in_turns(wide.div_ceil(WIDTH), Threads::All, |turns| {
             let _tiles = self.kernel.tiles();
             turns.map(|number| number * WIDTH).for_each(|start| f(start..(start + WIDTH).min(wide)));
         });
@@ -65,11 +65,11 @@ impl Gated<'_> {
     }
 
     /// `activation(gate(x)) · up(x)` [rows, inner width], for the projection out of the block.
-    pub fn forward(&self, x: &Left, threads: Threads) -> Left<'static> {
+    pub fn forward(&self, x: &Left) -> Left<'static> {
         let (wide, downs) = (self.wide(), [self.gate.down(x), self.up.down(x)]);
         let mut product = Left::room(x.rows(), wide, self.kernel);
         let shared = product.shared();
-        self.in_columns(threads, |inner| {
+        self.in_columns(|inner| {
             let mut rows = self.pair(x, downs.each_ref().map(Option::as_ref), inner.clone());
             // SAFETY: each thread has columns of its own, which begin with a tile.
             unsafe { self.write_product(&shared, inner, &mut rows) };
@@ -86,12 +86,11 @@ impl Gated<'_> {
         downs: [Option<&Down>; 2],
         out: &Linear,
         (grad, d_down): (&Left, Option<&Down>),
-        threads: Threads,
     ) -> ([Left<'static>; 2], Option<Left<'static>>) {
         let room = || Left::room(x.rows(), self.wide(), self.kernel);
         let (mut grads, mut product) = ([room(), room()], out.adapter.is_some().then(room));
         let (shared, shared_product) = (grads.each_mut().map(Left::shared), product.as_mut().map(Left::shared));
-        self.in_columns(threads, |part| {
+        self.in_columns(|part| {
             let mut rows = self.pair(x, downs, part.clone());
             if let Some(product) = &shared_product {
                 // SAFETY: each thread has columns of its own, here and below; they begin with a tile.

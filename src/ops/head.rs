@@ -178,7 +178,7 @@ pub fn log_probabilities(
     }
     let mut seen = vec![Seen { tally: Tally::EMPTY, target: 0.0 }; rows];
     // By blocks of rows, which are the same for every chunk: rounded once.
-    let lefts = in_blocks(rows, [], BTreeMap::new, |lefts, rows, [], _| {
+    let lefts = in_blocks(rows, [], BTreeMap::new, |lefts, rows, []| {
         lefts.insert(rows.start, Left::new(&hidden[rows.start * width..rows.end * width], width, weight.kernel()));
     });
     let lefts: BTreeMap<usize, Left> = lefts.into_iter().flatten().collect();
@@ -191,8 +191,8 @@ pub fn log_probabilities(
             logits,
         };
         let others = others.as_deref_mut().map_or((&mut [][..], 0), |others| (others, width));
-        let parts = in_blocks(rows, [others], Vec::new, |parts, rows, [others], threads| {
-            parts.push(chunk.see(&lefts[&rows.start], &targets[rows.clone()], seen[rows].to_vec(), others, threads));
+        let parts = in_blocks(rows, [others], Vec::new, |parts, rows, [others]| {
+            parts.push(chunk.see(&lefts[&rows.start], &targets[rows.clone()], seen[rows].to_vec(), others));
         });
         seen = parts.concat().concat();
     }
@@ -210,17 +210,10 @@ struct Chunk<'a> {
 
 impl Chunk<'_> {
     /// What is known of a block of rows with these tokens too, and `others` likewise.
-    fn see(
-        &self,
-        hidden: &Left,
-        targets: &[u32],
-        mut seen: Vec<Seen>,
-        others: &mut [f32],
-        threads: Threads,
-    ) -> Vec<Seen> {
+    fn see(&self, hidden: &Left, targets: &[u32], mut seen: Vec<Seen>, others: &mut [f32]) -> Vec<Seen> {
         let (kernel, (_, width), count) = (self.weight.kernel(), self.weight.dims(), self.tokens.len());
         let mut block = Buffer::new(targets.len() * STRIDE);
-        self.weight.multiply(hidden, self.tokens.clone(), &mut block, STRIDE, false, threads);
+        self.weight.multiply(hidden, self.tokens.clone(), &mut block, STRIDE, false, Threads::All);
         let mut others_of = others.chunks_exact_mut(width);
         for ((row, &target), stretch) in seen.iter_mut().zip(targets).zip(block.chunks_exact_mut(STRIDE)) {
             let stretch = &mut stretch[..count];
@@ -248,7 +241,7 @@ impl Chunk<'_> {
         if let Some(transposed) = &self.transposed {
             let mut left = Left::room(targets.len(), count, kernel);
             left.write(0..count, &block, STRIDE);
-            transposed.multiply(&left, 0..width, others, width, true, threads);
+            transposed.multiply(&left, 0..width, others, width, true, Threads::All);
         }
         seen
     }

@@ -224,8 +224,8 @@ impl Linear<'_> {
     }
 }
 
-/// Several projections of the same inputs, dense, whose threads meet once and not once for each.
-pub fn apply_together<const N: usize>(linears: &[Linear; N], x: &Left, outputs: [&mut [f32]; N], threads: Threads) {
+/// Several projections of the same inputs, dense, by all threads, which meet once and not once for each.
+pub fn apply_together<const N: usize>(linears: &[Linear; N], x: &Left, outputs: [&mut [f32]; N]) {
     let downs = linears.each_ref().map(|linear| linear.down(x));
     let (mut outputs, mut each) = (outputs, linears.iter().zip(&downs));
     let products = outputs.each_mut().map(|output| {
@@ -233,7 +233,7 @@ pub fn apply_together<const N: usize>(linears: &[Linear; N], x: &Left, outputs: 
         let wide = linear.weight.dims().0;
         linear.product(down.as_ref(), 0..wide, (output, wide), false)
     });
-    multiply(x, products, threads);
+    multiply(x, products, Threads::All);
     for ((linear, down), output) in linears.iter().zip(&downs).zip(outputs) {
         let wide = linear.weight.dims().0;
         linear.finish(x.rows(), down.as_ref(), 0..wide, (output, wide));

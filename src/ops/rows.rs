@@ -18,22 +18,22 @@ const PART: usize = 64;
 /// A matrix that is written block by block: all of it, and its width.
 pub type Output<'a> = (&'a mut [f32], usize);
 
-/// Calls `f(state, rows, outputs, threads)` for all rows in blocks, with the blocks' rows of every output. Each block, or all of them
+/// Calls `f(state, rows, outputs)` for all rows in blocks, with the blocks' rows of every output. Each block, or all of them
 /// where the threads are inside the products, has a state of its own, made by `start`; they come back in the order of the rows. How
 /// rows are cut depends on their number and on that of the threads alone.
 pub fn in_blocks<const N: usize, S: Send>(
     rows: usize,
     outputs: [Output; N],
     start: impl Fn() -> S + Sync,
-    f: impl Fn(&mut S, Range<usize>, [&mut [f32]; N], Threads) + Sync,
+    f: impl Fn(&mut S, Range<usize>, [&mut [f32]; N]) + Sync,
 ) -> Vec<S> {
     let threads = rayon::current_num_threads();
     let mut outputs = outputs;
     if rows < PART * threads || threads == 1 {
-        let (mut state, threads) = (start(), if threads == 1 { Threads::One } else { Threads::All });
+        let mut state = start();
         for block in blocks(rows, BLOCK) {
             let outputs = split(&mut outputs, block.len());
-            f(&mut state, block, outputs, threads);
+            f(&mut state, block, outputs);
         }
         return vec![state];
     }
@@ -49,7 +49,7 @@ pub fn in_blocks<const N: usize, S: Send>(
         for number in turns {
             let (state, task) = &mut *tasks[number].lock().expect("nobody else has it");
             let (block, outputs) = task.take().expect("each is taken once");
-            f(state, block, outputs, Threads::All);
+            f(state, block, outputs);
         }
     });
     tasks.into_iter().map(|task| task.into_inner().expect("no thread panicked").0).collect()
