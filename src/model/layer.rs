@@ -187,27 +187,27 @@ impl<'a> Work<'a> {
             |(), rows, [y, to_middle]| {
                 let x = &x[rows.start * hidden..rows.end * hidden];
                 let attended = &attended[rows.start * width..rows.end * width];
-                let middle = self.middle(x, attended, &rows);
-                if !to_middle.is_empty() {
-                    to_middle.copy_from_slice(&middle.x);
-                }
-                let left = |part: &Range<usize>| self.normed(&self.layer.feed_forward_norm, &middle.x, part);
+                let mut own = Buffer::new(if to_middle.is_empty() { x.len() } else { 0 });
+                let middle = if to_middle.is_empty() { &mut *own } else { to_middle };
+                self.middle(x, attended, &rows, middle);
+                let left = |part: &Range<usize>| self.normed(&self.layer.feed_forward_norm, middle, part);
                 let returned = self.feed_forward(left, &rows);
-                add_normed(&middle.x, &returned, self.layer.feed_forward_output_norm.as_ref(), y);
+                add_normed(middle, &returned, self.layer.feed_forward_output_norm.as_ref(), y);
             },
         );
         kept.middle = middle;
         kept
     }
 
-    /// From what attention returned to the feed-forward block.
-    fn middle(&self, x: &[f32], attended: &[f32], rows: &Range<usize>) -> Middle {
-        let (mut returned, mut sum) = (Buffer::new(x.len()), Buffer::new(x.len()));
+    /// From what attention returned to the residual stream between it and the feed-forward block, which is written to `middle`. Returns
+    /// what attention's output projection returned.
+    fn middle(&self, x: &[f32], attended: &[f32], rows: &Range<usize>, middle: &mut [f32]) -> Buffer {
+        let mut returned = Buffer::new(x.len());
         let width = attended.len() / rows.len();
         let left = |part: &Range<usize>| self.dense(attended, width, part);
         self.project([Projection::OProj], left, rows, [&mut *returned]);
-        add_normed(x, &returned, self.layer.attention_output_norm.as_ref(), &mut sum);
-        Middle { returned, x: sum }
+        add_normed(x, &returned, self.layer.attention_output_norm.as_ref(), middle);
+        returned
     }
 
     fn gated(&self, adapter: Option<&'a Adapter>, rows: Range<usize>) -> Gated<'_> {
@@ -233,14 +233,6 @@ impl<'a> Work<'a> {
         }
         returned
     }
-}
-
-/// A block of rows between attention and the feed-forward block.
-struct Middle {
-    /// What attention's output projection returned.
-    returned: Buffer,
-    /// The residual stream after it.
-    x: Buffer,
 }
 
 /// `y = x + returned`, normalized first where the family does so.
@@ -319,13 +311,13 @@ impl Work<'_> {
             let x = &x[rows.start * hidden..rows.end * hidden];
             let attended = &kept.attended[rows.start * width..rows.end * width];
             let middle = kept.middle.as_ref().map(|middle| &middle[rows.start * hidden..rows.end * hidden]);
-            let again = middle.is_none().then(|| self.middle(x, attended, &rows));
-            let x = middle.or(again.as_ref().map(|middle| &*middle.x)).expect("what was not kept was computed again");
+            let mut own = Buffer::new(if middle.is_none() { x.len() } else { 0 });
+            let returned = middle.is_none().then(|| self.middle(x, attended, &rows, &mut own));
+            let x = middle.unwrap_or(&own);
             let mut back = Back { work: self, transposed, gradient, rows };
             let d_normed = back.through_feed_forward(x, grad);
             self.layer.feed_forward_norm.backward(x, &d_normed, grad);
-            let returned = again.as_ref().map(|middle| &*middle.returned);
-            let d_returned = before_norm(returned, self.layer.attention_output_norm.as_ref(), grad);
+            let d_returned = before_norm(returned.as_deref(), self.layer.attention_output_norm.as_ref(), grad);
             let d_returned = d_returned.as_deref().unwrap_or(grad);
             let left = Left::new(attended, width, self.kernel);
             back.through(Projection::OProj, d_returned, &left, d_attended, false);

@@ -52,18 +52,18 @@ pub(super) fn few(rows: usize) -> bool {
 /// Rows and a panel, and other rows and another panel whose product is added, as far as there are such.
 struct Operands<'a> {
     rows: usize,
-    a: left::Tiles<'a>,
+    a: &'a left::Tiles<'a>,
     panel: *const u16,
     /// Of the panel, along k.
     steps: usize,
     ring: usize,
-    then: Option<(left::Tiles<'a>, &'a [u16])>,
+    then: Option<&'a (left::Tiles<'a>, &'a [u16])>,
 }
 
 impl Operands<'_> {
     /// The walks of the rows from this one on over some steps of the panel; what is added comes with the last of them.
     fn walks(&self, row: usize, part: Range<usize>) -> (amx::Walk, Option<amx::Walk>) {
-        let walk = |a: left::Tiles, panel: *const u16, part: Range<usize>, ring: usize| {
+        let walk = |a: &left::Tiles, panel: *const u16, part: Range<usize>, ring: usize| {
             let last = (self.rows.div_ceil(TILE_ROWS) - 1) * a.row_tiles;
             assert!(!part.is_empty() && last + part.end * TILE <= a.numbers.len(), "rows are padded to tiles");
             let of_row = row / TILE_ROWS * a.row_tiles + row % TILE_ROWS * TILE_WIDTH + part.start * TILE;
@@ -86,8 +86,8 @@ impl Operands<'_> {
 /// All rows times one panel of bf16, and `then` others times another, as far as there are such.
 pub(super) fn bf16_panel(
     tiles: Option<&amx::Tiles>,
-    (a, panel): (left::Tiles, Panel),
-    then: Option<(left::Tiles, &[u16])>,
+    (a, panel): (&left::Tiles, Panel),
+    then: Option<&(left::Tiles, &[u16])>,
     c: &mut Columns,
     add: bool,
 ) {

@@ -197,7 +197,7 @@ impl Keys {
                     let mut to = Columns::first(to, room, BLOCK, stride);
                     bf16_panel(
                         tiles.as_ref(),
-                        (rows.tiles(0, 0), Panel::Bf16(&keys[index * len..][..len])),
+                        (&rows.tiles(0, 0), Panel::Bf16(&keys[index * len..][..len])),
                         None,
                         &mut to,
                         false,
@@ -246,7 +246,8 @@ impl Keys {
                     let first = walk(first);
                     let columns = PANEL.min(dim - panel * PANEL);
                     let mut to = Columns::first(&mut combined[panel * PANEL..], room, columns, dim);
-                    bf16_panel(tiles.as_ref(), (first.0, Panel::Bf16(first.1)), then.map(walk), &mut to, add);
+                    let then = then.map(walk);
+                    bf16_panel(tiles.as_ref(), (&first.0, Panel::Bf16(first.1)), then.as_ref(), &mut to, add);
                 }
             }
         }
@@ -261,7 +262,7 @@ impl Keys {
         let (tiles, mut panel) = (self.kernel.tiles(), Buffer::<u16>::new(padded(m) * PANEL));
         round_pairs(&y[..m * BLOCK], &mut panel);
         let mut to = Columns::first(total, wide, BLOCK, BLOCK);
-        bf16_panel(tiles.as_ref(), (x.tiles(0, 0), Panel::Bf16(&panel)), None, &mut to, true);
+        bf16_panel(tiles.as_ref(), (&x.tiles(0, 0), Panel::Bf16(&panel)), None, &mut to, true);
     }
 }
 

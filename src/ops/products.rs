@@ -100,7 +100,7 @@ impl Shared<'_> {
         if weight.kernel().rounds_inputs() {
             let numbers = weight.panel(panel, room, tiles.is_some() && bf16::few(x.rows()));
             let then = then.map(|(x, weight)| (x.tiles(0, 0), weight.bf16(panel).expect("what is added is packed")));
-            return bf16_panel(tiles, (x.tiles(0, 0), numbers), then, &mut c, *add);
+            return bf16_panel(tiles, (&x.tiles(0, 0), numbers), then.as_ref(), &mut c, *add);
         }
         f32_or_int8(weight, x, panel, &mut c, *add);
         if let Some((x, weight)) = then {
@@ -124,7 +124,7 @@ pub(super) fn add_outer(total: &mut [f32], y: &[f32], x: &Left, kernel: Kernel) 
     for column in (0..width).step_by(PANEL) {
         x.pairs(column, &mut panel);
         let mut to = Columns::first(&mut total[column..], n, PANEL.min(width - column), width);
-        bf16_panel(tiles.as_ref(), (y_t.tiles(0, 0), Panel::Bf16(&panel)), None, &mut to, true);
+        bf16_panel(tiles.as_ref(), (&y_t.tiles(0, 0), Panel::Bf16(&panel)), None, &mut to, true);
     }
 }
 

@@ -34,11 +34,11 @@ impl Rotation {
         let half = self.half;
         let width = x.len() / rows.len().max(1);
         let sign = if direction == Direction::Forward { 1.0 } else { -1.0 };
-        for (x, row) in x.chunks_exact_mut(width.max(1)).zip(rows) {
-            let (cosines, sines) = (&self.cosines[row * half..][..half], &self.sines[row * half..][..half]);
-            vectorized(
-                #[inline(always)]
-                || {
+        vectorized(
+            #[inline(always)]
+            || {
+                for (x, row) in x.chunks_exact_mut(width.max(1)).zip(rows) {
+                    let (cosines, sines) = (&self.cosines[row * half..][..half], &self.sines[row * half..][..half]);
                     for x in x.chunks_exact_mut(2 * half) {
                         let (first, second) = x.split_at_mut(half);
                         for ((a, b), (cosine, sine)) in first.iter_mut().zip(second).zip(cosines.iter().zip(sines)) {
@@ -46,8 +46,8 @@ impl Rotation {
                             (*a, *b) = (*a * cosine - *b * sine, *b * cosine + *a * sine);
                         }
                     }
-                },
-            );
-        }
+                }
+            },
+        );
     }
 }
