@@ -225,13 +225,17 @@ impl<'a> Work<'a> {
         let hidden = self.architecture.hidden;
         let mut returned = Buffer::new(rows.len() * hidden);
         for (part, adapter) in self.call.adapters(rows) {
-            let x = left(&part);
-            let (rows, part) = (of_call(rows, &part), part.start * hidden..part.end * hidden);
-            let product = self.gated(adapter, rows.clone()).forward(&x);
-            let out = self.linear(Projection::DownProj, adapter, rows);
-            apply_together(&[out], &product, [&mut returned[part]]);
+            let to = &mut returned[part.start * hidden..part.end * hidden];
+            self.feed_forward_of(&left(&part), adapter, of_call(rows, &part), to);
         }
         returned
+    }
+
+    /// The same for rows of the call that have one adapter, and are prepared.
+    fn feed_forward_of(&self, x: &Left, adapter: Option<&'a Adapter>, rows: Range<usize>, returned: &mut [f32]) {
+        let product = self.gated(adapter, rows.clone()).forward(x);
+        let out = self.linear(Projection::DownProj, adapter, rows);
+        apply_together(&[out], &product, [returned]);
     }
 }
 
@@ -361,17 +365,19 @@ impl Work<'_> {
             for heads in [&mut *q, &mut *k] {
                 self.call.rotation(self.index).apply(heads, rows.clone(), Direction::Backward);
             }
-            let x_left = |part: &Range<usize>| self.normed(&self.layer.attention_norm, x, part);
+            let x_left = self.normed(&self.layer.attention_norm, x, &(0..rows.len()));
             if let (Some(query_norm), Some(key_norm)) = (&self.layer.query_norm, &self.layer.key_norm) {
                 let mut before = [q.len(), k.len(), v.len()].map(Buffer::new);
-                self.project(HEADS, x_left, &rows, before.each_mut().map(|before| &mut **before));
+                let adapter = self.call.only_adapter();
+                let linears = HEADS.map(|projection| self.linear(projection, adapter, rows.clone()));
+                apply_together(&linears, &x_left, before.each_mut().map(|before| &mut **before));
                 for (norm, before, grad) in [(query_norm, &before[0], &mut *q), (key_norm, &before[1], &mut *k)] {
                     let after = copy(grad);
                     grad.fill(0.0);
                     norm.backward(before, &after, grad);
                 }
             }
-            let (x_left, mut d_normed) = (x_left(&(0..rows.len())), Buffer::new(x.len()));
+            let mut d_normed = Buffer::new(x.len());
             let mut back = Back { work: self, transposed, gradient, rows };
             back.through(Projection::QProj, q, &x_left, &mut d_normed, false);
             back.through(Projection::KProj, k, &x_left, &mut d_normed, true);
@@ -408,18 +414,19 @@ impl<'a> Back<'a> {
         let d_down = linear.down(&grad);
         linear.apply_all(&grad, d_down.as_ref(), dx, add, Threads::All);
         if linear.adapter.is_some() {
-            let down = Linear { backward: false, ..linear }.down(x);
-            self.keep(projection, x, down.as_ref(), &grad, d_down.as_ref());
+            let forward = Linear { backward: false, ..linear };
+            let seen = forward.seen(x);
+            let x = seen.as_ref().unwrap_or(x);
+            self.keep(projection, x, forward.down_of(x).as_ref(), &grad, d_down.as_ref());
         }
     }
 
-    /// Adds the gradients of a projection's adapter, if it carries one.
+    /// Adds the gradients of a projection's adapter, if it carries one, which saw `x`.
     fn keep(&mut self, projection: Projection, x: &Left, down: Option<&Down>, grad: &Left, d_down: Option<&Down>) {
         let linear = self.linear(projection);
         let (Some(adapter), Some(down), Some(d_down)) = (linear.adapter, down, d_down) else { return };
-        let seen = linear.mask.map(|mask| x.masked(&mask));
         let own = self.gradient[projection as usize].get_or_insert_with(|| adapter.zeros());
-        adapter.add_gradient(seen.as_ref().unwrap_or(x), down, grad, d_down, own);
+        adapter.add_gradient(x, down, grad, d_down, own);
     }
 
     /// The gradient of the feed-forward block's normalized input, given the input and the gradient of the residual sum after the
@@ -428,26 +435,35 @@ impl<'a> Back<'a> {
         let (work, rows) = (self.work, self.rows.clone());
         let hidden = work.architecture.hidden;
         let norm = work.layer.feed_forward_output_norm.as_ref();
-        let left = |part: &Range<usize>| work.normed(&work.layer.feed_forward_norm, x, part);
-        let returned = norm.map(|_| work.feed_forward(left, &rows));
+        let mut d_normed = Buffer::new(x.len());
+        let x = work.normed(&work.layer.feed_forward_norm, x, &(0..rows.len()));
+        let returned = norm.map(|_| {
+            let mut returned = Buffer::new(grad.len());
+            work.feed_forward_of(&x, work.call.only_adapter(), rows.clone(), &mut returned);
+            returned
+        });
         let d_returned = before_norm(returned.as_deref(), norm, grad);
         let grad = Left::new(d_returned.as_deref().unwrap_or(grad), hidden, work.kernel);
-        let (x, mut d_normed) = (left(&(0..rows.len())), Buffer::new(x.len()));
         let [gate, up, out] =
             [Projection::GateProj, Projection::UpProj, Projection::DownProj].map(|projection| self.linear(projection));
         let gated = work.gated(work.call.only_adapter(), rows);
-        let (d_down, downs) = (out.down(&grad), [gated.gate.down(&x), gated.up.down(&x)]);
+        let inputs = [&gated.gate, &gated.up];
+        let seen = inputs.map(|linear| linear.seen(&x));
+        let seen = seen.each_ref().map(|seen| seen.as_ref().unwrap_or(&x));
+        let (d_down, downs) = (out.down(&grad), [inputs[0].down_of(seen[0]), inputs[1].down_of(seen[1])]);
         let downs = downs.each_ref().map(Option::as_ref);
         let (grads, product) = gated.backward(&x, downs, &out, (&grad, d_down.as_ref()));
         let own = [(Projection::GateProj, gate), (Projection::UpProj, up)];
         for (index, ((projection, linear), grad)) in own.into_iter().zip(&grads).enumerate() {
             let d_down = linear.down(grad);
             linear.apply_all(grad, d_down.as_ref(), &mut d_normed, index > 0, Threads::All);
-            self.keep(projection, &x, downs[index], grad, d_down.as_ref());
+            self.keep(projection, seen[index], downs[index], grad, d_down.as_ref());
         }
         if let Some(product) = &product {
-            let down = Linear { backward: false, ..out }.down(product);
-            self.keep(Projection::DownProj, product, down.as_ref(), &grad, d_down.as_ref());
+            let forward = Linear { backward: false, ..out };
+            let seen = forward.seen(product);
+            let product = seen.as_ref().unwrap_or(product);
+            self.keep(Projection::DownProj, product, forward.down_of(product).as_ref(), &grad, d_down.as_ref());
         }
         d_normed
     }

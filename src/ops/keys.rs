@@ -8,7 +8,7 @@ use std::ops::Range;
 use super::attention::Heads;
 use super::bf16::bf16_panel;
 use super::buffer::Buffer;
-use super::kernel::{Kernel, has_avx512};
+use super::kernel::Kernel;
 use super::left::{Left, TILE, TILE_ROWS, columns_of, pair_rows, to_bf16, write_tiles};
 use super::matmul::{Matrix, matmul};
 use super::pages::Held;
@@ -127,10 +127,9 @@ impl Keys {
                     }
                 };
                 // Sixteen rows at once where they are whole tiles.
-                let run = |rows: &Range<usize>, to: usize| match rows.len() >= TILE_ROWS && to.is_multiple_of(TILE_ROWS)
-                {
-                    true if dim.is_multiple_of(PANEL) && has_avx512() => TILE_ROWS,
-                    _ => 1,
+                let run = |rows: &Range<usize>, to: usize| {
+                    let tiles = dim.is_multiple_of(PANEL) && to.is_multiple_of(TILE_ROWS) && rows.len() >= TILE_ROWS;
+                    if tiles { TILE_ROWS } else { 1 }
                 };
                 each_run(stores, heads, run, fetch, |rows, to, head| {
                     let (block, lane) = (to / BLOCK, to % BLOCK);

@@ -137,12 +137,21 @@ fn transposed(values: &[f32], width: usize) -> Vec<f32> {
 }
 
 impl Linear<'_> {
+    /// What the adapter sees of its inputs, if that is not all of them.
+    pub fn seen(&self, x: &Left) -> Option<Left<'static>> {
+        self.adapter?;
+        self.mask.filter(|_| !self.backward).map(|mask| x.masked(&mask))
+    }
+
     /// What the adapter makes of its inputs before its second matrix.
     pub fn down(&self, x: &Left) -> Option<Down> {
+        self.down_of(self.seen(x).as_ref().unwrap_or(x))
+    }
+
+    /// The same of what it sees of them.
+    pub fn down_of(&self, x: &Left) -> Option<Down> {
         let LowRank { rank, kernel, .. } = *self.adapter?;
         let panels = &self.adapter?.factors(self.backward).down;
-        let masked = self.mask.filter(|_| !self.backward).map(|mask| x.masked(&mask));
-        let x = masked.as_ref().unwrap_or(x);
         let (rows, wide) = (x.rows(), panels.dims().0);
         let mut parts = Buffer::new(rows * wide);
         panels.multiply(x, 0..wide, &mut parts, wide, false, Threads::One);
