@@ -12,10 +12,12 @@ use crate::cuda::plan;
 use crate::given;
 use crate::inputs::Inputs;
 use crate::learner::tree::{Piece, batches, pieces};
-use crate::model::host::{kept_layers, kept_width};
+use crate::model::host::{kept_bytes, kept_layers};
 use crate::model::stored::reading_bytes;
 use crate::model::{Architecture, Footprint, KeyValueStore, Projection};
 use crate::ops::keys::BLOCK;
+use crate::ops::kernel::Kernel;
+use crate::ops::rounded::Rounded;
 use crate::ops::{head, rows};
 use crate::record::{available_memory, resident_memory};
 use crate::sampler::Settings;
@@ -222,15 +224,16 @@ impl Work {
             let adapter = FLOAT * copies * adapter;
             return Ok((Memory { program, adapter, loading, together, ..Memory::default() }, Some(memory)));
         }
+        let kernel = inputs.model.place.kernel;
         let memory = Memory {
             program,
             base: resident,
             layer: layer + unpacked,
             adapter: FLOAT * copies * adapter,
-            cache: KeyValueStore::bytes(architecture, self.stored_rows, inputs.model.place.kernel),
-            sampling: FLOAT
-                * (self.forward_rows * forward_width(architecture) + self.rollouts * architecture.vocabulary + blocks),
-            learning: FLOAT * (self.learning(architecture) + blocks),
+            cache: KeyValueStore::bytes(architecture, self.stored_rows, kernel),
+            sampling: self.forward_rows * forward_bytes(architecture, kernel)
+                + FLOAT * (self.rollouts * architecture.vocabulary + blocks),
+            learning: self.learning(architecture, kernel) + FLOAT * blocks,
             head: FLOAT * 2 * self.targets * architecture.hidden + head::bytes(self.targets, architecture.hidden),
             loading: reading_bytes(),
             together,
@@ -238,20 +241,21 @@ impl Work {
         Ok((memory, None))
     }
 
-    /// Numbers alive in the backward pass of the last layer.
-    fn learning(&self, architecture: &Architecture) -> usize {
+    /// What is alive in the backward pass of the last layer, in bytes.
+    fn learning(&self, architecture: &Architecture, kernel: Kernel) -> usize {
         let Architecture { hidden, heads, key_value_heads, head_dim, ref layers, .. } = *architecture;
-        let kept = kept_layers(architecture, self.micro_rows).max(1) * kept_width(architecture);
+        let kept = kept_layers(architecture, self.micro_rows, kernel).max(1) * kept_bytes(architecture, kernel);
         // The inputs of all layers and a gradient; those of queries, keys and values, and of what attention returned.
-        let widths = (layers.len() + 2) * hidden + kept + 2 * (heads + key_value_heads) * head_dim;
+        let widths = FLOAT * ((layers.len() + 2) * hidden + (heads + 2 * key_value_heads) * head_dim);
+        let row = kept + widths + Rounded::bytes(kernel) * heads * head_dim;
         // Keys and values in both layouts, and their gradients.
-        self.micro_rows * widths + 6 * self.key_rows * key_value_heads * head_dim
+        self.micro_rows * row + FLOAT * 6 * self.key_rows * key_value_heads * head_dim
     }
 }
 
-/// Numbers per row alive in a layer's forward pass: its input and output, and what attention is given and returns.
-fn forward_width(architecture: &Architecture) -> usize {
-    2 * architecture.hidden + architecture.attention_width()
+/// What is alive per row in a layer's forward pass, in bytes: its input and output, and what attention is given and returns.
+fn forward_bytes(architecture: &Architecture, kernel: Kernel) -> usize {
+    FLOAT * 2 * architecture.hidden + architecture.attention_bytes(Rounded::bytes(kernel))
 }
 
 /// Numbers per row of a block of rows in a layer's backward pass: about six hidden states, and three inner ones in half precision.

@@ -11,6 +11,7 @@ use candor::ops::buffer::Buffer;
 use candor::ops::gate::Activation;
 use candor::ops::kernel::Kernel;
 use candor::ops::keys::{BLOCK, Keys, Store, padded};
+use candor::ops::rounded::Rounded;
 use proptest::prelude::*;
 
 use crate::check;
@@ -66,25 +67,38 @@ fn slow_attention(x: &[Tensor], heads: Heads, spans: &[Span]) -> Result<Tensor> 
 /// Keys and values of these rows, one after the other. Those that no span has are somebody else's leftovers, and must not be seen.
 pub fn stored(heads: Heads, keys: &[f32], values: &[f32], spans: &[Span], kernel: Kernel) -> Keys {
     let rows = keys.len() / (heads.key * heads.dim);
+    let [keys, values] = [keys, values].map(|rows| Rounded::of(rows, kernel));
     let mut stored = Keys::new(rows, heads, kernel, false);
-    stored.write(keys, values, &[Store { from: 0..rows, to: 0 }]);
+    stored.write(keys.rows(), values.rows(), &[Store { from: 0..rows, to: 0 }]);
     let own = |span: &Span| Store { from: span.own.clone(), to: span.own.start };
-    stored.write(keys, values, &spans.iter().map(own).collect::<Vec<_>>());
+    stored.write(keys.rows(), values.rows(), &spans.iter().map(own).collect::<Vec<_>>());
     stored
 }
 
+/// Queries as attention takes them.
+fn scaled(heads: Heads, queries: &[f32], kernel: Kernel) -> Rounded {
+    Rounded::of(&queries.iter().map(|x| heads.scale * x).collect::<Vec<_>>(), kernel)
+}
+
+/// In f32.
+fn exact(rounded: &Rounded) -> Vec<f32> {
+    let rows = rounded.rows();
+    rows.in_f32(&mut vec![0.0; rows.len()]).to_vec()
+}
+
 /// What is returned, and the log-sums.
-pub fn attend(heads: Heads, queries: &[f32], keys: &Keys, spans: &[Span]) -> (Vec<f32>, Buffer) {
-    let mut attended = vec![f32::NAN; queries.len()];
+pub fn attend(heads: Heads, queries: &[f32], keys: &Keys, spans: &[Span], kernel: Kernel) -> (Vec<f32>, Buffer) {
+    let mut attended = Rounded::of(&vec![f32::NAN; queries.len()], kernel);
     let mut log_sums = Buffer::new(queries.len() / heads.dim);
-    attention::forward(heads, queries, keys, spans, &mut attended, &mut log_sums);
-    (attended, log_sums)
+    let queries = scaled(heads, queries, kernel);
+    attention::forward(heads, queries.rows(), keys, spans, attended.rows_mut(), &mut log_sums);
+    (exact(&attended), log_sums)
 }
 
 /// Attention of queries over rows of keys and values.
 pub fn attention<'a>(x: &[Vec<f32>], heads: Heads, spans: &'a [Span], kernel: Kernel) -> Computed<'a> {
     let keys = stored(heads, &x[1], &x[2], spans, kernel);
-    let (value, log_sums) = attend(heads, &x[0], &keys, spans);
+    let (value, log_sums) = attend(heads, &x[0], &keys, spans, kernel);
     let (attended, x) = (value.clone(), x.to_vec());
     let backward = move |grad: &[f32]| {
         let swapped = stored(heads, &x[2], &x[1], spans, kernel);
@@ -92,9 +106,13 @@ pub fn attention<'a>(x: &[Vec<f32>], heads: Heads, spans: &'a [Span], kernel: Ke
         let mut by_rows = [x[0].len(), rows * width, rows * width].map(|len| vec![f32::NAN; len]);
         let [queries, d_keys, values] = &mut by_rows;
         let mut pulls = vec![f32::NAN; log_sums.len()];
-        attention_backward::pulls(heads, grad, &attended, &mut pulls);
-        let saved = Saved { queries: &x[0], keys: &keys, swapped: &swapped, log_sums: &log_sums, pulls: &pulls, grad };
+        attention_backward::pulls(heads, grad, Rounded::of(&attended, kernel).rows(), &mut pulls);
+        let (of_queries, grad) = (scaled(heads, &x[0], kernel), Rounded::of(grad, kernel));
+        let (log_sums, pulls) = (&log_sums, &*pulls);
+        let [of_queries, grad] = [of_queries.rows(), grad.rows()];
+        let saved = Saved { queries: of_queries, keys: &keys, swapped: &swapped, log_sums, pulls, grad };
         attention_backward::backward(heads, &saved, spans, Gradients { queries, keys: d_keys, values });
+        queries.iter_mut().for_each(|grad| *grad *= heads.scale);
         let [queries, d_keys, values] = by_rows;
         let stored = [d_keys, values].map(|rows| {
             let mut stored = vec![0.0; x[1].len()];
@@ -160,7 +178,8 @@ fn attention_over_caches() {
             let inputs = inputs(heads, 78, 256);
             let want = slow_attention(&inputs, heads, &spans).unwrap();
             let [q, k, v] = inputs.each_ref().map(floats);
-            let got: Vec<f64> = attend(heads, &q, &stored(heads, &k, &v, &spans, check::f32_kernel()), &spans)
+            let kernel = check::f32_kernel();
+            let got: Vec<f64> = attend(heads, &q, &stored(heads, &k, &v, &spans, kernel), &spans, kernel)
                 .0
                 .into_iter()
                 .map(f64::from)
@@ -242,13 +261,15 @@ fn the_exponential_is_accurate_to_a_few_roundings() {
         rows.split_off(2 * x.len())
     };
     let heads = Heads { query: 1, key: 1, dim: 1, scale: 1.0, soft_cap: None, window: None };
-    let mut keys = Keys::new(2 * BLOCK, heads, check::f32_kernel(), false);
+    let kernel = check::f32_kernel();
+    let mut keys = Keys::new(2 * BLOCK, heads, kernel, false);
     let stores = [Store { from: 0..1, to: 0 }, Store { from: 1..2, to: BLOCK }];
-    keys.write(&[0.0, 1.0], &[0.0, 1.0], &stores);
+    let both = Rounded::of(&[0.0, 1.0], kernel);
+    keys.write(both.rows(), both.rows(), &stores);
     let weights = |queries: &[f32]| {
         let span = |row| Span { queries: row..row + 1, prefix: 0..1, own: BLOCK..BLOCK + 1 };
         let spans: Vec<Span> = (0..queries.len()).map(span).collect();
-        attend(heads, queries, &keys, &spans).0
+        attend(heads, queries, &keys, &spans, kernel).0
     };
     for ((&x, silu), weight) in xs.iter().zip(silu(&negative)).zip(weights(&negative)) {
         let want = (-f64::from(x)).exp();
@@ -282,9 +303,11 @@ proptest! {
             // A prompt with its branch right behind it, and with something between.
             let stored = |apart: usize| {
                 let mut keys = Keys::new(apart + own, heads, kernel, true);
-                keys.write(&k, &v, &[Store { from: 0..prompt, to: 0 }, Store { from: prompt..rows, to: apart }]);
+                let [k, v] = [&k, &v].map(|rows| Rounded::of(rows, kernel));
+                let stores = [Store { from: 0..prompt, to: 0 }, Store { from: prompt..rows, to: apart }];
+                keys.write(k.rows(), v.rows(), &stores);
                 let span = Span { queries: 0..queries, prefix: 0..prompt, own: apart..apart + own };
-                let attended = attend(heads, &q, &keys, &[span]);
+                let attended = attend(heads, &q, &keys, &[span], kernel);
                 (keys, attended)
             };
             let apart = padded(prompt) + gap * BLOCK;
@@ -294,7 +317,7 @@ proptest! {
             for (number, alone) in q.chunks(query * dim).enumerate() {
                 let seen = own - queries + number + 1;
                 let span = Span { queries: 0..1, prefix: 0..prompt, own: apart..apart + seen };
-                let got = attend(heads, alone, &split, &[span]);
+                let got = attend(heads, alone, &split, &[span], kernel);
                 check::same_bits("alone", &got.0, &together.0[number * query * dim..][..query * dim]);
                 check::same_bits("log-sums alone", &got.1, &together.1[number * query..][..query]);
             }
@@ -304,7 +327,7 @@ proptest! {
                 Span { queries: number..number + 1, prefix: 0..prompt, own: apart..apart + seen }
             };
             let branches: Vec<Span> = (0..queries).map(branch).collect();
-            let side_by_side = attend(heads, &q, &split, &branches);
+            let side_by_side = attend(heads, &q, &split, &branches, kernel);
             check::same_bits("side by side", &side_by_side.0, &together.0);
             check::same_bits("log-sums side by side", &side_by_side.1, &together.1);
         }

@@ -236,7 +236,7 @@ fn attention_of_both_kinds() {
             let heads = heads(shape, *kind);
             let inputs = inputs(heads, spans);
             let keys = stored(heads, &inputs.keys, &inputs.values, spans, check::f32_kernel());
-            let (want, want_sums) = attend(heads, &inputs.queries, &keys, spans);
+            let (want, want_sums) = attend(heads, &inputs.queries, &keys, spans, check::f32_kernel());
             let turns = TURNS[index % 2];
             let rows = by_rows(kernels, &inputs, turns);
             let tiles = by_tiles(kernels, &inputs, turns);
@@ -428,7 +428,7 @@ fn heads_are_turned_into_their_rows() {
             if normalized {
                 norm.forward(x, &mut y);
             }
-            rotation.apply(&mut y, 0..4, Direction::Forward);
+            rotation.apply(&mut y, 0..4, Direction::Forward, 1.0);
             y
         };
         let (want, want_keys) = (turned(&queries, &norms[0]), turned(&keys, &norms[1]));
@@ -484,7 +484,7 @@ fn heads_of_any_even_width_by_rows() {
         let (heads, spans) = (heads(shape, kind), cache());
         let inputs = inputs(heads, &spans);
         let keys = stored(heads, &inputs.keys, &inputs.values, &spans, check::f32_kernel());
-        let (want, _) = attend(heads, &inputs.queries, &keys, &spans);
+        let (want, _) = attend(heads, &inputs.queries, &keys, &spans, check::f32_kernel());
         alike(&format!("{heads:?}"), &by_rows(kernels, &inputs, TURNS[0]).out, &want, 3e-6);
     }
 }

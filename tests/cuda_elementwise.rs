@@ -236,7 +236,7 @@ fn rotations() {
             for (direction, sign) in [(Direction::Forward, 1.0f32), (Direction::Backward, -1.0)] {
                 let x = numbers(1, rows * heads * 2 * half);
                 let (mut want, mut got) = (x.clone(), [x, room(0)].concat());
-                rotation.apply(&mut want, 0..rows, direction);
+                rotation.apply(&mut want, 0..rows, direction, 1.0);
                 let (cosines, sines) = (written(&cosines), written(&sines));
                 let [rows, heads, dim] = [rows, heads, 2 * half].map(|number| number as i32);
                 let launch = blocks(rows as usize, 128, turns);

@@ -289,9 +289,10 @@ fn rope_at_scattered_positions() {
         // The rows come after others of the same call.
         const BEFORE: usize = 3;
         let rotation = Rotation::new(&[&[11; BEFORE], positions.as_slice()].concat(), &frequencies);
+        const SCALE: f32 = 0.3;
         let rotate = |x: &[f32], direction| {
             let mut x = x.to_vec();
-            rotation.apply(&mut x, BEFORE..BEFORE + rows, direction);
+            rotation.apply(&mut x, BEFORE..BEFORE + rows, direction, SCALE);
             x
         };
         let angles = positions.iter().flat_map(|&p| frequencies.iter().map(move |f| f64::from(p as f32 * *f as f32)));
@@ -302,7 +303,7 @@ fn rope_at_scattered_positions() {
             let (x1, x2) = (x.narrow(2, 0, half)?, x.narrow(2, half, half)?);
             let y1 = (x1.broadcast_mul(&cosines)? - x2.broadcast_mul(&sines)?)?;
             let y2 = (x2.broadcast_mul(&cosines)? + x1.broadcast_mul(&sines)?)?;
-            Tensor::cat(&[y1, y2], 2)?.reshape((rows, heads * dim))
+            Tensor::cat(&[y1, y2], 2)?.reshape((rows, heads * dim))? * f64::from(SCALE)
         };
         let x = random(1, (rows, heads * dim));
         let rotated = |x: &[Vec<f32>]| Computed {

@@ -61,7 +61,7 @@ impl Memory {
 /// A layer's forward pass of the sampler: residual stream, what attention is given and returns, and the feed-forward block.
 fn sampling(rows: usize, architecture: &Architecture) -> usize {
     let Architecture { hidden, intermediate, .. } = *architecture;
-    let width = FLOAT * (4 * hidden + architecture.attention_width()) + (2 * FLOAT + HALF) * intermediate;
+    let width = FLOAT * 4 * hidden + architecture.attention_bytes(FLOAT) + (2 * FLOAT + HALF) * intermediate;
     rows * width
 }
 
@@ -69,7 +69,7 @@ fn sampling(rows: usize, architecture: &Architecture) -> usize {
 fn learning(work: &Work, architecture: &Architecture) -> usize {
     let Architecture { hidden, intermediate, key_value_heads, head_dim, ref layers, .. } = *architecture;
     let inner = (3 * FLOAT + FLOAT + 3 * HALF) * intermediate;
-    let outer = FLOAT * (9 * hidden + 3 * architecture.attention_width());
+    let outer = FLOAT * 9 * hidden + 3 * architecture.attention_bytes(FLOAT);
     let rows = work.micro_rows * (FLOAT * layers.len() * hidden + inner.max(outer) + outer);
     let keys = work.key_rows * 2 * HALF * key_value_heads * head_dim;
     rows + keys + work.targets * hidden * (2 * FLOAT + HALF)

@@ -103,9 +103,10 @@ impl Architecture {
         }
     }
 
-    /// Numbers per row that attention is given and returns: queries, keys, values, what it attended to, and log-sums.
-    pub fn attention_width(&self) -> usize {
-        2 * (self.heads + self.key_value_heads) * self.head_dim + self.heads
+    /// What attention is given and returns per row, in bytes: queries, keys, values and what it attended to, of so many bytes a number,
+    /// and log-sums.
+    pub fn attention_bytes(&self, number: usize) -> usize {
+        2 * number * (self.heads + self.key_value_heads) * self.head_dim + size_of::<f32>() * self.heads
     }
 
     /// The shape of attention in layers of one kind.

@@ -19,6 +19,7 @@ use crate::ops::norm::RmsNorm;
 use crate::ops::panels::Panels;
 use crate::ops::quantized::Weight;
 use crate::ops::rope::Rotation;
+use crate::ops::rounded::Rounded;
 use crate::ops::rows::on_the_pool;
 use crate::policy::Adapter;
 
@@ -199,7 +200,7 @@ impl Decoder {
     /// Log-probabilities, and what a backward pass needs beside them if there will be one.
     pub fn trace(&self, call: &Call, question: &Question, keep: bool) -> Result<Traced<Kept>> {
         let context = LayerCall::new(&self.architecture, call, question.dropout);
-        let kept = if keep { kept_layers(&self.architecture, call.ids.len()) } else { 0 };
+        let kept = if keep { kept_layers(&self.architecture, call.ids.len(), self.kernel) } else { 0 };
         let (mut keys, mut inputs) = (self.keys(call), Vec::new());
         let mut x = self.embed(call);
         for index in 0..self.layers.len() {
@@ -254,15 +255,15 @@ impl Decoder {
     }
 }
 
-/// Numbers that are kept of a row in a layer: what attention was given and returned, and the residual stream after it.
-pub fn kept_width(architecture: &Architecture) -> usize {
+/// What is kept of a row in a layer, in bytes: what attention was given and returned, and the residual stream after it.
+pub fn kept_bytes(architecture: &Architecture, kernel: Kernel) -> usize {
     let middle = if architecture.output_norms { 0 } else { architecture.hidden };
-    architecture.attention_width() + middle
+    architecture.attention_bytes(Rounded::bytes(kernel)) + size_of::<f32>() * middle
 }
 
 /// How many layers' attention is kept in a micro-batch of so many rows.
-pub fn kept_layers(architecture: &Architecture, rows: usize) -> usize {
-    (KEPT / (size_of::<f32>() * kept_width(architecture) * rows).max(1)).min(architecture.layers.len())
+pub fn kept_layers(architecture: &Architecture, rows: usize, kernel: Kernel) -> usize {
+    (KEPT / (kept_bytes(architecture, kernel) * rows).max(1)).min(architecture.layers.len())
 }
 
 impl Layer {

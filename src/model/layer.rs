@@ -21,6 +21,7 @@ use crate::ops::norm::{RmsNorm, sum_of};
 use crate::ops::panels::{Panels, Threads};
 use crate::ops::quantized::{Unpacked, Weight};
 use crate::ops::rope::Direction;
+use crate::ops::rounded::{Rounded, RoundedRows, RoundedRowsMut};
 use crate::ops::rows::in_blocks;
 use crate::policy::Adapter;
 
@@ -67,10 +68,10 @@ pub type AdapterGradient = [Option<LowRankGradient>; 7];
 
 /// What attention was given and returned, and the residual stream after it if that is kept too; rows of the call.
 pub struct Attended {
-    queries: Buffer,
-    keys: Buffer,
-    values: Buffer,
-    attended: Buffer,
+    queries: Rounded,
+    keys: Rounded,
+    values: Rounded,
+    attended: Rounded,
     log_sums: LogSums,
     middle: Option<Buffer>,
 }
@@ -137,37 +138,37 @@ impl<'a> Work<'a> {
         })
     }
 
-    /// Some rows of a block as they are, of `width` values each.
-    fn dense<'x>(&self, x: &'x [f32], width: usize, part: &Range<usize>) -> Left<'x> {
-        Left::new(&x[part.start * width..part.end * width], width, self.kernel)
-    }
-
     fn attend(&self, x: &[f32], keys: &mut Keys) -> Attended {
         let (rows, hidden, heads) = (self.rows(), self.architecture.hidden, self.heads());
         let (wide, narrow) = (heads.query * heads.dim, heads.key * heads.dim);
-        let buffers = [wide, narrow, narrow].map(|width| Buffer::new(rows * width));
-        let [mut queries, mut new_keys, mut values] = buffers;
-        let outputs = [(&mut *queries, wide), (&mut *new_keys, narrow), (&mut *values, narrow)];
+        let [mut queries, mut new_keys, mut values] =
+            [wide, narrow, narrow].map(|width| Rounded::new(rows * width, self.kernel));
+        let outputs = [(queries.rows_mut(), wide), (new_keys.rows_mut(), narrow), (values.rows_mut(), narrow)];
         in_blocks(
             rows,
             outputs,
             || (),
-            |(), rows, [q, k, v]| {
+            |(), rows, outputs| {
                 let x = &x[rows.start * hidden..rows.end * hidden];
                 let left = |part: &Range<usize>| self.normed(&self.layer.attention_norm, x, part);
-                self.project(HEADS, left, &rows, [&mut *q, &mut *k, v]);
-                for (heads, norm) in [(q, &self.layer.query_norm), (k, &self.layer.key_norm)] {
+                let mut projected = [wide, narrow, narrow].map(|width| Buffer::new(rows.len() * width));
+                self.project(HEADS, left, &rows, projected.each_mut().map(|projected| &mut **projected));
+                let [q, k, _] = &mut projected;
+                let norms = [&self.layer.query_norm, &self.layer.key_norm];
+                for ((heads, norm), scale) in [q, k].into_iter().zip(norms).zip([heads.scale, 1.0]) {
                     if let Some(norm) = norm {
                         let before = copy(heads);
                         norm.forward(&before, heads);
                     }
-                    self.call.rotation(self.index).apply(heads, rows.clone(), Direction::Forward);
+                    self.call.rotation(self.index).apply(heads, rows.clone(), Direction::Forward, scale);
                 }
+                outputs.into_iter().zip(&projected).for_each(|(output, projected)| output.write(projected));
             },
         );
-        keys.write(&new_keys, &values, self.call.call.stores);
-        let (mut attended, mut log_sums) = (Buffer::new(rows * wide), Buffer::new(rows * heads.query));
-        attention::forward(heads, &queries, keys, self.call.call.spans, &mut attended, &mut log_sums);
+        keys.write(new_keys.rows(), values.rows(), self.call.call.stores);
+        let (mut attended, mut log_sums) = (Rounded::new(rows * wide, self.kernel), Buffer::new(rows * heads.query));
+        let (spans, to) = (self.call.call.spans, attended.rows_mut());
+        attention::forward(heads, queries.rows(), keys, spans, to, &mut log_sums);
         Attended { queries, keys: new_keys, values, attended, log_sums, middle: None }
     }
 
@@ -176,7 +177,7 @@ impl<'a> Work<'a> {
     pub fn forward(&self, x: &[f32], keys: &mut Keys, y: &mut [f32], keep: bool) -> Attended {
         let (hidden, width) = (self.architecture.hidden, self.heads().query * self.heads().dim);
         let mut kept = self.attend(x, keys);
-        let attended = &kept.attended;
+        let attended = kept.attended.rows();
         // What was normalized is computed again anyway.
         let mut middle = (keep && !self.architecture.output_norms).then(|| Buffer::new(x.len()));
         let to_middle = middle.as_deref_mut().map_or((&mut [][..], 0), |middle| (middle, hidden));
@@ -186,7 +187,7 @@ impl<'a> Work<'a> {
             || (),
             |(), rows, [y, to_middle]| {
                 let x = &x[rows.start * hidden..rows.end * hidden];
-                let attended = &attended[rows.start * width..rows.end * width];
+                let attended = attended.part(rows.start * width..rows.end * width);
                 let mut own = Buffer::new(if to_middle.is_empty() { x.len() } else { 0 });
                 let middle = if to_middle.is_empty() { &mut *own } else { to_middle };
                 self.middle(x, attended, &rows, middle);
@@ -201,10 +202,10 @@ impl<'a> Work<'a> {
 
     /// From what attention returned to the residual stream between it and the feed-forward block, which is written to `middle`. Returns
     /// what attention's output projection returned.
-    fn middle(&self, x: &[f32], attended: &[f32], rows: &Range<usize>, middle: &mut [f32]) -> Buffer {
+    fn middle(&self, x: &[f32], attended: RoundedRows, rows: &Range<usize>, middle: &mut [f32]) -> Buffer {
         let mut returned = Buffer::new(x.len());
         let width = attended.len() / rows.len();
-        let left = |part: &Range<usize>| self.dense(attended, width, part);
+        let left = |part: &Range<usize>| Left::of(attended.part(part.start * width..part.end * width), width);
         self.project([Projection::OProj], left, rows, [&mut *returned]);
         add_normed(x, &returned, self.layer.attention_output_norm.as_ref(), middle);
         returned
@@ -280,16 +281,17 @@ impl Work<'_> {
         let transposed = self.weights.each_ref().map(|weight| outputs(weight));
         let kept = match kept {
             Some(kept) => {
-                keys.write(&kept.keys, &kept.values, self.call.call.stores);
+                keys.write(kept.keys.rows(), kept.values.rows(), self.call.call.stores);
                 kept
             }
             None => self.attend(x, keys),
         };
         let (heads, rows) = (self.heads(), self.rows());
-        let [mut d_attended, mut pulls] = [heads.query * heads.dim, heads.query].map(|width| Buffer::new(rows * width));
-        let outputs = [&mut *d_attended, &mut *pulls];
+        let mut d_attended = Rounded::new(rows * heads.query * heads.dim, self.kernel);
+        let mut pulls = Buffer::new(rows * heads.query);
+        let outputs = (d_attended.rows_mut(), &mut *pulls);
         let mut gradient = self.middle_backward(x, &kept, grad, outputs, &transposed);
-        let [queries, keys, values] = self.attention_backward(&kept, keys, swapped, [&d_attended, &pulls]);
+        let [queries, keys, values] = self.attention_backward(&kept, keys, swapped, (d_attended.rows(), &pulls));
         let first = self.heads_backward(x, grad, [queries, keys, values], &transposed);
         for (total, part) in gradient.iter_mut().zip(first) {
             add_gradient(total, part);
@@ -304,16 +306,16 @@ impl Work<'_> {
         x: &[f32],
         kept: &Attended,
         grad: &mut [f32],
-        [d_attended, pulls]: [&mut [f32]; 2],
+        (d_attended, pulls): (RoundedRowsMut, &mut [f32]),
         transposed: &[Panels; 7],
     ) -> AdapterGradient {
         let (hidden, heads) = (self.architecture.hidden, self.heads());
         let width = heads.query * heads.dim;
-        let outputs = [(grad, hidden), (d_attended, width), (pulls, heads.query)];
+        let outputs = ((d_attended, width), [(grad, hidden), (pulls, heads.query)]);
         let parts = in_blocks(self.rows(), outputs, Default::default, |gradient, rows, outputs| {
-            let [grad, d_attended, pulls] = outputs;
+            let (to_attended, [grad, pulls]) = outputs;
             let x = &x[rows.start * hidden..rows.end * hidden];
-            let attended = &kept.attended[rows.start * width..rows.end * width];
+            let attended = kept.attended.rows().part(rows.start * width..rows.end * width);
             let middle = kept.middle.as_ref().map(|middle| &middle[rows.start * hidden..rows.end * hidden]);
             let mut own = Buffer::new(if middle.is_none() { x.len() } else { 0 });
             let returned = middle.is_none().then(|| self.middle(x, attended, &rows, &mut own));
@@ -323,9 +325,10 @@ impl Work<'_> {
             self.layer.feed_forward_norm.backward(x, &d_normed, grad);
             let d_returned = before_norm(returned.as_deref(), self.layer.attention_output_norm.as_ref(), grad);
             let d_returned = d_returned.as_deref().unwrap_or(grad);
-            let left = Left::new(attended, width, self.kernel);
-            back.through(Projection::OProj, d_returned, &left, d_attended, false);
-            attention_backward::pulls(heads, d_attended, attended, pulls);
+            let mut d_attended = Buffer::new(attended.len());
+            back.through(Projection::OProj, d_returned, &Left::of(attended, width), &mut d_attended, false);
+            attention_backward::pulls(heads, &d_attended, attended, pulls);
+            to_attended.write(&d_attended);
         });
         in_order(parts)
     }
@@ -336,13 +339,13 @@ impl Work<'_> {
         kept: &Attended,
         keys: &Keys,
         swapped: &mut Keys,
-        [grad, pulls]: [&[f32]; 2],
+        (grad, pulls): (RoundedRows, &[f32]),
     ) -> [Buffer; 3] {
         let (heads, call) = (self.heads(), self.call.call);
         let Attended { queries, log_sums, .. } = kept;
-        swapped.write(&kept.values, &kept.keys, call.stores);
-        let saved = Saved { queries, keys, swapped, log_sums, pulls, grad };
-        let mut all = [queries, &kept.keys, &kept.values].map(|of| Buffer::new(of.len()));
+        swapped.write(kept.values.rows(), kept.keys.rows(), call.stores);
+        let saved = Saved { queries: queries.rows(), keys, swapped, log_sums, pulls, grad };
+        let mut all = [queries, &kept.keys, &kept.values].map(|of| Buffer::new(of.rows().len()));
         let [queries, keys, values] = &mut all;
         attention_backward::backward(heads, &saved, call.spans, Gradients { queries, keys, values });
         all
@@ -362,8 +365,8 @@ impl Work<'_> {
         let outputs = [(grad, hidden), (&mut *queries, wide), (&mut *keys, narrow), (&mut *values, narrow)];
         let parts = in_blocks(self.rows(), outputs, Default::default, |gradient, rows, [grad, q, k, v]| {
             let x = &x[rows.start * hidden..rows.end * hidden];
-            for heads in [&mut *q, &mut *k] {
-                self.call.rotation(self.index).apply(heads, rows.clone(), Direction::Backward);
+            for (grad, scale) in [(&mut *q, heads.scale), (&mut *k, 1.0)] {
+                self.call.rotation(self.index).apply(grad, rows.clone(), Direction::Backward, scale);
             }
             let x_left = self.normed(&self.layer.attention_norm, x, &(0..rows.len()));
             if let (Some(query_norm), Some(key_norm)) = (&self.layer.query_norm, &self.layer.key_norm) {

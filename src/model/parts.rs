@@ -171,15 +171,18 @@ impl Parts for Headers<'_> {
 
     fn matrix(&mut self, name: &str, shape: &[usize; 2]) -> Result<()> {
         let stored = self.weights.stored(name, shape, self.architecture)?;
-        let bytes = Panels::bytes(shape[0], shape[1], self.kernel);
-        self.footprint.layer += bytes;
         let form = match self.kernel {
             Kernel::Cuda => tensors::form(&stored, self.quantization),
             _ => stored.form(self.quantization),
         };
         match form {
-            None => self.footprint.resident += stored.panel_bytes(self.kernel),
+            None => {
+                self.footprint.layer += stored.transposed_bytes(self.kernel);
+                self.footprint.resident += stored.panel_bytes(self.kernel);
+            }
             Some(form) => {
+                let bytes = Panels::bytes(shape[0], shape[1], self.kernel);
+                self.footprint.layer += bytes;
                 self.footprint.unpacked += bytes;
                 let bytes = stored.packed_bytes(form);
                 self.footprint.resident +=

@@ -131,6 +131,12 @@ impl Stored<'_> {
         }
     }
 
+    /// What its transposed copy takes in a backward pass, in bytes: what stays in codes needs none.
+    pub fn transposed_bytes(&self, kernel: Kernel) -> usize {
+        let (rows, width) = self.matrix();
+        if Codes::fit(self.kind, width, kernel) { 0 } else { Panels::bytes(rows, width, kernel) }
+    }
+
     /// The matrix as products want it.
     ///
     /// # Errors

@@ -7,15 +7,17 @@
 //! query's result is the same bits whether it is computed with others or by itself. Branches of one prompt walk over its keys
 //! together.
 
+use std::hint::black_box;
 use std::ops::Range;
 
 use super::buffer::Buffer;
 use super::keys::{BLOCK, Keys, padded};
 use super::left::Left;
 use super::panels::Threads;
+use super::rounded::{Rounded, RoundedRows, RoundedRowsMut};
 use super::rows::in_turns;
-use super::shared::SharedRows;
-use super::{LANES, across, exp, largest, vectorized};
+use super::shared::{SharedRounded, SharedRows};
+use super::{LANES, across, exp, exp_below_89, largest, vectorized};
 
 /// Consecutive query rows of one sequence, and the key rows that hold its context.
 ///
@@ -135,10 +137,6 @@ pub(super) struct Block<'a> {
 }
 
 impl<'a> Block<'a> {
-    pub(super) fn queries(&self) -> usize {
-        self.parts.iter().map(|part| part.len).sum()
-    }
-
     /// How many columns scores have.
     fn stride(&self) -> usize {
         let columns = |part: &Part| part.columns(0..part.keys())[1].end.next_multiple_of(BLOCK);
@@ -158,13 +156,14 @@ impl<'a> Block<'a> {
 /// What attention returns beside its values: the log-sum-exp of the scores of every (query row, head), [rows, query heads].
 pub type LogSums = Buffer;
 
-/// Attends with `queries` [rows, query · dim] over stored keys: writes [rows, query · dim] for the rows in the spans.
+/// Attends with `queries` [rows, query · dim], multiplied with the scale, over stored keys: writes [rows, query · dim] for the rows in the
+/// spans.
 pub fn forward(
     heads: Heads,
-    queries: &[f32],
+    queries: RoundedRows,
     keys: &Keys,
     spans: &[Span],
-    attended: &mut [f32],
+    attended: RoundedRowsMut,
     log_sums: &mut LogSums,
 ) {
     let (group, width) = (heads.group(), heads.query * heads.dim);
@@ -173,12 +172,12 @@ pub fn forward(
     let joined = joined(spans, most.min(QUERIES));
     let blocks = joined.iter().flat_map(|parts| (0..heads.key).map(move |key_head| Block { parts, key_head }));
     let all: Vec<Block> = blocks.collect();
-    let (attended, log_sums) = (SharedRows::new(attended, width), SharedRows::new(log_sums, heads.query));
+    let (attended, log_sums) = (SharedRounded::new(attended, width), SharedRows::new(log_sums, heads.query));
     let attend = |block: Block| {
         let chunk = group * heads.dim;
-        let queries = heads.gather(block, queries, heads.scale);
-        let mut scores = heads.scores(block, &queries, keys);
-        let (visible, mut sums) = (heads.visible(block), Buffer::<f32>::new(queries.len() / heads.dim));
+        let queries = heads.gather(block, queries);
+        let mut scores = heads.scores(block, queries.rows(), keys);
+        let (visible, mut sums) = (heads.visible(block), Buffer::<f32>::new(queries.rows().len() / heads.dim));
         let values = heads.combine(block, &mut scores, keys, |first, scores, factors| {
             let visible = |row: usize| &visible[(first + row) / group];
             exponentials(scores, &mut sums[first..], factors, visible, heads.soft_cap);
@@ -191,7 +190,7 @@ pub fn forward(
                 let attended = attended.part(to, block.key_head * chunk..block.key_head * chunk + chunk);
                 (attended, log_sums.part(to, first..first + group))
             };
-            attended.copy_from_slice(values);
+            attended.write(values);
             log_sums.copy_from_slice(sums);
         }
     };
@@ -206,27 +205,17 @@ impl Heads {
         self.query / self.key
     }
 
-    /// The block's part of a [rows, query · dim] matrix as [queries · group, dim], multiplied with `scale`.
-    pub(super) fn gather(&self, block: Block, rows: &[f32], scale: f32) -> Buffer {
+    /// The block's part of a [rows, query · dim] matrix as [queries · group, dim].
+    pub(super) fn gather(&self, block: Block, rows: RoundedRows) -> Rounded {
         let (width, chunk) = (self.query * self.dim, self.group() * self.dim);
-        let mut gathered = Buffer::new(block.queries() * chunk);
-        vectorized(
-            #[inline(always)]
-            || {
-                for (to, row) in gathered.chunks_exact_mut(chunk).zip(block.parts.iter().flat_map(Part::queries)) {
-                    let from = &rows[row * width + block.key_head * chunk..][..chunk];
-                    to.iter_mut().zip(from).for_each(|(to, from)| *to = scale * from);
-                }
-            },
-        );
-        gathered
+        rows.gather(chunk, block.parts.iter().flat_map(Part::queries).map(|row| row * width + block.key_head * chunk))
     }
 
     /// `rows` [queries · group, dim] times the keys of the block's context: [queries · group, stride]. What is not visible holds
     /// anything.
-    fn scores(&self, block: Block, rows: &[f32], keys: &Keys) -> Buffer {
+    fn scores(&self, block: Block, rows: RoundedRows, keys: &Keys) -> Buffer {
         let (dim, head, stride) = (self.dim, block.key_head, block.stride());
-        let left = Left::new(rows, dim, keys.kernel());
+        let left = Left::of(rows, dim);
         let room = keys.room(left.rows());
         let mut scores = Buffer::new(room * stride);
         let [(prefix, _), _] = block.parts[0].context();
@@ -236,7 +225,7 @@ impl Heads {
             if of_part.len() == left.rows() {
                 keys.scores(&left, head, own, (&mut scores[start..], stride), room);
             } else {
-                let left = Left::new(&rows[of_part.start * dim..of_part.end * dim], dim, keys.kernel());
+                let left = Left::of(rows.part(of_part.start * dim..of_part.end * dim), dim);
                 let to = (&mut scores[of_part.start * stride + start..], stride);
                 keys.scores(&left, head, own, to, of_part.len());
             }
@@ -320,21 +309,21 @@ fn exponentials<'a>(
             let stride = scores.len() / factors.len();
             for (row, scores) in scores.chunks_exact_mut(stride).enumerate() {
                 let [prefix, own] = visible(row);
-                for outside in [0..prefix.start, prefix.end..own.start, own.end..stride] {
-                    fill(scores, outside, f32::NEG_INFINITY);
-                }
+                fill(scores, 0..prefix.start, f32::NEG_INFINITY);
+                fill(scores, prefix.end..own.start, f32::NEG_INFINITY);
+                fill(scores, own.end..stride, f32::NEG_INFINITY);
             }
             let rows = scores.chunks_exact_mut(stride).zip(log_sums.iter_mut().zip(&mut *factors));
             for (scores, (log_sum, factor)) in rows {
                 let max = largest(scores, f32::NEG_INFINITY);
                 let mut sums = [0.0f32; LANES];
                 for chunk in scores.as_chunks_mut::<LANES>().0 {
-                    for (score, sum) in chunk.iter_mut().zip(&mut sums) {
-                        *score = exp(*score - max);
-                        *sum += *score;
+                    chunk.iter_mut().for_each(|score| *score = exp_below_89(*score - max));
+                    for lane in 0..LANES {
+                        sums[lane] += chunk[lane];
                     }
                 }
-                (*log_sum, *factor) = (max, across(sums, |a, b| a + b));
+                (*log_sum, *factor) = (max, total(sums));
             }
         },
     );
@@ -386,13 +375,13 @@ pub(super) fn dot(a: &[f32], b: &[f32]) -> f32 {
             strands[lane] += a[lane] * b[lane];
         }
     }
-    rest_a.iter().zip(rest_b).fold(total(&strands), |sum, (a, b)| sum + a * b)
+    rest_a.iter().zip(rest_b).fold(total(strands), |sum, (a, b)| sum + a * b)
 }
 
-/// Not inlined: where it sees how strands are added up, the compiler computes them two at a time.
-#[inline(never)]
-fn total(strands: &[f32; LANES]) -> f32 {
-    across(*strands, |a, b| a + b)
+/// Out of the compiler's sight: where it sees how strands are added up, it computes them two at a time.
+#[inline(always)]
+fn total(strands: [f32; LANES]) -> f32 {
+    across(black_box(strands), |a, b| a + b)
 }
 
 #[inline(always)]

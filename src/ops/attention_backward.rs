@@ -10,13 +10,14 @@ use super::attention::{Block, Heads, LogSums, Part, Span, dot, fill, joined, tan
 use super::buffer::Buffer;
 use super::keys::{BLOCK, Keys, padded};
 use super::left::{Left, transpose};
+use super::rounded::RoundedRows;
 use super::shared::SharedRows;
-use super::{exp, vectorized};
+use super::{exp_below_89, vectorized};
 
 /// What the backward pass reads: rows of the call, and its keys and values in both layouts.
 pub struct Saved<'a> {
-    /// [rows, query · dim].
-    pub queries: &'a [f32],
+    /// [rows, query · dim], multiplied with the scale.
+    pub queries: RoundedRows<'a>,
     /// Keys and values as the forward pass had them.
     pub keys: &'a Keys,
     /// The same with the roles changed: values in blocks, keys row by row.
@@ -26,12 +27,12 @@ pub struct Saved<'a> {
     /// Of [`pulls`].
     pub pulls: &'a [f32],
     /// The gradient of what it returned.
-    pub grad: &'a [f32],
+    pub grad: RoundedRows<'a>,
 }
 
 /// Where gradients go, by rows of the call.
 pub struct Gradients<'a> {
-    /// [rows, query · dim].
+    /// Of what was multiplied with the scale, [rows, query · dim].
     pub queries: &'a mut [f32],
     /// [rows, key · dim].
     pub keys: &'a mut [f32],
@@ -41,13 +42,17 @@ pub struct Gradients<'a> {
 
 /// D = rowsum(dO · O) of every query and head [rows, query heads], what all gradients of its weights have in common: from the gradient of
 /// what the forward pass returned, and what it returned, both [rows, query · dim].
-pub fn pulls(heads: Heads, grad: &[f32], attended: &[f32], to: &mut [f32]) {
-    let dim = heads.dim;
+pub fn pulls(heads: Heads, grad: &[f32], attended: RoundedRows, to: &mut [f32]) {
+    let (dim, width) = (heads.dim, heads.query * heads.dim);
+    let mut room = Buffer::new(width);
     vectorized(
         #[inline(always)]
         || {
-            for ((to, grad), attended) in to.iter_mut().zip(grad.chunks_exact(dim)).zip(attended.chunks_exact(dim)) {
-                *to = dot(grad, attended);
+            for (row, (to, grad)) in to.chunks_exact_mut(heads.query).zip(grad.chunks_exact(width)).enumerate() {
+                let attended = attended.part(row * width..(row + 1) * width).in_f32(&mut room);
+                for ((to, grad), attended) in to.iter_mut().zip(grad.chunks_exact(dim)).zip(attended.chunks_exact(dim)) {
+                    *to = dot(grad, attended);
+                }
             }
         },
     );
@@ -72,11 +77,7 @@ pub fn backward(heads: Heads, saved: &Saved, spans: &[Span], gradients: Gradient
             let queries = own.add(heads, part, *head, saved);
             for (to, from) in part.queries().zip(queries.chunks_exact(chunk)) {
                 // SAFETY: each query row's heads belong to one block.
-                let to = unsafe { d_queries.part(to, head * chunk..head * chunk + chunk) };
-                vectorized(
-                    #[inline(always)]
-                    || to.iter_mut().zip(from).for_each(|(to, from)| *to = heads.scale * from),
-                );
+                unsafe { d_queries.part(to, head * chunk..head * chunk + chunk) }.copy_from_slice(from);
             }
         }
         let mut block = Buffer::new(BLOCK * dim);
@@ -121,21 +122,21 @@ impl TreeGradient {
     }
 
     /// With P the weights, D = rowsum(dO · O) and dS = P · (dO Vᵀ − D): adds dK = dSᵀ Q and dV = Pᵀ dO of some queries, and returns
-    /// dQ = dS K before the scale.
+    /// dQ = dS K.
     fn add(&mut self, heads: Heads, part: &Part, head: usize, saved: &Saved) -> Buffer {
         let (dim, Saved { keys, swapped, .. }) = (heads.dim, saved);
         let (kernel, block) = (keys.kernel(), Block { parts: std::slice::from_ref(part), key_head: head });
-        let inputs = [(saved.queries, heads.scale), (saved.grad, 1.0)].map(|(x, scale)| heads.gather(block, x, scale));
-        let [queries, d_outputs] = inputs.each_ref().map(|x| Left::new(x, dim, kernel));
-        let [queries_t, d_outputs_t] = inputs.each_ref().map(|x| Left::transposed(x, dim, kernel));
+        let inputs = [saved.queries, saved.grad].map(|x| heads.gather(block, x));
+        let lefts = inputs.each_ref().map(|x| Left::of(x.rows(), dim));
+        let ([queries, d_outputs], [queries_t, d_outputs_t]) = (&lefts, lefts.each_ref().map(Left::transposed));
         let rows = known(heads, block, saved);
         let room = keys.room(rows.len());
         let [mut weights, mut d_scores] = [(); 2].map(|()| Buffer::new(room * BLOCK));
         let (mut d_queries, mut add) = (Buffer::new(room * dim), false);
         for (of_context, (blocks, start)) in part.context().into_iter().enumerate() {
             for (number, block) in blocks.enumerate() {
-                keys.scores(&queries, head, block..block + 1, (&mut weights, BLOCK), room);
-                swapped.scores(&d_outputs, head, block..block + 1, (&mut d_scores, BLOCK), room);
+                keys.scores(queries, head, block..block + 1, (&mut weights, BLOCK), room);
+                swapped.scores(d_outputs, head, block..block + 1, (&mut d_scores, BLOCK), room);
                 let column = start + number * BLOCK;
                 score_gradients(&mut weights, &mut d_scores, &rows, (of_context, column), heads.soft_cap);
                 let at = (block * BLOCK - self.first) * dim..(block * BLOCK + BLOCK - self.first) * dim;
@@ -200,18 +201,18 @@ fn each_score_gradient(
             for ((scores, d_scores), query) in scores.iter_mut().zip(d_scores.iter_mut()).zip(queries) {
                 for (score, d_score) in scores.iter_mut().zip(d_scores) {
                     let (capped, slope) = capped(*score);
-                    let weight = exp(capped - query.log_sum);
+                    let weight = exp_below_89(capped - query.log_sum);
                     *d_score = weight * (*d_score - query.pull) * slope;
                     *score = weight;
                 }
             }
             for ((scores, d_scores), query) in scores.iter_mut().zip(d_scores).zip(queries) {
                 let Range { start, end } = query.visible[of_context];
-                let [start, end] = [start, end].map(|column| column.clamp(first, first + BLOCK) - first);
-                for outside in [0..start, end..BLOCK] {
-                    fill(scores, outside.clone(), 0.0);
-                    fill(d_scores, outside, 0.0);
-                }
+                let (start, end) = (start.clamp(first, first + BLOCK) - first, end.clamp(first, first + BLOCK) - first);
+                fill(scores, 0..start, 0.0);
+                fill(scores, end..BLOCK, 0.0);
+                fill(d_scores, 0..start, 0.0);
+                fill(d_scores, end..BLOCK, 0.0);
             }
         },
     );

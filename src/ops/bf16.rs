@@ -8,7 +8,7 @@ use std::ops::Range;
 
 use super::amx;
 use super::buffer::LINE;
-use super::codes::{self, Codes};
+use super::codes::{self, Coded};
 use super::left::{self, TILE, TILE_ROWS, TILE_WIDTH};
 use super::panels::Panel;
 use super::shared::Columns;
@@ -26,8 +26,7 @@ const WHOLE: usize = 1 << (usize::BITS - 1);
 
 /// A panel in codes on its way to bf16.
 struct Unpacking<'a> {
-    codes: &'a Codes,
-    panel: usize,
+    codes: Coded<'a>,
     room: &'a mut [u16],
     /// How many steps along k are kept; later ones come in their places.
     ring: usize,
@@ -36,10 +35,10 @@ struct Unpacking<'a> {
 impl Unpacking<'_> {
     /// One step along k, if there is such a one.
     fn unpack(&mut self, step: usize) {
-        let Self { codes, panel, room, ring } = self;
+        let Self { codes, room, ring } = self;
         if step < codes.blocks() {
             let at = (step & (*ring - 1)) * codes::BLOCK;
-            codes.unpack(*panel * codes.blocks() + step, &mut room[at..at + codes::BLOCK]);
+            codes.unpack(step, &mut room[at..at + codes::BLOCK]);
         }
     }
 }
@@ -94,11 +93,11 @@ pub(super) fn bf16_panel(
     let rows = c.rows();
     let (panel, steps, ring, mut codes) = match panel {
         Panel::Bf16(numbers) => (numbers.as_ptr(), numbers.len() / codes::BLOCK, WHOLE, None),
-        Panel::Codes(codes, panel, room) => {
+        Panel::Codes(codes, room) => {
             let ring = if room.len() < codes.room(false) { codes::RING } else { WHOLE };
             assert!(room.len() >= codes.room(ring == codes::RING), "room for what is kept of a panel");
             assert!(ring == WHOLE || tiles.is_some() && few(rows), "other rows need all of a panel");
-            (room.as_ptr(), codes.blocks(), ring, Some(Unpacking { codes, panel, room, ring }))
+            (room.as_ptr(), codes.blocks(), ring, Some(Unpacking { codes, room, ring }))
         }
     };
     let operands = Operands { rows, a, panel, steps, ring, then };

@@ -5,6 +5,8 @@
 //! before it is multiplied with, and is bit for bit what it would be had all been unpacked when the model was loaded: the product is
 //! exact in f32, for a scale has 17 digits at most, and the sum is rounded once.
 
+use std::ops::Range;
+
 use candle_core::quantized::GgmlDType;
 use half::f16;
 use rayon::prelude::*;
@@ -14,6 +16,7 @@ use super::kernel::Kernel;
 use super::left::{to_bf16, to_f32};
 use super::pages::Pages;
 use super::panels::PANEL;
+use super::shared::fetch_ahead;
 
 /// Inputs that share a scale and a minimum.
 const GROUP: usize = 32;
@@ -21,10 +24,10 @@ const GROUP: usize = 32;
 pub(super) const BLOCK: usize = GROUP * PANEL;
 /// Blocks in bf16 that are kept where a product needs each once, a power of two: they stay in the first-level cache.
 pub(super) const RING: usize = 4;
+/// Blocks by which codes are fetched before they are unpacked.
+const SOON: usize = 6;
 /// Vectors of f32 for pairs of inputs of all outputs of a panel.
 const VECTORS: usize = 2 * PANEL / LANES;
-/// Words of a line of the cache.
-const LINE: usize = 16;
 /// Codes of 4 bits in a word.
 const NIBBLES: usize = 8;
 
@@ -45,6 +48,17 @@ pub struct Codes {
     /// will, [16 pairs of inputs, 32 outputs, 2]; those of 4 bits in words that each hold eight pairs' codes of one output and one of
     /// both inputs, the first lowest: [4 vectors, 2, 16].
     words: Pages<u32>,
+}
+
+/// The blocks that are a panel of a weight, or of the transposed one, along its inputs.
+#[derive(Clone, Copy)]
+pub(super) struct Coded<'a> {
+    codes: &'a Codes,
+    first: usize,
+    /// From one block to the next.
+    stride: usize,
+    count: usize,
+    transposed: bool,
 }
 
 /// A group of inputs of one output.
@@ -147,14 +161,21 @@ impl Codes {
         Ok(Self { width, lowest, narrow, words })
     }
 
-    /// Room for a panel in bf16, or for [`RING`] blocks where `few` rows are multiplied with it.
-    pub(super) fn room(&self, few: bool) -> usize {
-        BLOCK * if few { RING } else { self.blocks() }
+    /// Blocks of a panel, one for each group of inputs; those of the next panel follow.
+    fn blocks(&self) -> usize {
+        self.narrow / GROUP
     }
 
-    /// Blocks of a panel, one for each group of inputs; those of the next panel follow.
-    pub fn blocks(&self) -> usize {
-        self.narrow / GROUP
+    /// A panel.
+    pub(super) fn panel(&self, number: usize) -> Coded<'_> {
+        let count = self.blocks();
+        Coded { codes: self, first: number * count, stride: 1, count, transposed: false }
+    }
+
+    /// A panel of the transposed weight of some of the panels.
+    pub(super) fn transposed_panel(&self, panels: &Range<usize>, number: usize) -> Coded<'_> {
+        let stride = self.blocks();
+        Coded { codes: self, first: panels.start * stride + number, stride, count: panels.len(), transposed: true }
     }
 
     fn block(&self, index: usize) -> &[u32] {
@@ -162,39 +183,53 @@ impl Codes {
         &self.words[index * len..][..len]
     }
 
-    /// Writes row number `index` [narrow].
-    pub fn row(&self, index: usize, row: &mut [f32]) {
-        let (panel, output) = (index / PANEL, index % PANEL);
-        for (group, row) in row.chunks_exact_mut(GROUP).enumerate() {
-            let block = self.block(panel * self.blocks() + group);
-            let [scale, minimum] = [block[output], block[PANEL + output]].map(f32::from_bits);
-            for (input, to) in row.iter_mut().enumerate() {
-                let (word, shift) = self.width.place(output, input);
-                let code = block[2 * PANEL + word] >> shift;
-                let value = match self.width {
-                    Width::Four => (code & 15) as f32 + self.lowest,
-                    Width::Eight => f32::from(code as u8 as i8),
-                };
-                *to = to_f32(to_bf16(value.mul_add(scale, minimum)));
-            }
-        }
+    /// The weight of an output and an input.
+    pub fn value(&self, output: usize, input: usize) -> f32 {
+        let block = self.block(output / PANEL * self.blocks() + input / GROUP);
+        let (output, input) = (output % PANEL, input % GROUP);
+        let [scale, minimum] = [block[output], block[PANEL + output]].map(f32::from_bits);
+        let (word, shift) = self.width.place(output, input);
+        let code = block[2 * PANEL + word] >> shift;
+        let value = match self.width {
+            Width::Four => (code & 15) as f32 + self.lowest,
+            Width::Eight => f32::from(code as u8 as i8),
+        };
+        to_f32(to_bf16(value.mul_add(scale, minimum)))
+    }
+}
+
+impl Coded<'_> {
+    /// How many there are.
+    pub fn blocks(&self) -> usize {
+        self.count
     }
 
-    /// Writes a block in bf16, [16, 32, 2]: a part of a panel as products want it.
+    /// Room for all of them in bf16, or for [`RING`] where `few` rows are multiplied with them.
+    pub fn room(&self, few: bool) -> usize {
+        BLOCK * if few { RING } else { self.count }
+    }
+
+    /// Writes one of them in bf16, [16, 32, 2]: a part of the panel as products want it. What comes a little later is fetched, of
+    /// this panel or of the next.
     ///
     /// # Panics
     /// If there is no such block, or no room for it: a mistake of the caller.
-    pub fn unpack(&self, block: usize, to: &mut [u16]) {
-        let block = self.block(block);
-        assert!(to.len() == BLOCK, "room for a block");
-        #[cfg(target_arch = "x86_64")]
-        block.chunks(LINE).for_each(vectors::fetch_ahead);
+    pub fn unpack(&self, number: usize, to: &mut [u16]) {
+        let Self { codes, first, stride, count, transposed } = *self;
+        let soon = number + SOON;
+        let soon = if transposed && soon >= count { first + 1 + (soon - count) * stride } else { first + soon * stride };
+        let len = codes.width.block();
+        fetch_ahead(codes.words.get(soon * len..(soon + 1) * len).unwrap_or_default());
+        let block = codes.block(first + number * stride);
+        assert!(number < count && to.len() == BLOCK, "room for a block that is there");
         #[cfg(target_arch = "x86_64")]
         // SAFETY: codes are only held where these instructions are, a block's words are there, and so is room for its numbers.
         unsafe {
-            match self.width {
-                Width::Four => vectors::four(block.as_ptr(), self.lowest, to.as_mut_ptr()),
-                Width::Eight => vectors::eight(block.as_ptr(), to.as_mut_ptr()),
+            match (codes.width, transposed) {
+                (Width::Four, false) => vectors::four(block.as_ptr(), codes.lowest, to.as_mut_ptr()),
+                (Width::Four, true) => vectors::four_transposed(block.as_ptr(), codes.lowest, to.as_mut_ptr()),
+                (Width::Eight, false) => vectors::eight(block.as_ptr(), to.as_mut_ptr()),
+                (Width::Eight, true) => vectors::eight_transposed(block.as_ptr(), to.as_mut_ptr()),
             }
         }
         #[cfg(not(target_arch = "x86_64"))]
@@ -248,24 +283,16 @@ fn nibbles(bytes: &[u8]) -> [u8; GROUP] {
 #[cfg(target_arch = "x86_64")]
 mod vectors {
     use std::arch::x86_64::{
-        __m512, __m512i, _MM_HINT_T0, _mm_loadu_si128, _mm_prefetch, _mm512_add_epi32, _mm512_add_ps,
-        _mm512_cvtepi8_epi32, _mm512_cvtepi32_ps, _mm512_cvtne2ps_pbh, _mm512_fmadd_ps, _mm512_loadu_ps,
-        _mm512_loadu_si512, _mm512_permutexvar_ps, _mm512_set1_epi32, _mm512_set1_ps, _mm512_setr_epi32,
-        _mm512_setr_ps, _mm512_srli_epi32, _mm512_storeu_si512,
+        __m512, __m512i, _mm_loadu_si128, _mm512_add_epi32, _mm512_add_ps, _mm512_broadcast_i32x4, _mm512_castps_si512,
+        _mm512_castsi512_ps, _mm512_castsi512_si128, _mm512_cvtepi8_epi32, _mm512_cvtepi32_ps, _mm512_cvtne2ps_pbh,
+        _mm512_extracti32x4_epi32, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_loadu_si512, _mm512_permutexvar_ps,
+        _mm512_set1_epi32, _mm512_set1_epi64, _mm512_set1_ps, _mm512_set4_epi32, _mm512_setr_epi32, _mm512_setr_ps,
+        _mm512_shuffle_epi8, _mm512_shuffle_epi32, _mm512_srli_epi32, _mm512_srlv_epi32, _mm512_storeu_si512,
     };
     use std::mem::transmute;
 
+    use super::super::rearrange::columns;
     use super::{LANES, NIBBLES, PANEL, VECTORS};
-
-    /// How far ahead codes are fetched, in bytes.
-    const AHEAD: usize = 4096;
-
-    /// Begins to bring what comes so much later than these words.
-    #[inline]
-    pub fn fetch_ahead(words: &[u32]) {
-        // SAFETY: of the address nothing is read.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(words.as_ptr().cast::<i8>().wrapping_add(AHEAD)) };
-    }
 
     /// Scale and minimum of eight outputs, each twice.
     ///
@@ -299,16 +326,36 @@ mod vectors {
         }
     }
 
+    /// What codes of 4 bits stand for, zero for `lowest`. A permutation looks at the lowest four bits of each number: it masks the code
+    /// and converts it at once.
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    fn table(lowest: f32) -> __m512 {
+        let codes =
+            _mm512_setr_ps(0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0, 10.0, 11.0, 12.0, 13.0, 14.0, 15.0);
+        _mm512_add_ps(codes, _mm512_set1_ps(lowest))
+    }
+
+    /// Scale and minimum of a pair of outputs, one after the other again and again.
+    ///
+    /// # Safety
+    /// A block must begin there.
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    unsafe fn affine_of_pair(block: *const u32, pair: usize) -> [__m512; 2] {
+        // SAFETY: the caller's; 32 scales and as many minimums come first.
+        [0, PANEL].map(|at| unsafe {
+            _mm512_castsi512_ps(_mm512_set1_epi64(block.add(at + 2 * pair).cast::<i64>().read_unaligned()))
+        })
+    }
+
     /// A block of codes of 4 bits, of which zero stands for `lowest`.
     ///
     /// # Safety
     /// These instructions, the block and room for its numbers must be there.
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
     pub unsafe fn four(block: *const u32, lowest: f32, to: *mut u16) {
-        // A permutation looks at the lowest four bits of each number: it masks the code and converts it at once.
-        let codes =
-            _mm512_setr_ps(0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0, 10.0, 11.0, 12.0, 13.0, 14.0, 15.0);
-        let values = _mm512_add_ps(codes, _mm512_set1_ps(lowest));
+        let values = table(lowest);
         for vector in (0..VECTORS).step_by(2) {
             // SAFETY: the caller's.
             unsafe {
@@ -323,6 +370,33 @@ mod vectors {
                         write(pair, codes.map(|codes| _mm512_permutexvar_ps(codes, values)), affine);
                         codes = codes.map(|codes| _mm512_srli_epi32::<4>(codes));
                     }
+                }
+            }
+        }
+    }
+
+    /// The same with inputs and outputs exchanged: [16 pairs of outputs, 32 inputs, 2].
+    ///
+    /// # Safety
+    /// As [`four`].
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+    pub unsafe fn four_transposed(block: *const u32, lowest: f32, to: *mut u16) {
+        let values = table(lowest);
+        // A quarter of a vector holds two inputs of both outputs, whose codes are at one place of their words.
+        let first = _mm512_setr_epi32(0, 0, 0, 0, 4, 4, 4, 4, 8, 8, 8, 8, 12, 12, 12, 12);
+        let shifts = [first, _mm512_add_epi32(first, _mm512_set1_epi32(16))];
+        for pair in 0..PANEL / 2 {
+            // SAFETY: the caller's.
+            unsafe {
+                let affine = affine_of_pair(block, pair);
+                for word in 0..2 {
+                    let at = block.add(2 * PANEL + (pair / 4 * 2 + word) * LANES + pair % 4 * 4);
+                    // Of both inputs the first output, then of both the second: side by side.
+                    let words = _mm512_broadcast_i32x4(_mm_loadu_si128(at.cast()));
+                    let words = _mm512_shuffle_epi32::<0b11_01_10_00>(words);
+                    let codes = shifts.map(|shift| _mm512_srlv_epi32(words, shift));
+                    let codes = codes.map(|codes| _mm512_permutexvar_ps(codes, values));
+                    write(to.add((2 * pair + word) * PANEL), codes, [affine, affine]);
                 }
             }
         }
@@ -346,6 +420,34 @@ mod vectors {
                     });
                     write(to.add(at), codes, affine);
                 }
+            }
+        }
+    }
+
+    /// The same with inputs and outputs exchanged: [16 pairs of outputs, 32 inputs, 2].
+    ///
+    /// # Safety
+    /// As [`four`].
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+    pub unsafe fn eight_transposed(block: *const u32, to: *mut u16) {
+        // SAFETY: the caller's: sixteen pairs of inputs of sixteen pairs of outputs.
+        let pairs = unsafe { columns((block.add(2 * PANEL).cast(), LANES)) };
+        // Of both inputs the first output, then of both the second: side by side.
+        let side_by_side = _mm512_set4_epi32(0x0f0d_0e0c, 0x0b09_0a08, 0x0705_0604, 0x0301_0200);
+        for (number, inputs) in pairs.into_iter().enumerate() {
+            let inputs = _mm512_shuffle_epi8(_mm512_castps_si512(inputs), side_by_side);
+            let quarters = [
+                _mm512_castsi512_si128(inputs),
+                _mm512_extracti32x4_epi32::<1>(inputs),
+                _mm512_extracti32x4_epi32::<2>(inputs),
+                _mm512_extracti32x4_epi32::<3>(inputs),
+            ];
+            let [a, b, c, d] = quarters.map(|codes| _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(codes)));
+            // SAFETY: the caller's.
+            unsafe {
+                let affine = affine_of_pair(block, number);
+                write(to.add(2 * number * PANEL), [a, b], [affine, affine]);
+                write(to.add((2 * number + 1) * PANEL), [c, d], [affine, affine]);
             }
         }
     }

@@ -13,7 +13,7 @@ use super::buffer::Buffer;
 use super::left::Left;
 use super::panels::{Panels, Threads};
 use super::rows::{in_blocks, scratch};
-use super::{LANES, exp, largest, vectorized};
+use super::{LANES, exp, exp_below_89, largest, vectorized};
 
 /// How logits are made from `weight · hidden`.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -110,7 +110,7 @@ fn exponentials(
     then: &impl Fn(f32, f32) -> f32,
 ) {
     for ((z, sum), weighted) in logits.iter_mut().zip(sums).zip(weighted) {
-        let e = exp(*z - max);
+        let e = exp_below_89(*z - max);
         *sum += e;
         *weighted += e * (*z - max);
         *z = then(*z, e);
@@ -178,7 +178,7 @@ pub fn log_probabilities(
     }
     let mut seen = vec![Seen { tally: Tally::EMPTY, target: 0.0 }; rows];
     // By blocks of rows, which are the same for every chunk: rounded once.
-    let lefts = in_blocks(rows, [], BTreeMap::new, |lefts, rows, []| {
+    let lefts = in_blocks(rows, (), BTreeMap::new, |lefts, rows, ()| {
         lefts.insert(rows.start, Left::new(&hidden[rows.start * width..rows.end * width], width, weight.kernel()));
     });
     let lefts: BTreeMap<usize, Left> = lefts.into_iter().flatten().collect();

@@ -9,10 +9,11 @@ use super::attention::Heads;
 use super::bf16::bf16_panel;
 use super::buffer::Buffer;
 use super::kernel::Kernel;
-use super::left::{Left, TILE, TILE_ROWS, columns_of, pair_rows, to_bf16, write_tiles};
+use super::left::{Left, TILE, TILE_ROWS, TILE_WIDTH, columns_of, pair_rows, to_bf16};
 use super::matmul::{Matrix, matmul};
 use super::pages::Held;
 use super::panels::{PANEL, Panel, Threads};
+use super::rounded::{Numbers, Rounded, RoundedRows};
 use super::rows::in_turns;
 use super::shared::{Columns, SharedRows};
 
@@ -28,19 +29,15 @@ pub struct Store {
     pub to: usize,
 }
 
-/// In the type of the kernel.
-enum Numbers {
-    /// Keys [heads, blocks, dim, 32] or values [heads, rows, dim].
-    F32(Held<f32>),
-    /// Keys [heads, blocks, dim / 2, 32, 2] or values [heads, dim / 32, rows / 2, 32, 2], `dim` up to whole panels.
-    Bf16(Held<u16>),
-}
+/// In f32, keys [heads, blocks, dim, 32] or values [heads, rows, dim]; in bf16, keys [heads, blocks, dim / 2, 32, 2] or values [heads,
+/// dim / 32, rows / 2, 32, 2], `dim` up to whole panels.
+type Blocks = Numbers<Held<f32>, Held<u16>>;
 
 /// Keys and values of one layer.
 pub struct Keys {
     kernel: Kernel,
-    keys: Numbers,
-    values: Numbers,
+    keys: Blocks,
+    values: Blocks,
     /// In whole blocks.
     rows: usize,
     /// Key heads.
@@ -66,9 +63,8 @@ impl Keys {
 
     /// What a row takes, in bytes.
     pub fn row_bytes(heads: Heads, kernel: Kernel) -> usize {
-        let number =
-            if kernel.rounds_inputs() { size_of::<u16>() * padded(heads.dim) } else { size_of::<f32>() * heads.dim };
-        2 * heads.key * number
+        let width = if kernel.rounds_inputs() { padded(heads.dim) } else { heads.dim };
+        2 * heads.key * width * Rounded::bytes(kernel)
     }
 
     /// What products with them are made with.
@@ -80,12 +76,12 @@ impl Keys {
     /// what was left in it is forgotten.
     ///
     /// # Panics
-    /// If a store lies outside: a mistake of the caller.
-    pub fn write(&mut self, keys: &[f32], values: &[f32], stores: &[Store]) {
+    /// If a store lies outside, or the rows are of another type: mistakes of the caller.
+    pub fn write(&mut self, keys: RoundedRows, values: RoundedRows, stores: &[Store]) {
         let Self { heads, dim, rows, .. } = *self;
         let (width, panels, blocks) = (heads * dim, padded(dim) / PANEL, rows / BLOCK);
-        match (&mut self.keys, &mut self.values) {
-            (Numbers::F32(to_keys), Numbers::F32(to_values)) => {
+        match (&mut self.keys, &mut self.values, keys, values) {
+            (Numbers::F32(to_keys), Numbers::F32(to_values), Numbers::F32(keys), Numbers::F32(values)) => {
                 let to_keys = SharedRows::new(to_keys, BLOCK * dim);
                 let to_values = SharedRows::new(to_values, BLOCK * dim);
                 each_run(
@@ -112,7 +108,7 @@ impl Keys {
                     },
                 );
             }
-            (Numbers::Bf16(to_keys), Numbers::Bf16(to_values)) => {
+            (Numbers::Bf16(to_keys), Numbers::Bf16(to_values), Numbers::Bf16(keys), Numbers::Bf16(values)) => {
                 let to_keys = SharedRows::new(to_keys, BLOCK * padded(dim));
                 let to_values = SharedRows::new(to_values, BLOCK * PANEL);
                 let fetch = |to: usize, head: usize| {
@@ -152,8 +148,12 @@ impl Keys {
                             pair_rows(&tile(&values[from..], width), &mut to_values[..TILE]);
                             continue;
                         }
-                        let [keys, values] =
-                            [keys, values].map(|x| rounded(&x[from..][..PANEL.min(dim - panel * PANEL)]));
+                        let channels = from..from + PANEL.min(dim - panel * PANEL);
+                        let [keys, values] = [keys, values].map(|x| {
+                            let mut padded = [0; PANEL];
+                            padded[..channels.len()].copy_from_slice(&x[channels.clone()]);
+                            padded
+                        });
                         for (to, pair) in to_keys.chunks_mut(2 * BLOCK).zip(keys.as_chunks::<2>().0) {
                             to[..2].copy_from_slice(pair);
                         }
@@ -163,7 +163,7 @@ impl Keys {
                     }
                 });
             }
-            _ => unreachable!("both are of one type"),
+            _ => unreachable!("all are of one type"),
         }
     }
 
@@ -286,20 +286,12 @@ fn round_pairs(rows: &[f32], panel: &mut [u16]) {
     }
 }
 
-/// Up to 32 values in bf16, and zeros.
-fn rounded(values: &[f32]) -> [u16; PANEL] {
-    let mut rounded = [0; PANEL];
-    super::vectorized(
-        #[inline(always)]
-        || rounded.iter_mut().zip(values).for_each(|(to, value)| *to = to_bf16(*value)),
-    );
-    rounded
-}
-
-/// Sixteen rows of 32 values, which lie so many values apart, in bf16.
-fn tile(values: &[f32], stride: usize) -> [u16; TILE] {
+/// Sixteen rows of 32 numbers, which lie so many numbers apart.
+fn tile(rows: &[u16], stride: usize) -> [u16; TILE] {
     let mut tile = [0; TILE];
-    write_tiles(&mut tile, TILE_ROWS, (0, PANEL), values, stride);
+    for (to, row) in tile.as_chunks_mut::<TILE_WIDTH>().0.iter_mut().zip(rows.chunks(stride)) {
+        *to = *row.first_chunk().expect("a row has 32 numbers");
+    }
     tile
 }
 

@@ -9,6 +9,7 @@ use super::buffer::{Buffer, copy};
 use super::dropout::Mask;
 use super::kernel::{Kernel, has_avx512};
 use super::panels::PANEL;
+use super::rounded::{Numbers, RoundedRows};
 use super::shared::SharedRows;
 use super::{LANES, vectorized};
 
@@ -112,16 +113,71 @@ impl<'a> Left<'a> {
         left
     }
 
-    /// Prepares dense rows of `width` values with rows and columns exchanged.
-    pub(super) fn transposed(rows: &[f32], width: usize, kernel: Kernel) -> Left<'static> {
-        let (mut dense, rows_t) = (Buffer::new(rows.len()), rows.len() / width);
-        transpose(rows, width, &mut dense);
-        if !kernel.rounds_inputs() {
-            return Left { rows: width, width: rows_t, form: Form::OwnF32(dense) };
+    /// Prepares dense rows of `width` values that are in the kernel's type already.
+    pub fn of(rows: RoundedRows<'a>, width: usize) -> Self {
+        let rows = match rows {
+            Numbers::F32(rows) => return Self { rows: rows.len() / width, width, form: Form::F32(rows) },
+            Numbers::Bf16(rows) => rows,
+        };
+        let depth = width.next_multiple_of(TILE_WIDTH);
+        let (count, mut tiles) = (rows.len() / width, Self::padded_tiles(rows.len() / width, width));
+        for (tiles, rows) in tiles.chunks_exact_mut(TILE_ROWS * depth).zip(rows.chunks(TILE_ROWS * width)) {
+            vectorized(
+                #[inline(always)]
+                || {
+                    for (row, numbers) in rows.chunks_exact(width).enumerate() {
+                        let (whole, rest) = numbers.as_chunks::<TILE_WIDTH>();
+                        for (tile, numbers) in tiles.as_chunks_mut::<TILE>().0.iter_mut().zip(whole) {
+                            tile.as_chunks_mut().0[row] = *numbers;
+                        }
+                        if !rest.is_empty() {
+                            tiles[place(row, width - rest.len())..][..rest.len()].copy_from_slice(rest);
+                        }
+                    }
+                },
+            );
         }
-        let mut left = Self::room(width, rows_t, kernel);
-        left.write(0..rows_t, &dense, rows_t);
-        left
+        Self { rows: count, width, form: Form::Bf16(tiles) }
+    }
+
+    /// Rows and columns exchanged.
+    pub(super) fn transposed(&self) -> Left<'static> {
+        let (rows, width) = (self.width, self.rows);
+        let Form::Bf16(tiles) = &self.form else {
+            let mut dense = Buffer::new(rows * width);
+            transpose(self.f32(), self.width, &mut dense);
+            return Left { rows, width, form: Form::OwnF32(dense) };
+        };
+        let mut columns = Self::padded_tiles(rows, width);
+        let [from_row, to_row] = [rows, width].map(|width| TILE_ROWS * width.next_multiple_of(TILE_WIDTH));
+        for (number, first) in (0..width).step_by(TILE_WIDTH).enumerate() {
+            for channels in 0..rows.div_ceil(TILE_WIDTH) {
+                // Zeros where there are no more rows.
+                let mut square = [0; 2 * TILE];
+                for (row, to) in (first..width).step_by(TILE_ROWS).zip(square.as_chunks_mut::<TILE>().0) {
+                    let there = TILE_WIDTH * TILE_ROWS.min(width - row);
+                    let from = row / TILE_ROWS * from_row + channels * TILE;
+                    to[..there].copy_from_slice(&tiles[from..from + there]);
+                }
+                let halves = columns[2 * channels * to_row..].chunks_mut(to_row);
+                let mut halves = halves.map(|to| to[number * TILE..].first_chunk_mut().expect("a tile"));
+                square_columns(&square, [halves.next(), halves.next()]);
+            }
+        }
+        Left { rows, width, form: Form::Bf16(columns) }
+    }
+
+    /// Room for tiles, with zeros after the last input: what comes after the last column is multiplied with them.
+    fn padded_tiles(rows: usize, width: usize) -> Buffer<u16> {
+        let depth = width.next_multiple_of(TILE_WIDTH);
+        let mut tiles = Buffer::new(rows.next_multiple_of(TILE_ROWS) * depth);
+        if width < depth {
+            let last = tiles
+                .chunks_exact_mut(TILE_ROWS * depth)
+                .flat_map(|tiles| tiles[depth / TILE_WIDTH * TILE - TILE..].chunks_exact_mut(TILE_WIDTH));
+            last.for_each(|row| row[width % TILE_WIDTH..].fill(0));
+        }
+        tiles
     }
 
     /// Room for rows that are written column by column.
@@ -129,16 +185,7 @@ impl<'a> Left<'a> {
         if !kernel.rounds_inputs() {
             return Left { rows, width, form: Form::OwnF32(Buffer::new(rows * width)) };
         }
-        let depth = width.next_multiple_of(TILE_WIDTH);
-        let mut tiles = Buffer::new(rows.next_multiple_of(TILE_ROWS) * depth);
-        // What comes after the last column is multiplied with the zeros after the last input.
-        if width < depth {
-            let last = tiles
-                .chunks_exact_mut(TILE_ROWS * depth)
-                .flat_map(|tiles| tiles[depth / TILE_WIDTH * TILE - TILE..].chunks_exact_mut(TILE_WIDTH));
-            last.for_each(|row| row[width % TILE_WIDTH..].fill(0));
-        }
-        Left { rows, width, form: Form::Bf16(tiles) }
+        Left { rows, width, form: Form::Bf16(Self::padded_tiles(rows, width)) }
     }
 
     /// Writes some columns of all rows, which lie `stride` values apart in `values`.
@@ -298,6 +345,18 @@ pub(super) fn columns_of(tile: &[u16; TILE], to: &mut [u16]) {
     for (row, pairs) in tile.chunks_exact(TILE_WIDTH).enumerate() {
         for (to, pair) in to.chunks_mut(2 * PANEL).zip(pairs.as_chunks::<2>().0) {
             to[2 * row..][..2].copy_from_slice(pair);
+        }
+    }
+}
+
+/// Writes 32 rows of 32 numbers as columns, the first sixteen of them and the others, as far as they are wanted.
+fn square_columns(rows: &[u16; 2 * TILE], to: [Option<&mut [u16; TILE]>; 2]) {
+    #[cfg(target_arch = "x86_64")]
+    let Some(to) = super::rearrange::square_columns(rows, to) else { return };
+    for (half, to) in to.into_iter().enumerate() {
+        let columns = to.map_or(&mut [][..], |to| to).chunks_exact_mut(TILE_WIDTH);
+        for (column, to) in (half * TILE_ROWS..).zip(columns) {
+            to.iter_mut().zip(rows.iter().skip(column).step_by(TILE_WIDTH)).for_each(|(to, from)| *to = *from);
         }
     }
 }

@@ -4,7 +4,7 @@
 //! Nothing records a graph. The gradient of frozen weights is never computed, and memory is used again. In reading order:
 //!
 //! * [`kernel`]: which instructions multiply matrices
-//! * [`buffer`], [`shared`]: memory that is used again, and rows that several threads write
+//! * [`buffer`], [`shared`], [`rounded`]: memory that is used again, rows that several threads write, and rows that products read
 //! * [`matmul`], [`avx512`]: small products in f32
 //! * [`left`], [`panels`], [`products`], [`bf16`], [`pages`], [`amx`], [`rearrange`]: products with frozen weights, which are packed once
 //! * [`codes`]: frozen weights that stay as a GGUF file has them, until a panel is multiplied with
@@ -42,6 +42,7 @@ pub mod quantized;
 #[cfg(target_arch = "x86_64")]
 mod rearrange;
 pub mod rope;
+pub mod rounded;
 pub mod rows;
 mod shared;
 
@@ -72,34 +73,44 @@ fn larger(a: f32, b: f32) -> f32 {
 /// The largest of a row, or `least` if that is larger.
 #[inline(always)]
 pub(crate) fn largest(row: &[f32], least: f32) -> f32 {
-    let (whole, rest) = row.as_chunks::<LANES>();
-    let mut most = [least; LANES];
+    // Two strands of vectors: one waits for itself.
+    let (whole, rest) = row.as_chunks::<{ 2 * LANES }>();
+    let mut most = [least; 2 * LANES];
     for chunk in whole {
         most.iter_mut().zip(chunk).for_each(|(most, x)| *most = larger(*most, *x));
     }
-    rest.iter().copied().fold(across(most, larger), larger)
+    let mut both = [least; LANES];
+    for lane in 0..LANES {
+        both[lane] = larger(most[lane], most[LANES + lane]);
+    }
+    rest.iter().copied().fold(across(both, larger), larger)
 }
 
 /// eˣ by a polynomial that the compiler can vectorize; relative error below 2e-7 for −87 ≤ x ≤ 88, zero below −87.7, infinite above 88.4.
+#[inline(always)]
+pub(crate) fn exp(x: f32) -> f32 {
+    exp_below_89(if x > 89.0 { 89.0 } else { x })
+}
+
+/// The same for x that are known not to be larger than 89.
 ///
 /// Range reduction by ln 2 in two parts, then 1 + r + r² · p(r) with the p of degree 3 whose largest relative error on |r| ≤ ln 2 / 2
 /// is the smallest (1.1e-7). NaN stays NaN.
 #[inline(always)]
-pub(crate) fn exp(x: f32) -> f32 {
+pub(crate) fn exp_below_89(x: f32) -> f32 {
     const LOG2_E: f32 = std::f32::consts::LOG2_E;
     const LN2_HIGH: f32 = 0.693_359_4;
     const LN2_LOW: f32 = -2.121_944_4e-4;
-    // Adding 1.5 · 2²³ rounds to an integer that then sits in the low bits of the sum.
-    const ROUND: f32 = 12_582_912.0;
+    // Adding 1.5 · 2²³ rounds to an integer that then sits in the low bits of the sum; with 127 more, as an exponent does.
+    const ROUND: f32 = 12_583_039.0;
     // The factors of rⁿ, highest first; each step is one fused instruction wherever vectors of sixteen are.
     const FACTORS: [f32; 6] = [8.312_501e-3, 4.189_034_6e-2, 1.666_711_6e-1, 4.999_923e-1, 1.0, 1.0];
-    // There the power of two is zero, or infinite.
+    // There the power of two is zero; at 89 it is infinite.
     let x = if x < -88.0 { -88.0 } else { x };
-    let x = if x > 89.0 { 89.0 } else { x };
     let shifted = x.mul_add(LOG2_E, ROUND);
     let n = shifted - ROUND;
     let r = n.mul_add(-LN2_LOW, n.mul_add(-LN2_HIGH, x));
     let polynomial = FACTORS[1..].iter().fold(FACTORS[0], |sum, factor| sum.mul_add(r, *factor));
-    let power = f32::from_bits(shifted.to_bits().wrapping_sub(ROUND.to_bits()).wrapping_add(127) << 23);
+    let power = f32::from_bits(shifted.to_bits() << 23);
     polynomial * power
 }

@@ -4,13 +4,14 @@
 //! side, as the instructions want them; in f32 it is [narrow, 32]. For the `gemm` crate rows stay as they are.
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use candle_core::quantized::GgmlDType;
 use rayon::prelude::*;
 
 use super::amx;
 use super::buffer::Buffer;
-use super::codes::Codes;
+use super::codes::{Coded, Codes};
 use super::kernel::Kernel;
 use super::left::{Left, to_bf16, to_f32};
 use super::pages::Held;
@@ -42,7 +43,9 @@ enum Values {
     Bf16(Held<u16>),
     F32(Held<f32>),
     /// Unpacked to bf16 when they are used.
-    Codes(Codes),
+    Codes(Arc<Codes>),
+    /// The transposed weight of some of the panels, likewise.
+    TransposedCodes(Arc<Codes>, Range<usize>),
     /// [narrow, 32] a panel, and what they are to be multiplied with in bf16, [narrow / 32, 32].
     Int8(Held<i8>, Held<u16>),
 }
@@ -51,8 +54,8 @@ enum Values {
 pub(super) enum Panel<'a> {
     /// As they want it, in memory.
     Bf16(&'a [u16]),
-    /// One of a weight in codes, by its number, and room for it in bf16.
-    Codes(&'a Codes, usize, &'a mut [u16]),
+    /// In codes, and room for it in bf16.
+    Codes(Coded<'a>, &'a mut [u16]),
 }
 
 fn padded(n: usize) -> usize {
@@ -90,7 +93,7 @@ impl Panels {
         piece: usize,
         read: impl Fn(usize, usize) -> Result<Vec<u8>, E> + Sync,
     ) -> Result<Self, E> {
-        let values = Values::Codes(Codes::read(kind, (wide, narrow), piece, read)?);
+        let values = Values::Codes(Arc::new(Codes::read(kind, (wide, narrow), piece, read)?));
         Ok(Self { kernel, wide, narrow, values })
     }
 
@@ -144,7 +147,7 @@ impl Panels {
                 }
                 Ok(())
             }),
-            Values::Codes(_) => unreachable!("codes are read as they are"),
+            Values::Codes(_) | Values::TransposedCodes(..) => unreachable!("codes are read as they are"),
             Values::Int8(values, scales) => {
                 let panels = values.par_chunks_mut(piece * depth).zip(scales.par_chunks_mut(piece * depth / GROUP));
                 panels.enumerate().try_for_each(|(index, (values, scales))| {
@@ -201,7 +204,10 @@ impl Panels {
                 let from = values[panel..].iter().skip(lane).step_by(PANEL);
                 row.iter_mut().zip(from).for_each(|(to, from)| *to = *from);
             }
-            Values::Codes(codes) => codes.row(index, row),
+            Values::Codes(codes) => (0..).zip(row).for_each(|(input, to)| *to = codes.value(index, input)),
+            Values::TransposedCodes(codes, panels) => {
+                (panels.start * PANEL..).zip(row).for_each(|(output, to)| *to = codes.value(output, index));
+            }
             Values::Int8(values, scales) => {
                 let scales =
                     scales[panel / GROUP..].iter().skip(lane).step_by(PANEL).flat_map(|scale| [to_f32(*scale); GROUP]);
@@ -217,7 +223,8 @@ impl Panels {
     }
 
     /// The transposed weight [narrow, wide] of some of the outputs, which start and end with whole panels (or the last): what
-    /// gradients are multiplied with. It is made when it is needed, because keeping it would double the model.
+    /// gradients are multiplied with. It is made when it is needed, because keeping it would double the model; codes are read the other
+    /// way.
     pub fn transposed(&self, outputs: Range<usize>, threads: Threads) -> Panels {
         let (wide, depth) = (outputs.len(), padded(self.narrow));
         let panels = outputs.start / PANEL..outputs.end.div_ceil(PANEL);
@@ -245,16 +252,18 @@ impl Panels {
                 });
                 Values::F32(Held::Product(transposed))
             }
-            Values::Bf16(_) | Values::Codes(_) => {
+            Values::Bf16(_) => {
                 let mut transposed = Buffer::new(wide_padded * depth);
                 each(&mut transposed, PANEL * wide_padded, threads, |inputs, panel| {
-                    let mut room = [0; PANEL * PANEL];
                     for (to, number) in panel.as_chunks_mut().0.iter_mut().zip(panels.clone()) {
-                        transpose_pairs(self.bf16_block(number, inputs, &mut room), to);
+                        let from = self.bf16(number).expect("panels of one weight have one type");
+                        transpose_pairs(&from.as_chunks().0[inputs], to);
                     }
                 });
                 Values::Bf16(Held::Product(transposed))
             }
+            Values::Codes(codes) => Values::TransposedCodes(codes.clone(), panels),
+            Values::TransposedCodes(..) => unreachable!("nobody transposes twice"),
             Values::Int8(..) => unreachable!("nothing is trained through rounded weights"),
         };
         Panels { kernel: self.kernel, wide: self.narrow, narrow: wide, values }
@@ -275,30 +284,14 @@ impl Panels {
         }
     }
 
-    /// 32 inputs of a panel in bf16. `room` is for those that are in codes.
-    fn bf16_block<'a>(
-        &'a self,
-        panel: usize,
-        inputs: usize,
-        room: &'a mut [u16; PANEL * PANEL],
-    ) -> &'a [u16; PANEL * PANEL] {
-        match &self.values {
-            Values::Codes(codes) => {
-                codes.unpack(panel * codes.blocks() + inputs, room);
-                room
-            }
-            _ => &self.bf16(panel).expect("weights of one kernel have one type").as_chunks().0[inputs],
-        }
-    }
-
     /// A panel for products in bf16. `room` is for one that is in codes: with `few` rows, for no more of it than they need at once.
     pub(super) fn panel<'a>(&'a self, panel: usize, room: &'a mut Option<Buffer<u16>>, few: bool) -> Panel<'a> {
-        match &self.values {
-            Values::Codes(codes) => {
-                Panel::Codes(codes, panel, room.get_or_insert_with(|| Buffer::new(codes.room(few))))
-            }
-            _ => Panel::Bf16(self.bf16(panel).expect("weights of one kernel have one type")),
-        }
+        let coded = match &self.values {
+            Values::Codes(codes) => codes.panel(panel),
+            Values::TransposedCodes(codes, panels) => codes.transposed_panel(panels, panel),
+            _ => return Panel::Bf16(self.bf16(panel).expect("weights of one kernel have one type")),
+        };
+        Panel::Codes(coded, room.get_or_insert_with(|| Buffer::new(coded.room(few))))
     }
 
     /// All panels in f32, or rows for the `gemm` crate.

@@ -119,7 +119,7 @@ pub(super) fn add_outer(total: &mut [f32], y: &[f32], x: &Left, kernel: Kernel) 
     if rows == 0 {
         return;
     }
-    let (tiles, y_t) = (kernel.tiles(), Left::transposed(y, n, kernel));
+    let (tiles, y_t) = (kernel.tiles(), Left::new(y, n, kernel).transposed());
     let mut panel = Buffer::<u16>::new(rows.next_multiple_of(PANEL) * PANEL);
     for column in (0..width).step_by(PANEL) {
         x.pairs(column, &mut panel);

@@ -67,6 +67,26 @@ unsafe fn round(from: *const f32, to: *mut u16) {
     }
 }
 
+/// Rounds as many values to bf16, if the processor has an instruction that does.
+pub(super) fn round_all(values: &[f32], to: &mut [u16]) -> bool {
+    if !Kernel::Avx512Bf16.available() {
+        return false;
+    }
+    // SAFETY: the instructions are there.
+    unsafe { each(values, to) };
+    true
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+fn each(values: &[f32], to: &mut [u16]) {
+    let ((whole, rest), (to, to_rest)) = (values.as_chunks::<TILE_WIDTH>(), to.as_chunks_mut::<TILE_WIDTH>());
+    for (from, to) in whole.iter().zip(to) {
+        // SAFETY: 32 numbers are there on both sides.
+        unsafe { round(from.as_ptr(), to.as_mut_ptr()) };
+    }
+    to_rest.iter_mut().zip(rest).for_each(|(to, from)| *to = to_bf16(*from));
+}
+
 /// Writes pairs of rows of 32 values side by side, rounded to bf16, if the processor has an instruction that rounds.
 pub(super) fn round_pairs(pairs: &[[f32; 4 * LANES]], to: &mut [[u16; 4 * LANES]]) -> bool {
     if !Kernel::Avx512Bf16.available() {
@@ -119,13 +139,13 @@ pub(super) unsafe fn transpose(from: (*const f32, usize), (to, to_row): (*mut f3
     }
 }
 
-/// In loops, for what is passed to a function of the standard library is not always compiled into it, and then not for these vectors.
+/// The columns of sixteen rows of sixteen numbers of 32 bits. In loops, for what is passed to a function of the standard library is not always compiled into it, and then not for these vectors.
 ///
 /// # Safety
 /// AVX-512 must be there, and sixteen numbers of sixteen rows.
 #[target_feature(enable = "avx512f")]
 #[inline]
-unsafe fn columns((from, from_row): (*const f32, usize)) -> [__m512; LANES] {
+pub(super) unsafe fn columns((from, from_row): (*const f32, usize)) -> [__m512; LANES] {
     let [mut rows, mut pairs, mut fours, mut whole] = [[_mm512_setzero_ps(); LANES]; 4];
     for (row, to) in rows.iter_mut().enumerate() {
         // SAFETY: the caller's.
@@ -184,6 +204,49 @@ fn each_transposed_pair(from: &[u16; PANEL * PANEL], to: &mut [u16; PANEL * PANE
         let (rows, to) = (rows.as_chunks::<2>().0, &mut to[outputs * PANEL..]);
         for ([even, odd], to) in rows.iter().zip(to.chunks_exact_mut(2 * PANEL)) {
             store_pair([_mm512_castps_si512(*even), _mm512_castps_si512(*odd)], to);
+        }
+    }
+}
+
+/// Where columns go: the first sixteen, and the others.
+type Halves<'a> = [Option<&'a mut [u16; TILE]>; 2];
+
+/// Writes 32 rows of 32 numbers as columns, as far as they are wanted; gives the places back if the processor has no such vectors.
+pub(super) fn square_columns<'a>(rows: &[u16; 2 * TILE], to: Halves<'a>) -> Option<Halves<'a>> {
+    if !has_avx512() {
+        return Some(to);
+    }
+    // SAFETY: the instructions are there.
+    unsafe { each_square_column(rows, to) };
+    None
+}
+
+#[target_feature(enable = "avx512f,avx512bw")]
+fn each_square_column(rows: &[u16; 2 * TILE], mut to: Halves) {
+    // The even columns of both halves of the rows, and the odd ones; what comes from the second half is counted on.
+    const ORDER: [[u16; PANEL]; 2] = {
+        let mut order = [[0; PANEL]; 2];
+        let mut index = 0;
+        while index < 2 * PANEL {
+            order[index / PANEL][index % PANEL] = (2 * (index % PANEL) + index / PANEL) as u16;
+            index += 1;
+        }
+        order
+    };
+    // SAFETY: sixteen rows of sixteen pairs are there, twice.
+    let (above, below) =
+        unsafe { (columns((rows.as_ptr().cast(), LANES)), columns((rows[TILE..].as_ptr().cast(), LANES))) };
+    for (pair, (above, below)) in above.iter().zip(&below).enumerate() {
+        let (above, below) = (_mm512_castps_si512(*above), _mm512_castps_si512(*below));
+        for (odd, order) in ORDER.iter().enumerate() {
+            let column = 2 * pair + odd;
+            let Some(to) = &mut to[column / TILE_ROWS] else { return };
+            let to = &mut to[column % TILE_ROWS * TILE_WIDTH..][..TILE_WIDTH];
+            // SAFETY: a vector holds 32 numbers, as many as an order and the place.
+            unsafe {
+                let values = _mm512_permutex2var_epi16(above, _mm512_loadu_epi16(order.as_ptr().cast()), below);
+                _mm512_storeu_epi16(to.as_mut_ptr().cast(), values);
+            }
         }
     }
 }

@@ -29,8 +29,9 @@ impl Rotation {
         Self { cosines, sines, half: frequencies.len() }
     }
 
-    /// Rotates every head of `x` [rows.len(), heads · head_dim] in place, by the angles of these rows of the call.
-    pub fn apply(&self, x: &mut [f32], rows: Range<usize>, direction: Direction) {
+    /// Rotates every head of `x` [rows.len(), heads · head_dim] in place, by the angles of these rows of the call, and multiplies it with
+    /// `scale`.
+    pub fn apply(&self, x: &mut [f32], rows: Range<usize>, direction: Direction, scale: f32) {
         let half = self.half;
         let width = x.len() / rows.len().max(1);
         let sign = if direction == Direction::Forward { 1.0 } else { -1.0 };
@@ -43,7 +44,7 @@ impl Rotation {
                         let (first, second) = x.split_at_mut(half);
                         for ((a, b), (cosine, sine)) in first.iter_mut().zip(second).zip(cosines.iter().zip(sines)) {
                             let sine = sign * sine;
-                            (*a, *b) = (*a * cosine - *b * sine, *b * cosine + *a * sine);
+                            (*a, *b) = (scale * (*a * cosine - *b * sine), scale * (*b * cosine + *a * sine));
                         }
                     }
                 }

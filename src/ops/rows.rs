@@ -9,30 +9,91 @@ use std::time::{Duration, Instant};
 use crossbeam::utils::CachePadded;
 
 use super::panels::{PANEL, Threads};
+use super::rounded::{Numbers, RoundedRowsMut};
 
 /// Rows of a block: what is computed from them stays in the second-level cache.
 const BLOCK: usize = 256;
 /// Rows that make it worth to give a thread a part of its own.
 const PART: usize = 64;
 
-/// A matrix that is written block by block: all of it, and its width.
-pub type Output<'a> = (&'a mut [f32], usize);
+/// What is written block by block: matrices.
+pub trait Output: Send {
+    /// The rows of a block.
+    type Rows: Send;
+
+    /// Takes the first rows off.
+    fn take_rows(&mut self, rows: usize) -> Self::Rows;
+}
+
+/// All of a matrix, and its width.
+impl<R: Rows> Output for (R, usize) {
+    type Rows = R;
+
+    fn take_rows(&mut self, rows: usize) -> R {
+        self.0.take_numbers(rows * self.1)
+    }
+}
+
+/// Nothing.
+impl Output for () {
+    type Rows = ();
+
+    fn take_rows(&mut self, _: usize) {}
+}
+
+impl<O: Output, const N: usize> Output for [O; N] {
+    type Rows = [O::Rows; N];
+
+    fn take_rows(&mut self, rows: usize) -> Self::Rows {
+        self.each_mut().map(|output| output.take_rows(rows))
+    }
+}
+
+impl<A: Output, B: Output> Output for (A, B) {
+    type Rows = (A::Rows, B::Rows);
+
+    fn take_rows(&mut self, rows: usize) -> Self::Rows {
+        (self.0.take_rows(rows), self.1.take_rows(rows))
+    }
+}
+
+/// Numbers that are to be written.
+pub trait Rows: Send {
+    /// Takes the first numbers off.
+    fn take_numbers(&mut self, numbers: usize) -> Self;
+}
+
+impl<T: Send> Rows for &mut [T] {
+    fn take_numbers(&mut self, numbers: usize) -> Self {
+        let (first, rest) = std::mem::take(self).split_at_mut(numbers);
+        *self = rest;
+        first
+    }
+}
+
+impl Rows for RoundedRowsMut<'_> {
+    fn take_numbers(&mut self, numbers: usize) -> Self {
+        match self {
+            Numbers::F32(rows) => Numbers::F32(rows.take_numbers(numbers)),
+            Numbers::Bf16(rows) => Numbers::Bf16(rows.take_numbers(numbers)),
+        }
+    }
+}
 
 /// Calls `f(state, rows, outputs)` for all rows in blocks, with the blocks' rows of every output. Each block, or all of them
 /// where the threads are inside the products, has a state of its own, made by `start`; they come back in the order of the rows. How
 /// rows are cut depends on their number and on that of the threads alone.
-pub fn in_blocks<const N: usize, S: Send>(
+pub fn in_blocks<O: Output, S: Send>(
     rows: usize,
-    outputs: [Output; N],
+    mut outputs: O,
     start: impl Fn() -> S + Sync,
-    f: impl Fn(&mut S, Range<usize>, [&mut [f32]; N]) + Sync,
+    f: impl Fn(&mut S, Range<usize>, O::Rows) + Sync,
 ) -> Vec<S> {
     let threads = rayon::current_num_threads();
-    let mut outputs = outputs;
     if rows < PART * threads || threads == 1 {
         let mut state = start();
         for block in blocks(rows, BLOCK) {
-            let outputs = split(&mut outputs, block.len());
+            let outputs = outputs.take_rows(block.len());
             f(&mut state, block, outputs);
         }
         return vec![state];
@@ -41,7 +102,7 @@ pub fn in_blocks<const N: usize, S: Send>(
     let count = rows.div_ceil(BLOCK).next_multiple_of(threads);
     let size = rows.div_ceil(count).next_multiple_of(PANEL);
     let tasks = blocks(rows, size).map(|block| {
-        let outputs = split(&mut outputs, block.len());
+        let outputs = outputs.take_rows(block.len());
         Mutex::new((start(), Some((block, outputs))))
     });
     let tasks: Vec<Mutex<(S, Option<_>)>> = tasks.collect();
@@ -181,13 +242,4 @@ impl<F: Fn()> Drop for OnReturn<F> {
     fn drop(&mut self) {
         self.0();
     }
-}
-
-/// Takes the first rows off every output.
-fn split<'a, const N: usize>(outputs: &mut [Output<'a>; N], rows: usize) -> [&'a mut [f32]; N] {
-    outputs.each_mut().map(|(values, width)| {
-        let (first, rest) = std::mem::take(values).split_at_mut(rows * *width);
-        *values = rest;
-        first
-    })
 }

@@ -7,6 +7,7 @@ use std::ops::Range;
 use super::amx::SIDE;
 use super::buffer::LINE;
 use super::left::TILE_ROWS;
+use super::rounded::{Numbers, RoundedRowsMut};
 
 /// A row-major matrix whose parts are written by different threads.
 pub struct SharedRows<'a, T = f32> {
@@ -48,6 +49,33 @@ impl<T> SharedRows<'_, T> {
     #[inline]
     pub fn fetch(&self, row: usize, column: usize) {
         fetch(self.start.wrapping_add(row * self.stride + column));
+    }
+}
+
+/// Rows of either type that several threads write.
+pub(super) type SharedRounded<'a> = Numbers<SharedRows<'a>, SharedRows<'a, u16>>;
+
+impl<'a> SharedRounded<'a> {
+    /// Shares a matrix of so many columns.
+    pub fn new(rows: RoundedRowsMut<'a>, width: usize) -> Self {
+        match rows {
+            Numbers::F32(rows) => Self::F32(SharedRows::new(rows, width)),
+            Numbers::Bf16(rows) => Self::Bf16(SharedRows::new(rows, width)),
+        }
+    }
+
+    /// Some columns of a row.
+    ///
+    /// # Safety
+    /// As [`SharedRows::part`].
+    pub unsafe fn part(&self, row: usize, columns: Range<usize>) -> RoundedRowsMut<'_> {
+        // SAFETY: the caller's.
+        unsafe {
+            match self {
+                Self::F32(rows) => Numbers::F32(rows.part(row, columns)),
+                Self::Bf16(rows) => Numbers::Bf16(rows.part(row, columns)),
+            }
+        }
     }
 }
 
@@ -93,9 +121,9 @@ fn fetch<T>(line: *const T) {
 
 /// Asks for some values that will be read soon: the processor looks ahead less far than rows are long.
 #[inline(always)]
-pub fn fetch_ahead(values: &[f32]) {
+pub fn fetch_ahead<T>(values: &[T]) {
     #[cfg(target_arch = "x86_64")]
-    for line in values.chunks(LINE / size_of::<f32>()) {
+    for line in values.chunks(LINE / size_of::<T>()) {
         use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
         // SAFETY: an address of which nothing is read.
         unsafe { _mm_prefetch::<_MM_HINT_T0>(line.as_ptr().cast()) };
