@@ -1,7 +1,6 @@
 //! Memory for activations that is used again: fresh pages cost more than the arithmetic on them.
 
 use std::cell::RefCell;
-use std::cmp::Reverse;
 use std::ops::{Deref, DerefMut};
 use std::sync::{Mutex, MutexGuard};
 use std::thread::LocalKey;
@@ -53,8 +52,16 @@ impl<T: Pooled> Pool<T> {
 
     /// Room for so many numbers: what was used last of the smallest that have it and are not much larger, or new memory.
     pub fn take(&mut self, room: usize) -> Vec<T> {
-        let fitting = self.unused.iter().enumerate().filter(|(_, values)| fits(values, room));
-        let best = fitting.min_by_key(|&(index, values)| (values.len(), Reverse(index))).map(|(index, _)| index);
+        // From the last one back: mostly it is one of the first that are looked at, and has this very size.
+        let mut best: Option<usize> = None;
+        for (index, values) in self.unused.iter().enumerate().rev().filter(|(_, values)| fits(values, room)) {
+            if best.is_none_or(|best| values.len() < self.unused[best].len()) {
+                best = Some(index);
+            }
+            if values.len() == room {
+                break;
+            }
+        }
         let values = match best {
             Some(index) => self.unused.remove(index),
             None => self.add(room),
