@@ -50,7 +50,8 @@ pub fn pulls(heads: Heads, grad: &[f32], attended: RoundedRows, to: &mut [f32]) 
         || {
             for (row, (to, grad)) in to.chunks_exact_mut(heads.query).zip(grad.chunks_exact(width)).enumerate() {
                 let attended = attended.part(row * width..(row + 1) * width).in_f32(&mut room);
-                for ((to, grad), attended) in to.iter_mut().zip(grad.chunks_exact(dim)).zip(attended.chunks_exact(dim)) {
+                for ((to, grad), attended) in to.iter_mut().zip(grad.chunks_exact(dim)).zip(attended.chunks_exact(dim))
+                {
                     *to = dot(grad, attended);
                 }
             }

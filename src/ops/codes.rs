@@ -217,7 +217,8 @@ impl Coded<'_> {
     pub fn unpack(&self, number: usize, to: &mut [u16]) {
         let Self { codes, first, stride, count, transposed } = *self;
         let soon = number + SOON;
-        let soon = if transposed && soon >= count { first + 1 + (soon - count) * stride } else { first + soon * stride };
+        let soon =
+            if transposed && soon >= count { first + 1 + (soon - count) * stride } else { first + soon * stride };
         let len = codes.width.block();
         fetch_ahead(codes.words.get(soon * len..(soon + 1) * len).unwrap_or_default());
         let block = codes.block(first + number * stride);
@@ -285,9 +286,10 @@ mod vectors {
     use std::arch::x86_64::{
         __m512, __m512i, _mm_loadu_si128, _mm512_add_epi32, _mm512_add_ps, _mm512_broadcast_i32x4, _mm512_castps_si512,
         _mm512_castsi512_ps, _mm512_castsi512_si128, _mm512_cvtepi8_epi32, _mm512_cvtepi32_ps, _mm512_cvtne2ps_pbh,
-        _mm512_extracti32x4_epi32, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_loadu_si512, _mm512_permutexvar_ps,
-        _mm512_set1_epi32, _mm512_set1_epi64, _mm512_set1_ps, _mm512_set4_epi32, _mm512_setr_epi32, _mm512_setr_ps,
-        _mm512_shuffle_epi8, _mm512_shuffle_epi32, _mm512_srli_epi32, _mm512_srlv_epi32, _mm512_storeu_si512,
+        _mm512_extracti32x4_epi32, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_loadu_si512, _mm512_permutexvar_epi16,
+        _mm512_permutexvar_ps, _mm512_set1_epi16, _mm512_set1_epi32, _mm512_set1_epi64, _mm512_set1_ps,
+        _mm512_set4_epi32, _mm512_setr_epi32, _mm512_setr_ps, _mm512_shuffle_epi8, _mm512_srli_epi32,
+        _mm512_srlv_epi16, _mm512_storeu_si512, _mm512_ternarylogic_epi32,
     };
     use std::mem::transmute;
 
@@ -375,6 +377,21 @@ mod vectors {
         }
     }
 
+    /// Where the code of an input and one of two outputs is, for sixteen inputs of both: which half of their words, as the places of its
+    /// two bytes; how far it is from the lowest place there; and where it is looked up, beside what stands for the first output's codes.
+    const PLACES: [[u16; 2 * LANES]; 3] = {
+        let (mut places, mut lane) = ([[0; 2 * LANES]; 3], 0);
+        while lane < 2 * LANES {
+            let (output, input) = (lane % 2, lane / 2);
+            let half = (2 * output + input % 2) * 2 + input / NIBBLES;
+            places[0][lane] = (2 * half + 256 * (2 * half + 1)) as u16;
+            places[1][lane] = (input / 2 % 4 * 4) as u16;
+            places[2][lane] = (output * LANES) as u16;
+            lane += 1;
+        }
+        places
+    };
+
     /// The same with inputs and outputs exchanged: [16 pairs of outputs, 32 inputs, 2].
     ///
     /// # Safety
@@ -382,21 +399,26 @@ mod vectors {
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
     pub unsafe fn four_transposed(block: *const u32, lowest: f32, to: *mut u16) {
         let values = table(lowest);
-        // A quarter of a vector holds two inputs of both outputs, whose codes are at one place of their words.
-        let first = _mm512_setr_epi32(0, 0, 0, 0, 4, 4, 4, 4, 8, 8, 8, 8, 12, 12, 12, 12);
-        let shifts = [first, _mm512_add_epi32(first, _mm512_set1_epi32(16))];
+        // SAFETY: a vector holds as many.
+        let [halves, shifts, second] =
+            PLACES.each_ref().map(|lanes| unsafe { _mm512_loadu_si512(lanes.as_ptr().cast()) });
         for pair in 0..PANEL / 2 {
-            // SAFETY: the caller's.
+            // SAFETY: the caller's; a vector of bf16 has the size of one of integers.
             unsafe {
-                let affine = affine_of_pair(block, pair);
+                // What each code stands for, of the first output and of the second.
+                let [first_of, second_of] = [2 * pair, 2 * pair + 1].map(|output| {
+                    let [scale, minimum] = [0, PANEL].map(|at| _mm512_set1_ps(*block.add(at + output).cast()));
+                    _mm512_fmadd_ps(values, scale, minimum)
+                });
+                let numbers: __m512i = transmute(_mm512_cvtne2ps_pbh(second_of, first_of));
                 for word in 0..2 {
                     let at = block.add(2 * PANEL + (pair / 4 * 2 + word) * LANES + pair % 4 * 4);
-                    // Of both inputs the first output, then of both the second: side by side.
                     let words = _mm512_broadcast_i32x4(_mm_loadu_si128(at.cast()));
-                    let words = _mm512_shuffle_epi32::<0b11_01_10_00>(words);
-                    let codes = shifts.map(|shift| _mm512_srlv_epi32(words, shift));
-                    let codes = codes.map(|codes| _mm512_permutexvar_ps(codes, values));
-                    write(to.add((2 * pair + word) * PANEL), codes, [affine, affine]);
+                    let codes = _mm512_srlv_epi16(_mm512_shuffle_epi8(words, halves), shifts);
+                    // The lowest four bits of the codes, or the place of the second output.
+                    let codes = _mm512_ternarylogic_epi32::<0xea>(codes, _mm512_set1_epi16(15), second);
+                    let numbers = _mm512_permutexvar_epi16(codes, numbers);
+                    _mm512_storeu_si512(to.add((2 * pair + word) * PANEL).cast(), numbers);
                 }
             }
         }
