@@ -338,6 +338,17 @@ mod vectors {
         _mm512_add_ps(codes, _mm512_set1_ps(lowest))
     }
 
+    /// What all codes of an output stand for, whose scale is there.
+    ///
+    /// # Safety
+    /// It must be that of a block.
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    unsafe fn meanings(scale: *const u32, values: __m512) -> __m512 {
+        // SAFETY: the caller's; minimums come after 32 scales.
+        unsafe { _mm512_fmadd_ps(values, _mm512_set1_ps(*scale.cast()), _mm512_set1_ps(*scale.add(PANEL).cast())) }
+    }
+
     /// Scale and minimum of a pair of outputs, one after the other again and again.
     ///
     /// # Safety
@@ -379,7 +390,7 @@ mod vectors {
 
     /// Where the code of an input and one of two outputs is, for sixteen inputs of both: which half of their words, as the places of its
     /// two bytes; how far it is from the lowest place there; and where it is looked up, beside what stands for the first output's codes.
-    const PLACES: [[u16; 2 * LANES]; 3] = {
+    static PLACES: [[u16; 2 * LANES]; 3] = {
         let (mut places, mut lane) = ([[0; 2 * LANES]; 3], 0);
         while lane < 2 * LANES {
             let (output, input) = (lane % 2, lane / 2);
@@ -400,16 +411,17 @@ mod vectors {
     pub unsafe fn four_transposed(block: *const u32, lowest: f32, to: *mut u16) {
         let values = table(lowest);
         // SAFETY: a vector holds as many.
-        let [halves, shifts, second] =
-            PLACES.each_ref().map(|lanes| unsafe { _mm512_loadu_si512(lanes.as_ptr().cast()) });
+        let (halves, shifts, second) = unsafe {
+            let [halves, shifts, second] = &PLACES;
+            let (halves, shifts) =
+                (_mm512_loadu_si512(halves.as_ptr().cast()), _mm512_loadu_si512(shifts.as_ptr().cast()));
+            (halves, shifts, _mm512_loadu_si512(second.as_ptr().cast()))
+        };
         for pair in 0..PANEL / 2 {
             // SAFETY: the caller's; a vector of bf16 has the size of one of integers.
             unsafe {
-                // What each code stands for, of the first output and of the second.
-                let [first_of, second_of] = [2 * pair, 2 * pair + 1].map(|output| {
-                    let [scale, minimum] = [0, PANEL].map(|at| _mm512_set1_ps(*block.add(at + output).cast()));
-                    _mm512_fmadd_ps(values, scale, minimum)
-                });
+                let first_of = meanings(block.add(2 * pair), values);
+                let second_of = meanings(block.add(2 * pair + 1), values);
                 let numbers: __m512i = transmute(_mm512_cvtne2ps_pbh(second_of, first_of));
                 for word in 0..2 {
                     let at = block.add(2 * PANEL + (pair / 4 * 2 + word) * LANES + pair % 4 * 4);
