@@ -83,7 +83,7 @@ fn scaled(heads: Heads, queries: &[f32], kernel: Kernel) -> Rounded {
 /// In f32.
 fn exact(rounded: &Rounded) -> Vec<f32> {
     let rows = rounded.rows();
-    rows.in_f32(&mut vec![0.0; rows.len()]).to_vec()
+    rows.in_f32(&mut vec![0.0; rows.numbers()]).to_vec()
 }
 
 /// What is returned, and the log-sums.

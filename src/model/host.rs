@@ -6,6 +6,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use anyhow::Result;
+use rayon::prelude::*;
 
 use super::layer::{AdapterGradient, Attended, Frozen, Layer, Work};
 use super::parts::{LayerTensors, Tensors};
@@ -25,6 +26,9 @@ use crate::policy::Adapter;
 
 /// What attention may keep for the backward pass of a micro-batch instead of computing it again, in bytes.
 const KEPT: usize = 3 << 28;
+
+/// Rows that a thread embeds at least: of fewer it is done before another wakes up.
+const TOGETHER: usize = 64;
 
 /// The frozen tensors, and what multiplies with them.
 pub(super) struct Decoder {
@@ -111,12 +115,13 @@ impl Decoder {
     fn embed(&self, call: &Call) -> Buffer {
         let (hidden, scale) = (self.architecture.hidden, self.architecture.embedding_scale as f32);
         let mut embedded = Buffer::new(call.ids.len() * hidden);
-        for (row, id) in embedded.chunks_exact_mut(hidden).zip(call.ids) {
+        let rows = embedded.par_chunks_exact_mut(hidden).with_min_len(TOGETHER);
+        rows.zip(call.ids).for_each(|(row, id)| {
             self.embedding.row(*id as usize, row);
             if scale != 1.0 {
                 row.iter_mut().for_each(|x| *x *= scale);
             }
-        }
+        });
         embedded
     }
 

@@ -204,7 +204,7 @@ impl<'a> Work<'a> {
     /// what attention's output projection returned.
     fn middle(&self, x: &[f32], attended: RoundedRows, rows: &Range<usize>, middle: &mut [f32]) -> Buffer {
         let mut returned = Buffer::new(x.len());
-        let width = attended.len() / rows.len();
+        let width = attended.numbers() / rows.len();
         let left = |part: &Range<usize>| Left::of(attended.part(part.start * width..part.end * width), width);
         self.project([Projection::OProj], left, rows, [&mut *returned]);
         add_normed(x, &returned, self.layer.attention_output_norm.as_ref(), middle);
@@ -325,7 +325,7 @@ impl Work<'_> {
             self.layer.feed_forward_norm.backward(x, &d_normed, grad);
             let d_returned = before_norm(returned.as_deref(), self.layer.attention_output_norm.as_ref(), grad);
             let d_returned = d_returned.as_deref().unwrap_or(grad);
-            let mut d_attended = Buffer::new(attended.len());
+            let mut d_attended = Buffer::new(attended.numbers());
             back.through(Projection::OProj, d_returned, &Left::of(attended, width), &mut d_attended, false);
             attention_backward::pulls(heads, &d_attended, attended, pulls);
             to_attended.write(&d_attended);
@@ -345,7 +345,7 @@ impl Work<'_> {
         let Attended { queries, log_sums, .. } = kept;
         swapped.write(kept.values.rows(), kept.keys.rows(), call.stores);
         let saved = Saved { queries: queries.rows(), keys, swapped, log_sums, pulls, grad };
-        let mut all = [queries, &kept.keys, &kept.values].map(|of| Buffer::new(of.rows().len()));
+        let mut all = [queries, &kept.keys, &kept.values].map(|of| Buffer::new(of.rows().numbers()));
         let [queries, keys, values] = &mut all;
         attention_backward::backward(heads, &saved, call.spans, Gradients { queries, keys, values });
         all

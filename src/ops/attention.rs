@@ -177,7 +177,7 @@ pub fn forward(
         let chunk = group * heads.dim;
         let queries = heads.gather(block, queries);
         let mut scores = heads.scores(block, queries.rows(), keys);
-        let (visible, mut sums) = (heads.visible(block), Buffer::<f32>::new(queries.rows().len() / heads.dim));
+        let (visible, mut sums) = (heads.visible(block), Buffer::<f32>::new(queries.rows().numbers() / heads.dim));
         let values = heads.combine(block, &mut scores, keys, |first, scores, factors| {
             let visible = |row: usize| &visible[(first + row) / group];
             exponentials(scores, &mut sums[first..], factors, visible, heads.soft_cap);

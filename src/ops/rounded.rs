@@ -64,7 +64,7 @@ impl Rounded {
 
 impl<'a> RoundedRows<'a> {
     /// How many numbers.
-    pub fn len(&self) -> usize {
+    pub fn numbers(&self) -> usize {
         match self {
             Self::F32(rows) => rows.len(),
             Self::Bf16(rows) => rows.len(),
