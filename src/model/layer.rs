@@ -416,12 +416,15 @@ impl<'a> Back<'a> {
         let grad = Left::new(grad, linear.weight.dims().1, self.work.kernel);
         let d_down = linear.down(&grad);
         linear.apply_all(&grad, d_down.as_ref(), dx, add, Threads::All);
-        if linear.adapter.is_some() {
-            let forward = Linear { backward: false, ..linear };
-            let seen = forward.seen(x);
-            let x = seen.as_ref().unwrap_or(x);
-            self.keep(projection, x, forward.down_of(x).as_ref(), &grad, d_down.as_ref());
-        }
+        self.keep_unseen(projection, x, &grad, d_down.as_ref());
+    }
+
+    /// The same as [`Back::keep`] for inputs of which it is not known yet what the adapter saw and made of them.
+    fn keep_unseen(&mut self, projection: Projection, x: &Left, grad: &Left, d_down: Option<&Down>) {
+        let forward = Linear { backward: false, ..self.linear(projection) };
+        let seen = forward.seen(x);
+        let x = seen.as_ref().unwrap_or(x);
+        self.keep(projection, x, forward.down_of(x).as_ref(), grad, d_down);
     }
 
     /// Adds the gradients of a projection's adapter, if it carries one, which saw `x`.
@@ -463,10 +466,7 @@ impl<'a> Back<'a> {
             self.keep(projection, seen[index], downs[index], grad, d_down.as_ref());
         }
         if let Some(product) = &product {
-            let forward = Linear { backward: false, ..out };
-            let seen = forward.seen(product);
-            let product = seen.as_ref().unwrap_or(product);
-            self.keep(Projection::DownProj, product, forward.down_of(product).as_ref(), &grad, d_down.as_ref());
+            self.keep_unseen(Projection::DownProj, product, &grad, d_down.as_ref());
         }
         d_normed
     }

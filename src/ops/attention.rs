@@ -137,6 +137,10 @@ pub(super) struct Block<'a> {
 }
 
 impl<'a> Block<'a> {
+    fn queries(&self) -> usize {
+        self.parts.iter().map(|part| part.len).sum()
+    }
+
     /// How many columns scores have.
     fn stride(&self) -> usize {
         let columns = |part: &Part| part.columns(0..part.keys())[1].end.next_multiple_of(BLOCK);
@@ -177,7 +181,7 @@ pub fn forward(
         let chunk = group * heads.dim;
         let queries = heads.gather(block, queries);
         let mut scores = heads.scores(block, queries.rows(), keys);
-        let (visible, mut sums) = (heads.visible(block), Buffer::<f32>::new(queries.rows().numbers() / heads.dim));
+        let (visible, mut sums) = (heads.visible(block), Buffer::<f32>::new(block.queries() * group));
         let values = heads.combine(block, &mut scores, keys, |first, scores, factors| {
             let visible = |row: usize| &visible[(first + row) / group];
             exponentials(scores, &mut sums[first..], factors, visible, heads.soft_cap);
@@ -208,7 +212,8 @@ impl Heads {
     /// The block's part of a [rows, query · dim] matrix as [queries · group, dim].
     pub(super) fn gather(&self, block: Block, rows: RoundedRows) -> Rounded {
         let (width, chunk) = (self.query * self.dim, self.group() * self.dim);
-        rows.gather(chunk, block.parts.iter().flat_map(Part::queries).map(|row| row * width + block.key_head * chunk))
+        let starts = block.parts.iter().flat_map(Part::queries).map(|row| row * width + block.key_head * chunk);
+        rows.gather((block.queries(), chunk), starts)
     }
 
     /// `rows` [queries · group, dim] times the keys of the block's context: [queries · group, stride]. What is not visible holds

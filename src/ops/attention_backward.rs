@@ -202,6 +202,7 @@ fn each_score_gradient(
             for ((scores, d_scores), query) in scores.iter_mut().zip(d_scores.iter_mut()).zip(queries) {
                 for (score, d_score) in scores.iter_mut().zip(d_scores) {
                     let (capped, slope) = capped(*score);
+                    // Never above its row's sum; what is not visible may be anything, and is overwritten.
                     let weight = exp_below_89(capped - query.log_sum);
                     *d_score = weight * (*d_score - query.pull) * slope;
                     *score = weight;

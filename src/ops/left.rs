@@ -9,7 +9,7 @@ use super::buffer::{Buffer, copy};
 use super::dropout::Mask;
 use super::kernel::{Kernel, has_avx512};
 use super::panels::PANEL;
-use super::rounded::{Numbers, RoundedRows};
+use super::rounded::{Numbers, RoundedRows, round};
 use super::shared::SharedRows;
 use super::{LANES, vectorized};
 
@@ -393,35 +393,18 @@ fn place(row: usize, channel: usize) -> usize {
 }
 
 /// Writes up to 16 rows of so many values, from a column of the first tile on.
-pub(super) fn write_tiles(
-    tiles: &mut [u16],
-    rows: usize,
-    (column, width): (usize, usize),
-    values: &[f32],
-    stride: usize,
-) {
+fn write_tiles(tiles: &mut [u16], rows: usize, (column, width): (usize, usize), values: &[f32], stride: usize) {
     #[cfg(target_arch = "x86_64")]
-    if super::rearrange::round_tiles(tiles, rows, (column, width), values, stride) {
+    if column == 0 && tiles.len() == width * TILE_ROWS && super::rearrange::round_tiles(tiles, rows, values, stride) {
         return;
     }
     for (row, values) in values.chunks(stride).take(rows).enumerate() {
-        let round = |from: &[f32], to: &mut [u16]| to.iter_mut().zip(from).for_each(|(to, from)| *to = to_bf16(*from));
-        vectorized(
-            #[inline(always)]
-            || in_tiles(tiles, row, column, &values[..width], round),
-        );
+        in_tiles(tiles, row, column, &values[..width]);
     }
 }
 
-/// Cuts a stretch of a row at the ends of tiles, and has each piece rounded.
-#[inline(always)]
-pub(super) fn in_tiles(
-    tiles: &mut [u16],
-    row: usize,
-    column: usize,
-    values: &[f32],
-    round: impl Fn(&[f32], &mut [u16]),
-) {
+/// Rounds a stretch of a row, cut at the ends of tiles.
+fn in_tiles(tiles: &mut [u16], row: usize, column: usize, values: &[f32]) {
     let first = (TILE_WIDTH - column % TILE_WIDTH).min(values.len());
     let (first, rest) = values.split_at(first);
     round(first, &mut tiles[place(row, column)..][..first.len()]);

@@ -14,32 +14,20 @@ use std::mem::transmute;
 
 use super::LANES;
 use super::kernel::{Kernel, has_avx512};
-use super::left::{TILE, TILE_ROWS, TILE_WIDTH, in_tiles, to_bf16};
+use super::left::{TILE, TILE_ROWS, TILE_WIDTH, to_bf16};
 use super::panels::PANEL;
 
-/// Writes up to 16 rows of so many values into tiles, from a column of the first on, rounded to bf16, if the processor has an
-/// instruction that rounds. Tile by tile, as they lie in memory.
-pub(super) fn round_tiles(
-    tiles: &mut [u16],
-    rows: usize,
-    (column, width): (usize, usize),
-    values: &[f32],
-    stride: usize,
-) -> bool {
+/// Writes up to 16 rows of whole tiles, rounded to bf16, if the processor has an instruction that rounds. Tile by tile, as they lie in
+/// memory.
+pub(super) fn round_tiles(tiles: &mut [u16], rows: usize, values: &[f32], stride: usize) -> bool {
     if !Kernel::Avx512Bf16.available() {
         return false;
     }
+    let width = tiles.len() / TILE_ROWS;
     assert!((1..=TILE_ROWS).contains(&rows) && (rows - 1) * stride + width <= values.len(), "all rows are there");
-    if column == 0 && tiles.len() == width * TILE_ROWS {
-        for (number, tile) in tiles.chunks_exact_mut(TILE).enumerate() {
-            // SAFETY: the instructions are there; by the assert, so are 32 values of each row.
-            unsafe { round_tile(tile, rows, values.as_ptr().add(number * TILE_WIDTH), stride) };
-        }
-    } else {
-        for row in 0..rows {
-            // SAFETY: the instructions are there.
-            unsafe { round_row(tiles, row, column, &values[row * stride..][..width]) };
-        }
+    for (number, tile) in tiles.chunks_exact_mut(TILE).enumerate() {
+        // SAFETY: the instructions are there; by the assert, so are 32 values of each row.
+        unsafe { round_tile(tile, rows, values.as_ptr().add(number * TILE_WIDTH), stride) };
     }
     true
 }
@@ -112,18 +100,6 @@ fn each_pair(pairs: &[[f32; 4 * LANES]], to: &mut [[u16; 4 * LANES]]) {
             }
         }
     }
-}
-
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
-fn round_row(tiles: &mut [u16], row: usize, column: usize, values: &[f32]) {
-    in_tiles(tiles, row, column, values, |from, to| {
-        if from.len() < TILE_WIDTH {
-            return to.iter_mut().zip(from).for_each(|(to, from)| *to = to_bf16(*from));
-        }
-        assert!(to.len() == TILE_WIDTH && from.len() == TILE_WIDTH, "pieces fit into a tile");
-        // SAFETY: by the assert, 32 numbers are there on both sides.
-        unsafe { round(from.as_ptr(), to.as_mut_ptr()) };
-    });
 }
 
 /// Sixteen rows of sixteen numbers of 32 bits as columns; rows are so many numbers apart as stands beside them.

@@ -79,18 +79,22 @@ impl<'a> RoundedRows<'a> {
         }
     }
 
-    /// Pieces of so many numbers, put together from others: those that begin at these places.
-    pub(super) fn gather(self, len: usize, starts: impl Iterator<Item = usize> + Clone) -> Rounded {
-        fn gather<T: Pooled>(from: &[T], len: usize, starts: impl Iterator<Item = usize> + Clone) -> Buffer<T> {
-            let mut gathered = Buffer::new(starts.clone().count() * len);
+    /// So many pieces of so many numbers, put together from others: those that begin at these places.
+    pub(super) fn gather(self, (count, len): (usize, usize), starts: impl Iterator<Item = usize>) -> Rounded {
+        fn gather<T: Pooled>(
+            from: &[T],
+            (count, len): (usize, usize),
+            starts: impl Iterator<Item = usize>,
+        ) -> Buffer<T> {
+            let mut gathered = Buffer::new(count * len);
             for (to, start) in gathered.chunks_exact_mut(len).zip(starts) {
                 to.copy_from_slice(&from[start..start + len]);
             }
             gathered
         }
         match self {
-            Self::F32(rows) => Numbers::F32(gather(rows, len, starts)),
-            Self::Bf16(rows) => Numbers::Bf16(gather(rows, len, starts)),
+            Self::F32(rows) => Numbers::F32(gather(rows, (count, len), starts)),
+            Self::Bf16(rows) => Numbers::Bf16(gather(rows, (count, len), starts)),
         }
     }
 
